@@ -1,0 +1,20 @@
+"""Storage devices: where bytes lie.
+
+A device is a flat store of named sparse files (:mod:`.base`). It knows nothing of volumes,
+objects or snapshots, and imports nothing of snapfs. Errors are plain :class:`OSError`.
+"""
+
+from .base import Buffer, Device, DeviceFile, LockHolder, Space
+from .directory import DirectoryDevice
+from .memory import CrashPlan, MemoryDevice
+
+__all__ = [
+    "Buffer",
+    "CrashPlan",
+    "Device",
+    "DeviceFile",
+    "DirectoryDevice",
+    "LockHolder",
+    "MemoryDevice",
+    "Space",
+]

@@ -1,0 +1,238 @@
+"""A directory of a local filesystem as a device."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+
+from .base import Buffer, Device, DeviceFile, LockHolder, Space
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_O_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_O_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class DirectoryFile(DeviceFile):
+    """An open regular file. ``fd`` is its descriptor."""
+
+    __slots__ = ("_nowait", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._nowait = os.RWF_NOWAIT
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """See :meth:`DeviceFile.read_into`."""
+        count = os.preadv(self.fd, (buffer,), offset)
+        if count in (0, len(buffer)):
+            return count
+        view = memoryview(buffer)
+        while count < len(view):
+            more = os.preadv(self.fd, (view[count:],), offset + count)
+            if more == 0:
+                break
+            count += more
+        return count
+
+    def try_read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """Read what the page cache holds; see :meth:`DeviceFile.try_read_into`."""
+        try:
+            count = os.preadv(self.fd, (buffer,), offset, self._nowait)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            # A filesystem without it (older tmpfs, say): read at once from now on.
+            self._nowait = 0
+            return self.read_into(buffer, offset)
+        if count == len(buffer):
+            return count
+        # Short: the rest is not cached, or lies behind the end of the file.
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def write(self, data: Buffer, offset: int) -> None:
+        """See :meth:`DeviceFile.write`."""
+        count = os.pwrite(self.fd, data, offset)
+        if count == len(data):
+            return
+        view = memoryview(data)
+        while count < len(view):
+            more = os.pwrite(self.fd, view[count:], offset + count)
+            if more == 0:
+                raise OSError(errno.ENOSPC, "the device took no more bytes")
+            count += more
+
+    def sync(self) -> None:
+        """See :meth:`DeviceFile.sync`."""
+        os.fdatasync(self.fd)
+
+    def punch(self, offset: int, length: int) -> None:
+        """See :meth:`DeviceFile.punch`. Where the filesystem has no holes to punch, zeros are written."""
+        try:
+            _fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            end = min(offset + length, self.size())
+            while offset < end:
+                step = min(end - offset, 1 << 20)
+                self.write(bytes(step), offset)
+                offset += step
+
+    def truncate(self, size_bytes: int) -> None:
+        """See :meth:`DeviceFile.truncate`."""
+        os.ftruncate(self.fd, size_bytes)
+
+    def size(self) -> int:
+        """See :meth:`DeviceFile.size`."""
+        return os.fstat(self.fd).st_size
+
+    def allocated(self) -> int:
+        """See :meth:`DeviceFile.allocated`."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def reserve(self, length: int) -> None:
+        """See :meth:`DeviceFile.reserve`."""
+        _fallocate(self.fd, 0, 0, length)
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        """See :meth:`DeviceFile.data_extents`; by SEEK_DATA and SEEK_HOLE."""
+        position = 0
+        while True:
+            try:
+                start = os.lseek(self.fd, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            position = os.lseek(self.fd, start, os.SEEK_HOLE)
+            yield start, position
+
+    def close(self) -> None:
+        """See :meth:`DeviceFile.close`."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+
+class DirectoryDevice(Device):
+    """Files below one directory.
+
+    The directory must exist. It is held open, and everything is reached through descriptors
+    without following symbolic links, so nothing planted inside can lead out of it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._folders: dict[str, int] = {"": os.open(self.path, _O_FOLDER & ~os.O_NOFOLLOW)}
+        self._lock_fd = -1
+
+    def _folder(self, folder: str, *, create: bool = False) -> int:
+        known = self._folders.get(folder)
+        if known is not None:
+            return known
+        outer, _, last = folder.rpartition("/")
+        outer_fd = self._folder(outer, create=create)
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(last, 0o700, dir_fd=outer_fd)
+        fd = os.open(last, _O_FOLDER, dir_fd=outer_fd)
+        self._folders[folder] = fd
+        return fd
+
+    def open(self, name: str) -> DirectoryFile:
+        """See :meth:`Device.open`."""
+        folder, _, last = name.rpartition("/")
+        return DirectoryFile(os.open(last, _O_FILE, dir_fd=self._folder(folder)))
+
+    def create(self, name: str) -> DirectoryFile:
+        """See :meth:`Device.create`."""
+        folder, _, last = name.rpartition("/")
+        folder_fd = self._folder(folder, create=True)
+        return DirectoryFile(os.open(last, _O_FILE | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder_fd))
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Device.remove`."""
+        folder, _, last = name.rpartition("/")
+        os.unlink(last, dir_fd=self._folder(folder))
+
+    def rename(self, old: str, new: str) -> None:
+        """See :meth:`Device.rename`."""
+        old_folder, _, old_last = old.rpartition("/")
+        new_folder, _, new_last = new.rpartition("/")
+        os.rename(
+            old_last,
+            new_last,
+            src_dir_fd=self._folder(old_folder),
+            dst_dir_fd=self._folder(new_folder, create=True),
+        )
+
+    def names(self, folder: str) -> list[str]:
+        """See :meth:`Device.names`."""
+        try:
+            folder_fd = self._folder(folder)
+        except FileNotFoundError:
+            return []
+        with os.scandir(folder_fd) as entries:
+            return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+
+    def sync_names(self, folder: str) -> None:
+        """See :meth:`Device.sync_names`."""
+        os.fsync(self._folder(folder, create=True))
+        if folder:
+            os.fsync(self._folder(folder.rpartition("/")[0]))
+
+    def space(self) -> Space:
+        """See :meth:`Device.space`."""
+        stat = os.fstatvfs(self._folders[""])
+        return Space(
+            total_bytes=stat.f_blocks * stat.f_frsize,
+            free_bytes=stat.f_bavail * stat.f_frsize,
+            total_files=stat.f_files,
+            free_files=stat.f_favail,
+        )
+
+    def lock(self, name: str, holder: str) -> None:
+        """See :meth:`Device.lock`; flock(2) on a file that is never removed."""
+        fd = os.open(name, _O_FILE | os.O_CREAT, 0o600, dir_fd=self._folders[""])
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            known = os.pread(fd, 4096, 0).decode("utf-8", "replace")
+            os.close(fd)
+            raise LockHolder(known) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock_fd = fd
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, holder.encode(), 0)
+
+    def local_path(self, name: str) -> str:
+        """See :meth:`Device.local_path`."""
+        return os.path.join(self.path, name)
+
+    def close(self) -> None:
+        """See :meth:`Device.close`."""
+        for fd in self._folders.values():
+            os.close(fd)
+        self._folders.clear()
+        if self._lock_fd >= 0:
+            fd, self._lock_fd = self._lock_fd, -1
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+            os.close(fd)

@@ -1,0 +1,159 @@
+"""The block map of an object: which change log holds each block. Pure.
+
+A map of 1024 entries is an ``array`` of unsigned 32-bit log ids; one whose entries are all equal
+is a plain ``int``. Entry 0 is a hole and reads as zeros. Arrays of live maps are changed in place
+by their processor; any map that is kept for later is a copy.
+
+Encoded for a store, a map is an integer (uniform), or a blob: a byte of kind, then little-endian
+``R`` runs of (count - 1: u16, log id: u32), or ``A`` the 1024 ids (u32) - whichever is shorter.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from itertools import groupby
+
+from .errors import DamagedError
+from .geometry import BLOCKS_PER_OBJECT
+
+BlockMap = int | array  # type: ignore[type-arg] # array[int] is not a type at run time in Python 3.11
+
+HOLE = 0
+LOG_ID_MAX = (1 << 32) - 1
+_RUN = struct.Struct("<HI")
+_KIND_RUNS = b"R"
+_KIND_ARRAY = b"A"
+_ARRAY_BYTES = BLOCKS_PER_OBJECT * 4
+
+
+def entry(block_map: BlockMap, block: int) -> int:
+    """The log id of one block."""
+    return block_map if isinstance(block_map, int) else block_map[block]
+
+
+def keep(block_map: BlockMap) -> BlockMap:
+    """A copy that later changes do not reach."""
+    return block_map if isinstance(block_map, int) else block_map[:]
+
+
+def expanded(block_map: BlockMap) -> array[int]:
+    """The map as an array, which is the map's own if it has one."""
+    return array("I", [block_map]) * BLOCKS_PER_OBJECT if isinstance(block_map, int) else block_map
+
+
+def with_range(block_map: BlockMap, first: int, last: int, log_id: int) -> BlockMap:
+    """The map with blocks ``first`` up to, not including, ``last`` set; an array is changed in place."""
+    if last - first == BLOCKS_PER_OBJECT or (isinstance(block_map, int) and block_map == log_id):
+        return log_id
+    entries = expanded(block_map)
+    if last - first == 1:
+        entries[first] = log_id
+    else:
+        entries[first:last] = array("I", [log_id]) * (last - first)
+    if last == BLOCKS_PER_OBJECT or first == 0:
+        # A sequential writer has just come to an end of the object: worth a look.
+        return simplified(entries)
+    return entries
+
+
+def simplified(block_map: BlockMap) -> BlockMap:
+    """The same map, as an int where all entries are equal."""
+    if isinstance(block_map, int) or block_map[0] != block_map[-1]:
+        return block_map
+    first = block_map[0]
+    return first if block_map.count(first) == BLOCKS_PER_OBJECT else block_map
+
+
+def is_uniform(block_map: BlockMap, first: int, last: int, log_id: int) -> bool:
+    """Whether blocks ``first`` up to ``last`` all lie in that log."""
+    if isinstance(block_map, int):
+        return block_map == log_id
+    if last - first == 1:
+        return bool(block_map[first] == log_id)
+    return bool(block_map[first:last].count(log_id) == last - first)
+
+
+def runs(block_map: BlockMap, first: int, last: int) -> list[tuple[int, int, int]]:
+    """Runs of equal entries in a range, as ``(first block, block count, log id)``."""
+    if isinstance(block_map, int):
+        return [(first, last - first, block_map)]
+    if last - first == 1:
+        return [(first, 1, block_map[first])]
+    part = block_map[first:last]
+    head = part[0]
+    if part.count(head) == len(part):
+        return [(first, len(part), head)]
+    found = []
+    block = first
+    for log_id, group in groupby(part):
+        count = sum(1 for _ in group)
+        found.append((block, count, log_id))
+        block += count
+    return found
+
+
+def all_runs(block_map: BlockMap) -> list[tuple[int, int, int]]:
+    """Runs of the whole map."""
+    return runs(block_map, 0, BLOCKS_PER_OBJECT)
+
+
+def mapped_count(block_map: BlockMap, first: int = 0, last: int = BLOCKS_PER_OBJECT) -> int:
+    """Blocks in a range that are not holes."""
+    if isinstance(block_map, int):
+        return last - first if block_map else 0
+    if first == 0 and last == BLOCKS_PER_OBJECT:
+        return BLOCKS_PER_OBJECT - block_map.count(HOLE)
+    return last - first - block_map[first:last].count(HOLE)
+
+
+def dropped_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]:
+    """Runs of blocks that ``old`` names and ``new`` names otherwise or not at all; holes are left out."""
+    if isinstance(old, int) and isinstance(new, int):
+        if old != new and old != HOLE:
+            yield 0, BLOCKS_PER_OBJECT, old
+        return
+    block = 0
+    pairs = zip(expanded(old), expanded(new), strict=True)
+    for (log_id, kept), group in groupby(pairs, key=lambda pair: (pair[0], pair[0] == pair[1])):
+        count = sum(1 for _ in group)
+        if log_id != HOLE and not kept:
+            yield block, count, log_id
+        block += count
+
+
+def encode(block_map: BlockMap) -> int | bytes:
+    """The map as a store keeps it."""
+    block_map = simplified(block_map)
+    if isinstance(block_map, int):
+        return block_map
+    found = all_runs(block_map)
+    if len(found) * _RUN.size < _ARRAY_BYTES:
+        return _KIND_RUNS + b"".join(_RUN.pack(count - 1, log_id) for _, count, log_id in found)
+    return _KIND_ARRAY + _little_endian(block_map).tobytes()
+
+
+def decode(stored: object) -> BlockMap:
+    """The map of :func:`encode`. Raises DamagedError for anything else."""
+    if isinstance(stored, int) and 0 <= stored <= LOG_ID_MAX:
+        return stored
+    if isinstance(stored, bytes):
+        body = stored[1:]
+        if stored[:1] == _KIND_ARRAY and len(body) == _ARRAY_BYTES:
+            return _little_endian(array("I", body))
+        if stored[:1] == _KIND_RUNS and body and len(body) % _RUN.size == 0:
+            entries = array("I")
+            for less_one, log_id in _RUN.iter_unpack(body):
+                entries.extend(array("I", [log_id]) * (less_one + 1))
+            if len(entries) == BLOCKS_PER_OBJECT:
+                return entries
+    raise DamagedError("a block map is damaged", "Run snapfs check on the unmounted pool")
+
+
+def _little_endian(entries: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        entries = entries[:]
+        entries.byteswap()
+    return entries

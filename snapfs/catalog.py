@@ -1,0 +1,200 @@
+"""The pool's catalog: devices, volumes and snapshots.
+
+A SQLite database in the pool's directory. What it says of a snapshot makes it exist: a snapshot is
+there from the commit that puts its row here, whole or not at all. Every call blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from .backends import Device
+from .database import Database, Row
+from .errors import DamagedError
+from .formats import (
+    CATALOG_FILE,
+    CATALOG_SCHEMA,
+    FORMAT_VERSION,
+    Attributes,
+    CatalogBatch,
+    SnapshotRow,
+    VersionRow,
+    VolumeRow,
+)
+from .geometry import Epoch, SnapshotId, VolumeId
+
+_WHAT = "the catalog"
+FIRST_VOLUME_ID = 256
+
+
+class Catalog:
+    """An open catalog. ``generation`` grows by one with every commit."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.generation = self.meta("generation")
+
+    @classmethod
+    def create(cls, device: Device, pool_id: str, processor_count: int, device_paths: Sequence[str]) -> None:
+        """Make the catalog of an empty pool."""
+        database = Database(device, CATALOG_FILE, _WHAT, create_schema=CATALOG_SCHEMA)
+        with database.transaction():
+            meta: dict[str, int | str] = {
+                "pool_id": pool_id,
+                "format_version": FORMAT_VERSION,
+                "generation": 0,
+                "epoch": 1,
+                "next_instant": 1,
+                "next_volume_id": FIRST_VOLUME_ID,
+                "next_snapshot_id": 1,
+            }
+            database.each("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+            database.each("INSERT INTO devices VALUES (?, ?)", enumerate(device_paths))
+            database.each("INSERT INTO shards VALUES (?, 0)", [(index,) for index in range(processor_count)])
+        database.close()
+
+    @classmethod
+    def open(cls, device: Device, pool_id: str) -> Catalog:
+        """Open it. Raises DamagedError when it is missing or another pool's."""
+        try:
+            database = Database(device, CATALOG_FILE, _WHAT)
+        except FileNotFoundError:
+            raise DamagedError(f"{_WHAT} is missing", "Restore it from a copy of the whole pool") from None
+        try:
+            return cls.over(database, pool_id)
+        except BaseException:
+            database.abandon()
+            raise
+
+    @classmethod
+    def over(cls, database: Database, pool_id: str) -> Catalog:
+        """A catalog over an open database, once it is known to be the right one."""
+        if database.row("SELECT value FROM meta WHERE key = 'pool_id'") != (pool_id,):
+            raise DamagedError(f"{_WHAT} belongs to another pool", "Put the right one back")
+        return cls(database)
+
+    def meta(self, key: str) -> int:
+        """A number of the meta table."""
+        row = self.database.row("SELECT value FROM meta WHERE key = ?", (key,))
+        if row is None or not isinstance(row[0], int):
+            raise DamagedError(f"{_WHAT} lacks its {key}", "Restore it from a copy")
+        return row[0]
+
+    def device_paths(self) -> dict[int, str]:
+        """Path of each device by its id; empty for the one inside the pool."""
+        return dict(cast("list[tuple[int, str]]", self.database.rows("SELECT * FROM devices ORDER BY device_id")))
+
+    def shard_generations(self) -> dict[int, int]:
+        """What each shard store must at least have reached."""
+        return dict(cast("list[tuple[int, int]]", self.database.rows("SELECT * FROM shards")))
+
+    def volumes(self) -> list[VolumeRow]:
+        """All live volumes."""
+        rows = self.database.rows(
+            "SELECT volume_id, name, size_bytes, mode, uid, gid, atime_ns, mtime_ns, ctime_ns,"
+            " birth_epoch, epoch, named_epoch, created_ns, trim FROM volumes"
+        )
+        return [VolumeRow(row[0], Attributes(*row[1:9]), *row[9:]) for row in rows]
+
+    def removed(self) -> dict[VolumeId, Epoch]:
+        """Removed volumes whose maps are still to be taken apart, with their epochs."""
+        rows = self.database.rows("SELECT volume_id, epoch FROM removed")
+        return dict(cast("list[tuple[VolumeId, Epoch]]", rows))
+
+    def snapshots(self) -> list[SnapshotRow]:
+        """All snapshots, deleted ones that still have space to free among them."""
+        members: dict[int, set[VolumeId]] = {}
+        for snapshot_id, volume_id in self.database.rows("SELECT snapshot_id, volume_id FROM members"):
+            members.setdefault(snapshot_id, set()).add(volume_id)
+        rows = self.database.rows(
+            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note FROM snapshots ORDER BY instant"
+        )
+        return [
+            SnapshotRow(
+                SnapshotId(row[0]),
+                name=row[1],
+                instant=row[2],
+                created_ns=row[3],
+                volume_ids=frozenset(members.get(row[0], ())) if row[4] else None,
+                stall_ns=row[5],
+                note=row[6],
+            )
+            for row in rows
+        ]
+
+    def versions_at(self, instant: int) -> list[VersionRow]:
+        """Kept attributes that hold for a snapshot."""
+        return self._versions("WHERE instant >= ? AND epoch <= ?", (instant, instant))
+
+    def versions_between(self, low: int, high: int) -> list[VersionRow]:
+        """Kept attributes with instants from ``low`` up to, not including, ``high``."""
+        return self._versions("WHERE instant >= ? AND instant < ?", (low, high))
+
+    def versions(self) -> list[VersionRow]:
+        """All kept attributes."""
+        return self._versions("", ())
+
+    def _versions(self, where: str, bindings: Sequence[int]) -> list[VersionRow]:
+        rows = self.database.rows(
+            "SELECT volume_id, epoch, instant, name, size_bytes, mode, uid, gid, atime_ns, mtime_ns, ctime_ns"
+            f" FROM versions {where}",
+            bindings,
+        )
+        return [_version(row) for row in rows]
+
+    def commit(self, batch: CatalogBatch) -> None:
+        """Make a batch durable, all or nothing."""
+        database = self.database
+        with database.transaction():
+            # Drops come first: a name may pass from one volume or snapshot to another in one batch.
+            for sql, rows in (
+                ("DELETE FROM volumes WHERE volume_id = ?", [(one,) for one in batch.dropped_volumes]),
+                ("UPDATE snapshots SET name = NULL WHERE snapshot_id = ?", [row[:1] for row in batch.renamed_snapshots]),
+                ("DELETE FROM snapshots WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
+                ("DELETE FROM members WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
+                ("DELETE FROM versions WHERE volume_id = ? AND instant = ?", batch.dropped_versions),
+                ("DELETE FROM removed WHERE volume_id = ?", [(one,) for one in batch.dropped_removed]),
+                ("DELETE FROM volumes WHERE volume_id = ?", [(row.volume_id,) for row in batch.volumes]),
+                (
+                    "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(row.volume_id, *row.attributes, *row[2:]) for row in batch.volumes],
+                ),
+                (
+                    "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(row.volume_id, row.instant, row.epoch, *row.attributes) for row in batch.versions],
+                ),
+                ("INSERT OR REPLACE INTO removed VALUES (?, ?)", batch.removed),
+                (
+                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note)
+                        for row in batch.snapshots
+                    ],
+                ),
+                (
+                    "INSERT INTO members VALUES (?, ?)",
+                    [(row.snapshot_id, one) for row in batch.snapshots for one in row.volume_ids or ()],
+                ),
+                (
+                    "UPDATE snapshots SET name = ?2 WHERE snapshot_id = ?1",
+                    [row for row in batch.renamed_snapshots if row[1] is not None],
+                ),
+                ("UPDATE shards SET generation = ?2 WHERE processor_index = ?1", batch.shard_generations),
+            ):
+                if rows:
+                    database.each(sql, cast("list[Row]", rows))
+            meta = {**batch.meta, "generation": self.generation + 1}
+            database.each("UPDATE meta SET value = ?2 WHERE key = ?1", meta.items())
+        self.generation += 1
+
+    def close(self) -> None:
+        """Close the catalog."""
+        self.database.close()
+
+
+def _version(row: Row) -> VersionRow:
+    return VersionRow(VolumeId(row[0]), Epoch(row[1]), Epoch(row[2]), Attributes(*row[3:]))
+
+
+__all__ = ["FIRST_VOLUME_ID", "Catalog", "SnapshotId"]

@@ -1,0 +1,214 @@
+"""Redirecting change logs: one sparse file each, on a device.
+
+A change log takes what is written to one volume's objects on one processor between a snapshot and
+the next; the source, which is the logs before it, stays as it was. Block ``b`` of an object lies at
+the object's place in the file (see geometry.py), so there is no allocator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from .backends import Device, DeviceFile
+from .errors import DamagedError
+from .formats import LogRow, log_file, log_folder
+from .geometry import Epoch, LogId, VolumeId
+
+OPEN_FILES_MAX = 512
+KNOWN_LOGS_MAX = 8192
+
+
+class ChangeLog:
+    """One change log.
+
+    ``file`` is None while it is closed. ``users`` counts threads that read from the file; with one
+    it is not closed. ``dirty``: written to since its last sync. ``unnamed``: its name on the device
+    is not durable yet. ``held``: has state that is not committed, or takes writes.
+    """
+
+    __slots__ = (
+        "block_count",
+        "created_ns",
+        "device_id",
+        "dirty",
+        "epoch",
+        "file",
+        "held",
+        "live_before",
+        "log_id",
+        "sealed",
+        "unnamed",
+        "users",
+        "volume_id",
+    )
+
+    def __init__(self, row: LogRow) -> None:
+        self.log_id = row.log_id
+        self.volume_id = row.volume_id
+        self.epoch = row.epoch
+        self.device_id = row.device_id
+        self.block_count = row.block_count
+        self.live_before = row.live_before
+        self.sealed = bool(row.sealed)
+        self.created_ns = row.created_ns
+        self.file: DeviceFile | None = None
+        self.users = 0
+        self.dirty = False
+        self.unnamed = False
+        self.held = 0
+
+    def row(self) -> LogRow:
+        """The log as its store keeps it."""
+        return LogRow(
+            self.log_id,
+            self.volume_id,
+            self.epoch,
+            self.device_id,
+            self.block_count,
+            self.live_before,
+            int(self.sealed),
+            self.created_ns,
+        )
+
+
+class ChangeLogs:
+    """The change logs of one processor that are known in memory, and their open files.
+
+    ``known`` is looked up on the hot path. Files and logs that nobody uses are let go of, the
+    longest unused first.
+    """
+
+    def __init__(self, processor_index: int, devices: Mapping[int, Device], next_log_id: int) -> None:
+        self.known: dict[int, ChangeLog] = {}
+        self.next_log_id = next_log_id
+        self._processor_index = processor_index
+        self._devices = devices
+        self._device_ids = sorted(devices)
+        self._open: OrderedDict[int, ChangeLog] = OrderedDict()
+
+    def adopt(self, row: LogRow) -> ChangeLog:
+        """The log of a stored row, the one in memory if it is known already."""
+        log = self.known.get(row.log_id)
+        if log is None:
+            self._forget_idle()
+            log = self.known[row.log_id] = ChangeLog(row)
+        return log
+
+    def begin(self, volume_id: VolumeId, epoch: Epoch, live_before: int) -> ChangeLog:
+        """A new log with an empty file. Raises OSError when the device gives no file."""
+        log_id = LogId(self.next_log_id)
+        device_id = self._device_ids[(volume_id + self._processor_index) % len(self._device_ids)]
+        log = ChangeLog(LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 0, time.time_ns()))
+        log.file = self._devices[device_id].create(self._name(log_id))
+        log.unnamed = True
+        self.next_log_id += 1
+        self.known[log_id] = log
+        self._note_open(log)
+        return log
+
+    def open_file(self, log: ChangeLog) -> DeviceFile:
+        """The log's file. Raises DamagedError when it is missing, OSError when it cannot be opened."""
+        if log.file is None:
+            try:
+                log.file = self._devices[log.device_id].open(self._name(log.log_id))
+            except FileNotFoundError:
+                raise DamagedError(
+                    f"change log {self._name(log.log_id)} of device {log.device_id} is missing",
+                    "Unmount and run snapfs check",
+                ) from None
+            self._note_open(log)
+        return log.file
+
+    def _name(self, log_id: int) -> str:
+        return log_file(self._processor_index, log_id)
+
+    def _note_open(self, log: ChangeLog) -> None:
+        self._open[log.log_id] = log
+        if len(self._open) <= OPEN_FILES_MAX:
+            return
+        for log_id, other in list(self._open.items())[: OPEN_FILES_MAX // 4]:
+            if other is not log and not other.held and not other.users and not other.dirty:
+                self._close(other)
+                del self._open[log_id]
+            else:
+                self._open.move_to_end(log_id)
+
+    def _close(self, log: ChangeLog) -> None:
+        if log.file is not None:
+            log.file.close()
+            log.file = None
+
+    def _forget_idle(self) -> None:
+        if len(self.known) < KNOWN_LOGS_MAX:
+            return
+        for log_id, log in list(self.known.items())[: KNOWN_LOGS_MAX // 4]:
+            if not log.held and not log.users and not log.dirty:
+                self._close(log)
+                self._open.pop(log_id, None)
+                del self.known[log_id]
+
+    def sync(self, logs: list[ChangeLog]) -> None:
+        """Make what was written to these logs durable, and their names. Blocks; runs in a thread."""
+        folders = set()
+        for log in logs:
+            self.open_file(log).sync()
+            if log.unnamed:
+                folders.add(log.device_id)
+        for device_id in folders:
+            self._devices[device_id].sync_names(log_folder(self._processor_index))
+        for log in logs:
+            log.unnamed = False
+
+    def punch(self, log_id: int, device_id: int, offset: int, length: int) -> None:
+        """Give a range of a log's file back to its device. Blocks; runs in a thread."""
+        log = self.known.get(log_id)
+        if log is not None and log.file is not None:
+            log.file.punch(offset, length)
+            return
+        try:
+            file = self._devices[device_id].open(self._name(log_id))
+        except FileNotFoundError:
+            return
+        try:
+            file.punch(offset, length)
+        finally:
+            file.close()
+
+    def discard(self, log: ChangeLog) -> None:
+        """Forget a log that nothing names; its file goes by :meth:`remove_file`."""
+        self.known.pop(log.log_id, None)
+        self._open.pop(log.log_id, None)
+
+    def remove_file(self, log_id: int, device_id: int) -> None:
+        """Remove a log's file, which may be gone already. Blocks; runs in a thread."""
+        try:
+            self._devices[device_id].remove(self._name(log_id))
+        except FileNotFoundError:
+            return
+
+    def stray_files(self, known: set[int]) -> list[tuple[int, str]]:
+        """Files of logs that are not known: ``(device id, name)``. Blocks; runs in a thread."""
+        found = []
+        for device_id, device in self._devices.items():
+            folder = log_folder(self._processor_index)
+            for name in device.names(folder):
+                try:
+                    log_id = int(name, 16)
+                except ValueError:
+                    continue
+                if log_id not in known:
+                    found.append((device_id, f"{folder}/{name}"))
+        return found
+
+    def remove_stray(self, device_id: int, name: str) -> None:
+        """Remove a file found by :meth:`stray_files`."""
+        self._devices[device_id].remove(name)
+
+    def close(self) -> None:
+        """Close every file."""
+        for log in self.known.values():
+            self._close(log)
+        self.known.clear()
+        self._open.clear()

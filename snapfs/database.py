@@ -1,0 +1,263 @@
+"""A SQLite database on a device.
+
+One connection, exclusive, in WAL mode with ``synchronous=FULL``: a commit that returned is durable.
+On a device with local paths SQLite opens the file itself; on any other, such as one in memory that
+can lose power, it goes through a VFS written over the device (https://sqlite.org/vfs.html).
+A database is used by one thread at a time; its owner sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import apsw
+
+from .backends import Device, DeviceFile
+from .errors import DamagedError, NoSpaceError, SnapfsError, UnreadableError
+
+SqlValue = None | int | float | bytes | str
+Row = tuple[Any, ...]
+
+_vfs_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn SQLite's errors into ours; ``what`` names the database."""
+    try:
+        yield
+    except apsw.FullError as error:
+        raise NoSpaceError(
+            f"the device that holds {what} is full", "Delete snapshots or free space on it, then try again"
+        ) from error
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SchemaChangeError) as error:
+        raise DamagedError(f"{what} is damaged: {error}", "Unmount and run snapfs check") from error
+    except apsw.Error as error:
+        raise UnreadableError(f"{what} cannot be read or written: {error}", "See the system's log") from error
+
+
+class Database:
+    """An open database. ``what`` names it in errors."""
+
+    def __init__(self, device: Device, name: str, what: str, *, create_schema: str | None = None) -> None:
+        self.what = what
+        self._vfs: _DeviceVFS | None = None
+        flags = apsw.SQLITE_OPEN_READWRITE
+        if create_schema is not None:
+            flags |= apsw.SQLITE_OPEN_CREATE
+            device.create(name).close()
+        else:
+            # Opened once without SQLite: a missing or locked file is told apart from a damaged one.
+            device.open(name).close()
+        with translated(what):
+            path = device.local_path(name)
+            if path is None:
+                self._vfs = _DeviceVFS(device)
+                self._connection = apsw.Connection(name, flags=flags, vfs=self._vfs.vfs_name)
+            else:
+                self._connection = apsw.Connection(path, flags=flags)
+            try:
+                self._prepare(create_schema)
+            except BaseException:
+                self._connection.close(True)
+                raise
+        if create_schema is not None:
+            device.sync_names(name.rpartition("/")[0])
+
+    def _prepare(self, create_schema: str | None) -> None:
+        for pragma in (
+            "locking_mode=EXCLUSIVE",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "temp_store=MEMORY",
+            "cache_size=-1024",
+            "trusted_schema=OFF",
+        ):
+            self._connection.execute(f"PRAGMA {pragma}").fetchall()
+        if create_schema is not None:
+            with self._connection:
+                self._connection.execute(create_schema).fetchall()
+        else:
+            self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+
+    def rows(self, sql: str, bindings: Sequence[SqlValue] = ()) -> list[Row]:
+        """All rows of a query."""
+        with translated(self.what):
+            return self._connection.execute(sql, bindings).fetchall()
+
+    def row(self, sql: str, bindings: Sequence[SqlValue] = ()) -> Row | None:
+        """The first row of a query, None if it has none."""
+        with translated(self.what):
+            found: Row | None = self._connection.execute(sql, bindings).fetchone()
+            return found
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Database]:
+        """All statements inside become durable together, or none does."""
+        with translated(self.what):
+            self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self
+            with translated(self.what):
+                self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                with contextlib.suppress(apsw.Error):
+                    self._connection.execute("ROLLBACK")
+            raise
+
+    def each(self, sql: str, rows: Iterable[Sequence[SqlValue]]) -> None:
+        """Execute a statement once for each row of values."""
+        with translated(self.what):
+            self._connection.executemany(sql, rows)
+
+    def execute(self, sql: str, bindings: Sequence[SqlValue] = ()) -> None:
+        """Execute a statement that gives no rows."""
+        self.rows(sql, bindings)
+
+    def close(self) -> None:
+        """Close it; the write-ahead log is folded in."""
+        with translated(self.what):
+            self._connection.close()
+        if self._vfs is not None:
+            self._vfs.unregister()
+            self._vfs = None
+
+    def abandon(self) -> None:
+        """Let go of it without another write, after a failure or in place of a crash."""
+        with contextlib.suppress(apsw.Error):
+            self._connection.close(True)
+        if self._vfs is not None:
+            self._vfs.unregister()
+            self._vfs = None
+
+
+@contextlib.contextmanager
+def read_copy(device: Device, name: str, what: str) -> Iterator[Database]:
+    """The database as it stands, write-ahead log included, opened from a copy: the original is not touched."""
+    with tempfile.TemporaryDirectory(prefix="snapfs-check-") as folder:
+        from_device = [name]
+        if os.path.basename(name) + "-wal" in device.names(os.path.dirname(name)):
+            from_device.append(name + "-wal")
+        for one in from_device:
+            with open(os.path.join(folder, os.path.basename(one)), "wb") as copy:
+                copy.write(device.read_file(one))
+        from .backends import DirectoryDevice
+
+        inside = DirectoryDevice(folder)
+        database: Database | None = None
+        try:
+            database = Database(inside, os.path.basename(name), what)
+            yield database
+        finally:
+            if database is not None:
+                database.abandon()
+            inside.close()
+
+
+class _DeviceVFS(apsw.VFS):
+    """SQLite's view of a device. Exclusive WAL needs neither locks nor shared memory."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.vfs_name = f"snapfs-device-{next(_vfs_numbers)}"
+        super().__init__(self.vfs_name, base="")
+
+    def xOpen(self, name: Any, flags: list[int]) -> _DeviceVFSFile:  # type: ignore[override]  # noqa: N802
+        """Open or create a file."""
+        filename = name.filename() if isinstance(name, apsw.URIFilename) else name
+        filename = filename.removeprefix("/")
+        flags[1] = flags[0]
+        try:
+            return _DeviceVFSFile(self.device, filename, self.device.open(filename), created=False)
+        except FileNotFoundError:
+            if not flags[0] & apsw.SQLITE_OPEN_CREATE:
+                raise apsw.CantOpenError(filename) from None
+            return _DeviceVFSFile(self.device, filename, self.device.create(filename), created=True)
+
+    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
+        """Remove a file."""
+        filename = filename.removeprefix("/")
+        with contextlib.suppress(FileNotFoundError):
+            self.device.remove(filename)
+        if syncdir:
+            self.device.sync_names(filename.rpartition("/")[0])
+
+    def xAccess(self, pathname: str, flags: int) -> bool:  # noqa: N802
+        """Whether a file is there."""
+        folder, _, last = pathname.removeprefix("/").rpartition("/")
+        return last in self.device.names(folder)
+
+    def xFullPathname(self, name: str) -> str:  # noqa: N802
+        """Names are absolute as they are."""
+        return name
+
+
+class _DeviceVFSFile:
+    """A file of SQLite on a device."""
+
+    def __init__(self, device: Device, name: str, file: DeviceFile, *, created: bool) -> None:
+        self._device = device
+        self._name = name
+        self._file = file
+        self._name_is_durable = not created
+
+    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
+        buffer = bytearray(amount)
+        return bytes(buffer[: self._file.read_into(buffer, offset)])
+
+    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+        with _as_sqlite_error():
+            self._file.write(data, offset)
+
+    def xTruncate(self, newsize: int) -> None:  # noqa: N802
+        with _as_sqlite_error():
+            self._file.truncate(newsize)
+
+    def xSync(self, flags: int) -> None:  # noqa: N802
+        with _as_sqlite_error():
+            self._file.sync()
+            if not self._name_is_durable:
+                self._device.sync_names(self._name.rpartition("/")[0])
+                self._name_is_durable = True
+
+    def xFileSize(self) -> int:  # noqa: N802
+        return self._file.size()
+
+    def xClose(self) -> None:  # noqa: N802
+        self._file.close()
+
+    def xLock(self, level: int) -> None:  # noqa: N802
+        """The pool's lock keeps others out."""
+
+    def xUnlock(self, level: int) -> None:  # noqa: N802
+        """See :meth:`xLock`."""
+
+    def xCheckReservedLock(self) -> bool:  # noqa: N802
+        return False
+
+    def xSectorSize(self) -> int:  # noqa: N802
+        return 4096
+
+    def xDeviceCharacteristics(self) -> int:  # noqa: N802
+        return 0
+
+    def xFileControl(self, op: int, ptr: int) -> bool:  # noqa: N802
+        return False
+
+
+@contextlib.contextmanager
+def _as_sqlite_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        code = apsw.FullError if error.errno == 28 else apsw.IOError
+        raise code(str(error)) from error
+
+
+__all__ = ["Database", "Row", "SnapfsError", "SqlValue", "read_copy", "translated"]

@@ -1,0 +1,138 @@
+"""Every error snapfs raises on purpose.
+
+A class says when it happens, what was kept and what to do; its errno is what a system call
+gets, its exit code what a command line gets. The text of an instance names the thing at fault.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class SnapfsError(Exception):
+    """The base. ``fix`` says what the user can do, as a sentence, or is empty."""
+
+    errno: int = errno.EIO
+    exit_code: int = 1
+
+    def __init__(self, reason: str, fix: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.fix}" if self.fix else self.reason
+
+
+class BadCommandError(SnapfsError):
+    """A command or option that snapfs does not have, or with the wrong words. Nothing was done."""
+
+    errno = errno.EINVAL
+    exit_code = 2
+
+
+class BadNameError(SnapfsError):
+    """A name that a volume or a snapshot cannot have. Nothing was done."""
+
+    errno = errno.EINVAL
+
+
+class NameTooLongError(BadNameError):
+    """A name of more than 255 bytes. Nothing was done."""
+
+    errno = errno.ENAMETOOLONG
+
+
+class ReservedNameError(BadNameError):
+    """A name that snapfs keeps for itself. Nothing was done."""
+
+    errno = errno.EPERM
+
+
+class NotFoundError(SnapfsError):
+    """There is no volume or snapshot of that name. Nothing was done."""
+
+    errno = errno.ENOENT
+
+
+class ExistsError(SnapfsError):
+    """The name is taken. What has it was kept as it is."""
+
+    errno = errno.EEXIST
+
+
+class ReadOnlyError(SnapfsError):
+    """Something that would change a snapshot, or a pool opened for reading. Nothing was changed."""
+
+    errno = errno.EROFS
+
+
+class TooLargeError(SnapfsError):
+    """A size or an offset that a volume cannot have. The volume was kept as it is."""
+
+    errno = errno.EFBIG
+
+
+class NoSpaceError(SnapfsError):
+    """A device has no room. Everything that was acknowledged is kept; deleting snapshots frees room."""
+
+    errno = errno.ENOSPC
+
+
+class SyncFailedError(SnapfsError):
+    """A sync failed, so what was written since the last success may be lost.
+
+    The volume takes no more writes until the pool is opened again; reads and snapshots made
+    earlier go on.
+    """
+
+    errno = errno.EIO
+
+
+class DamagedError(SnapfsError):
+    """Something on disk is not what was written there. Nothing is guessed; other volumes go on."""
+
+    errno = errno.EIO
+    exit_code = 4
+
+
+class UnreadableError(SnapfsError):
+    """Something on disk cannot be read. It is not taken for absent."""
+
+    errno = errno.EIO
+
+
+class NotAPoolError(SnapfsError):
+    """The directory holds no pool."""
+
+    errno = errno.EINVAL
+
+
+class TooNewError(SnapfsError):
+    """The pool was written by a newer snapfs. It was left as it is."""
+
+    errno = errno.EPROTONOSUPPORT
+
+
+class InUseError(SnapfsError):
+    """Another process has the pool open."""
+
+    errno = errno.EBUSY
+
+
+class DeviceMissingError(SnapfsError):
+    """A device of the pool is not there, or another is in its place."""
+
+    errno = errno.ENODEV
+
+
+class ClosedError(SnapfsError):
+    """The pool is closed or closing."""
+
+    errno = errno.ESHUTDOWN
+
+
+class MountError(SnapfsError):
+    """The mount could not be made or undone."""
+
+    errno = errno.EINVAL

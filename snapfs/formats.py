@@ -1,0 +1,399 @@
+"""What is on disk: names of files, schemas of the stores, and their records. Pure.
+
+``docs/on-disk-format.md`` tells the same in prose; golden pools of every released version prove it.
+The comments of the schemas are the authority on what a column holds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .blockmap import BlockMap
+from .errors import DamagedError, NotAPoolError, TooNewError
+from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
+
+FORMAT_VERSION = 1
+
+POOL_FILE = "pool.json"
+LOCK_FILE = "lock"
+CATALOG_FILE = "catalog.sqlite"
+RESERVE_FILE = "reserve"
+DEVICE_FILE = "snapfs-device.json"
+EMBEDDED_DEVICE_FOLDER = "device"
+DAEMON_LOG_FILE = "daemon.log"
+
+
+def shard_file(processor_index: int) -> str:
+    """Name of a processor's shard store in the pool's directory."""
+    return f"shards/{processor_index}.sqlite"
+
+
+def log_folder(processor_index: int) -> str:
+    """Folder of a processor's change logs on a device."""
+    return f"logs/{processor_index}"
+
+
+def log_file(processor_index: int, log_id: int) -> str:
+    """Name of a change log's file on its device."""
+    return f"logs/{processor_index}/{log_id:08x}"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolDescriptor:
+    """``pool.json``: what has to be known before anything else is opened."""
+
+    pool_id: str
+    processor_count: int
+    created_ns: int
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """The file's contents."""
+        return _json(
+            {
+                "snapfs": "pool",
+                "format_version": self.format_version,
+                "pool_id": self.pool_id,
+                "processor_count": self.processor_count,
+                "created_ns": self.created_ns,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, contents: bytes, where: str) -> PoolDescriptor:
+        """Read it. Raises NotAPoolError, TooNewError or DamagedError."""
+        fields = _read_json(contents, where, "pool")
+        _check_version(fields, where)
+        pool_id, count, created = fields.get("pool_id"), fields.get("processor_count"), fields.get("created_ns")
+        if not (isinstance(pool_id, str) and isinstance(count, int) and isinstance(created, int)):
+            raise DamagedError(f"{where}/{POOL_FILE} lacks a field", "Restore it from a copy")
+        if not 1 <= count <= PROCESSOR_COUNT_MAX:
+            raise DamagedError(f"{where}/{POOL_FILE} says {count} processors", "Restore it from a copy")
+        return cls(pool_id, count, created)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescriptor:
+    """``snapfs-device.json`` in a device's directory: whose it is."""
+
+    pool_id: str
+    device_id: int
+
+    def to_json(self) -> bytes:
+        """The file's contents."""
+        return _json(
+            {
+                "snapfs": "device",
+                "format_version": FORMAT_VERSION,
+                "pool_id": self.pool_id,
+                "device_id": self.device_id,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, contents: bytes, where: str) -> DeviceDescriptor:
+        """Read it. Raises NotAPoolError, TooNewError or DamagedError."""
+        fields = _read_json(contents, where, "device")
+        _check_version(fields, where)
+        pool_id, device_id = fields.get("pool_id"), fields.get("device_id")
+        if not (isinstance(pool_id, str) and isinstance(device_id, int)):
+            raise DamagedError(f"{where}/{DEVICE_FILE} lacks a field", "Restore it from a copy")
+        return cls(pool_id, device_id)
+
+
+def _json(fields: dict[str, object]) -> bytes:
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def _read_json(contents: bytes, where: str, kind: str) -> dict[str, object]:
+    try:
+        fields = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"the {kind} descriptor in {where} is not JSON", "Restore it from a copy") from error
+    if not isinstance(fields, dict) or fields.get("snapfs") != kind:
+        raise NotAPoolError(f"{where} holds something else than a snapfs {kind}", "Make a pool with snapfs init")
+    return fields
+
+
+def _check_version(fields: dict[str, object], where: str) -> None:
+    version = fields.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise DamagedError(f"{where} has no format version", "Restore its descriptor from a copy")
+    if version > FORMAT_VERSION:
+        raise TooNewError(
+            f"{where} has format version {version}, this snapfs knows up to {FORMAT_VERSION}",
+            "Use the snapfs that wrote it, or a later one",
+        )
+
+
+class Attributes(NamedTuple):
+    """What a volume's file shows besides its bytes. Times are nanoseconds since 1970, UTC."""
+
+    name: bytes
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class VolumeRow(NamedTuple):
+    """A volume as the catalog keeps it.
+
+    ``epoch`` is the one in which the attributes last changed: they hold for every snapshot of
+    that epoch or later. ``named_epoch`` follows the last snapshot that named this volume.
+    ``trim`` is 1 while maps may still name blocks behind the size.
+    """
+
+    volume_id: VolumeId
+    attributes: Attributes
+    birth_epoch: Epoch
+    epoch: Epoch
+    named_epoch: Epoch
+    created_ns: int
+    trim: int
+
+
+class VersionRow(NamedTuple):
+    """Attributes as they stood for the snapshots of epochs ``epoch`` to ``instant``."""
+
+    volume_id: VolumeId
+    epoch: Epoch
+    instant: Epoch
+    attributes: Attributes
+
+
+class SnapshotRow(NamedTuple):
+    """A snapshot in the catalog. ``name`` is None once it is deleted and its space is being freed.
+
+    ``volume_ids`` is None for a snapshot of all volumes. ``stall_ns`` is the longest time for
+    which it kept the daemon from serving.
+    """
+
+    snapshot_id: SnapshotId
+    name: bytes | None
+    instant: Epoch
+    created_ns: int
+    volume_ids: frozenset[VolumeId] | None
+    stall_ns: int
+    note: str
+
+
+CATALOG_SCHEMA = """
+CREATE TABLE meta (             -- one row a key
+  key TEXT PRIMARY KEY,         -- pool_id, format_version, generation (grows with every commit),
+  value ANY NOT NULL            -- epoch (instant + 1 of the last snapshot of all volumes), next_instant,
+                                -- next_volume_id, next_snapshot_id
+) STRICT, WITHOUT ROWID;
+CREATE TABLE devices (
+  device_id INTEGER PRIMARY KEY,  -- 0 and up; never used again
+  path TEXT NOT NULL              -- absolute; empty for the one inside the pool
+) STRICT;
+CREATE TABLE shards (           -- what each shard store must at least have reached
+  processor_index INTEGER PRIMARY KEY,
+  generation INTEGER NOT NULL   -- a lower one in the store: it is an old copy
+) STRICT;
+CREATE TABLE volumes (          -- the live ones
+  volume_id INTEGER PRIMARY KEY,  -- 256 and up; never used again
+  name BLOB NOT NULL UNIQUE,
+  size_bytes INTEGER NOT NULL,    -- as far as data behind it is durable
+  mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
+  atime_ns INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+  birth_epoch INTEGER NOT NULL,
+  epoch INTEGER NOT NULL,         -- in which the attributes last changed
+  named_epoch INTEGER NOT NULL,   -- instant + 1 of the last snapshot that named it, 0 for none
+  created_ns INTEGER NOT NULL,
+  trim INTEGER NOT NULL           -- 1: maps may still name blocks behind the size
+) STRICT;
+CREATE TABLE versions (         -- attributes that snapshots hold and the volume no longer has
+  volume_id INTEGER NOT NULL,
+  instant INTEGER NOT NULL,       -- the last snapshot they hold for
+  epoch INTEGER NOT NULL,         -- the first
+  name BLOB NOT NULL,
+  size_bytes INTEGER NOT NULL,
+  mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
+  atime_ns INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+  PRIMARY KEY (volume_id, instant)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX versions_by_instant ON versions (instant);
+CREATE TABLE removed (          -- removed volumes whose maps are still to be taken apart
+  volume_id INTEGER PRIMARY KEY,
+  epoch INTEGER NOT NULL          -- the volume's epoch when it was removed
+) STRICT;
+CREATE TABLE snapshots (
+  snapshot_id INTEGER PRIMARY KEY,  -- 1 and up; never used again
+  name BLOB UNIQUE,                 -- NULL: deleted, its space is being freed
+  instant INTEGER NOT NULL UNIQUE,
+  created_ns INTEGER NOT NULL,
+  named INTEGER NOT NULL,           -- 1: of the volumes in members; 0: of all
+  stall_ns INTEGER NOT NULL,
+  note TEXT NOT NULL
+) STRICT;
+CREATE TABLE members (
+  snapshot_id INTEGER NOT NULL,
+  volume_id INTEGER NOT NULL,
+  PRIMARY KEY (snapshot_id, volume_id)
+) STRICT, WITHOUT ROWID;
+"""
+
+SHARD_SCHEMA = """
+CREATE TABLE meta (             -- one row a key
+  key TEXT PRIMARY KEY,         -- pool_id, processor_index, generation (grows with every commit),
+  value ANY NOT NULL            -- catalog_generation (one the catalog has reached), next_log_id
+) STRICT, WITHOUT ROWID;
+CREATE TABLE maps (             -- the live map of each object that was ever written
+  volume_id INTEGER NOT NULL,
+  object_index INTEGER NOT NULL,
+  epoch INTEGER NOT NULL,         -- in which it last changed
+  map ANY NOT NULL,               -- see blockmap.py
+  PRIMARY KEY (volume_id, object_index)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE copies (           -- point-in-time copies of maps
+  volume_id INTEGER NOT NULL,
+  object_index INTEGER NOT NULL,
+  instant INTEGER NOT NULL,       -- the last snapshot it holds for
+  epoch INTEGER NOT NULL,         -- the first
+  map ANY NOT NULL,
+  PRIMARY KEY (volume_id, object_index, instant)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX copies_by_instant ON copies (instant, volume_id, object_index);
+CREATE TABLE logs (             -- change logs
+  log_id INTEGER PRIMARY KEY,     -- 1 to 2^32 - 1; never used again
+  volume_id INTEGER NOT NULL,
+  epoch INTEGER NOT NULL,         -- of the volume, when it was begun: it belongs to the snapshot before
+  device_id INTEGER NOT NULL,
+  block_count INTEGER NOT NULL,   -- blocks in it that any map or copy names; 0: it has no file
+  live_before INTEGER NOT NULL,   -- blocks of the volume here that were mapped when it was begun
+  sealed INTEGER NOT NULL,        -- 1: takes no more writes
+  created_ns INTEGER NOT NULL
+) STRICT;
+CREATE INDEX logs_by_volume ON logs (volume_id, epoch);
+CREATE TABLE freed (            -- ranges that nothing names any more, still to be punched
+  log_id INTEGER NOT NULL,
+  offset INTEGER NOT NULL,
+  length INTEGER NOT NULL
+) STRICT;
+CREATE TABLE portions (         -- this processor's part of each volume
+  volume_id INTEGER PRIMARY KEY,
+  block_count INTEGER NOT NULL    -- blocks mapped in its live maps
+) STRICT;
+CREATE TABLE intermediates (    -- intermediate snapshots; prepared until the catalog knows the snapshot
+  snapshot_id INTEGER PRIMARY KEY,
+  instant INTEGER NOT NULL UNIQUE,
+  prepared_ns INTEGER NOT NULL,
+  block_count INTEGER NOT NULL,   -- blocks mapped at the instant, of the volumes in it
+  portion_count INTEGER NOT NULL, -- volumes of which this processor held blocks
+  next_log_id INTEGER NOT NULL    -- logs from this one on hold what changed afterwards
+) STRICT;
+"""
+
+
+class MapRow(NamedTuple):
+    """The live map of an object."""
+
+    volume_id: VolumeId
+    object_index: int
+    epoch: Epoch
+    block_map: BlockMap
+
+
+class CopyRow(NamedTuple):
+    """A point-in-time copy: the map as it stood for snapshots of epochs ``epoch`` to ``instant``."""
+
+    volume_id: VolumeId
+    object_index: int
+    instant: Epoch
+    epoch: Epoch
+    block_map: BlockMap
+
+
+class LogRow(NamedTuple):
+    """A change log."""
+
+    log_id: LogId
+    volume_id: VolumeId
+    epoch: Epoch
+    device_id: int
+    block_count: int
+    live_before: int
+    sealed: int
+    created_ns: int
+
+
+class FreedRow(NamedTuple):
+    """A range of a change log's file, in bytes, that nothing names any more."""
+
+    log_id: LogId
+    offset: int
+    length: int
+
+
+class IntermediateRow(NamedTuple):
+    """One processor's part of a snapshot; see the schema."""
+
+    snapshot_id: SnapshotId
+    instant: Epoch
+    prepared_ns: int
+    block_count: int
+    portion_count: int
+    next_log_id: LogId
+
+
+@dataclass(slots=True)
+class ShardBatch:
+    """One commit of a processor: rows that become durable together.
+
+    It is a plain value, so that it could as well be appended to a log object on a distributed
+    device.
+    """
+
+    maps: list[MapRow] = field(default_factory=list)
+    dropped_maps: list[tuple[VolumeId, int]] = field(default_factory=list)
+    copies: list[CopyRow] = field(default_factory=list)
+    dropped_copies: list[tuple[VolumeId, int, Epoch]] = field(default_factory=list)
+    logs: list[LogRow] = field(default_factory=list)
+    dropped_logs: list[LogId] = field(default_factory=list)
+    freed: list[FreedRow] = field(default_factory=list)
+    portions: list[tuple[VolumeId, int]] = field(default_factory=list)
+    dropped_portions: list[VolumeId] = field(default_factory=list)
+    intermediates: list[IntermediateRow] = field(default_factory=list)
+    dropped_intermediates: list[SnapshotId] = field(default_factory=list)
+    next_log_id: LogId | None = None
+
+    def __bool__(self) -> bool:
+        return any(
+            (
+                self.maps,
+                self.dropped_maps,
+                self.copies,
+                self.dropped_copies,
+                self.logs,
+                self.dropped_logs,
+                self.freed,
+                self.portions,
+                self.dropped_portions,
+                self.intermediates,
+                self.dropped_intermediates,
+            )
+        )
+
+
+@dataclass(slots=True)
+class CatalogBatch:
+    """One commit of the catalog: rows that become durable together."""
+
+    volumes: list[VolumeRow] = field(default_factory=list)
+    dropped_volumes: list[VolumeId] = field(default_factory=list)
+    versions: list[VersionRow] = field(default_factory=list)
+    dropped_versions: list[tuple[VolumeId, Epoch]] = field(default_factory=list)
+    removed: list[tuple[VolumeId, Epoch]] = field(default_factory=list)
+    dropped_removed: list[VolumeId] = field(default_factory=list)
+    snapshots: list[SnapshotRow] = field(default_factory=list)
+    renamed_snapshots: list[tuple[SnapshotId, bytes | None]] = field(default_factory=list)
+    dropped_snapshots: list[SnapshotId] = field(default_factory=list)
+    shard_generations: list[tuple[int, int]] = field(default_factory=list)
+    meta: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,365 @@
+"""The pool: the façade over volumes, snapshots and processors. Making, opening, recovering, closing one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from .backends import Device, DirectoryDevice, LockHolder, Space
+from .catalog import Catalog
+from .catalogaccess import CatalogAccess
+from .errors import (
+    ClosedError,
+    DamagedError,
+    DeviceMissingError,
+    ExistsError,
+    InUseError,
+    NotAPoolError,
+    SnapfsError,
+    UnreadableError,
+)
+from .events import EventLog
+from .formats import (
+    CATALOG_FILE,
+    DEVICE_FILE,
+    EMBEDDED_DEVICE_FOLDER,
+    LOCK_FILE,
+    POOL_FILE,
+    DeviceDescriptor,
+    PoolDescriptor,
+    shard_file,
+)
+from .geometry import PROCESSOR_COUNT_MAX
+from .portion import EpochClock
+from .processor import Processor
+from .reclaimer import Reclaimer
+from .reserve import Reserve
+from .shardstore import ShardStore
+from .snapshotindex import SnapshotIndex
+from .snapshots import SnapshotTable
+from .tasks import Wakeup, side_by_side
+from .units import iso_time
+from .volumes import VolumeTable
+
+PROCESSOR_COUNT_DEFAULT = 4
+SYNC_PERIOD_S = 5.0
+_STARTED = "init.started"
+
+OpenDevice = Callable[[str], Device]
+
+
+def create_pool(
+    home: Device, devices: Mapping[str, Device], processor_count: int = PROCESSOR_COUNT_DEFAULT
+) -> PoolDescriptor:
+    """Make an empty pool in ``home``, with data on ``devices`` by path. Blocks.
+
+    ``pool.json`` is written last: with it there is a pool, without it there is none.
+    Raises ExistsError when ``home`` or a device holds something already.
+    """
+    if not 1 <= processor_count <= PROCESSOR_COUNT_MAX:
+        raise SnapfsError(f"{processor_count} processors", f"Use 1 to {PROCESSOR_COUNT_MAX}")
+    if POOL_FILE in home.names(""):
+        raise ExistsError("there is a pool already", "Mount it, or choose another directory")
+    descriptor = PoolDescriptor(str(uuid.uuid4()), processor_count, time.time_ns())
+    for path, device in devices.items():
+        if DEVICE_FILE in device.names(""):
+            raise ExistsError(f"{path or 'the pool'} is a device of a pool already", "Choose another directory")
+    home.write_file(_STARTED, b"")
+    for device_id, device in enumerate(devices.values()):
+        device.write_file(DEVICE_FILE, DeviceDescriptor(descriptor.pool_id, device_id).to_json())
+    Catalog.create(home, descriptor.pool_id, processor_count, list(devices))
+    for index in range(processor_count):
+        ShardStore.create(home, index, descriptor.pool_id)
+    Reserve(home).fill()
+    home.write_file(POOL_FILE, descriptor.to_json())
+    home.remove(_STARTED)
+    return descriptor
+
+
+def read_descriptor(home: Device, where: str) -> PoolDescriptor:
+    """The pool's descriptor. Raises NotAPoolError, TooNewError, DamagedError or UnreadableError."""
+    try:
+        contents = home.read_file(POOL_FILE)
+    except FileNotFoundError:
+        raise NotAPoolError(f"{where} holds no pool", "Make one with snapfs init") from None
+    except OSError as error:
+        raise UnreadableError(f"{where}/{POOL_FILE} cannot be read: {error}") from error
+    return PoolDescriptor.from_json(contents, where)
+
+
+def lock_pool(home: Device, where: str, purpose: str) -> None:
+    """Take the pool's lock. Raises InUseError, which names the process that has it."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "purpose": purpose, "since": iso_time(time.time_ns())}
+    try:
+        home.lock(LOCK_FILE, json.dumps(holder))
+    except LockHolder as busy:
+        raise InUseError(
+            f"{where} is in use by {_describe(busy.holder)}", "Unmount it there first, with snapfs umount"
+        ) from None
+
+
+def _describe(holder: str) -> str:
+    try:
+        fields = json.loads(holder)
+        return f"process {fields['pid']} on {fields['host']} ({fields['purpose']}, since {fields['since']})"
+    except (ValueError, TypeError, KeyError):
+        return "another process"
+
+
+def open_devices(
+    home: Device, catalog: Catalog, descriptor: PoolDescriptor, open_device: OpenDevice
+) -> dict[int, Device]:
+    """Open the pool's devices. Raises DeviceMissingError when one is not there or is another's."""
+    devices: dict[int, Device] = {}
+    try:
+        for device_id, path in catalog.device_paths().items():
+            shown = path or EMBEDDED_DEVICE_FOLDER
+            try:
+                devices[device_id] = device = open_device(path)
+                contents = device.read_file(DEVICE_FILE)
+            except OSError as error:
+                raise DeviceMissingError(
+                    f"device {device_id} of the pool is not at {shown}: {error.strerror}",
+                    "Mount or attach it there, then try again; nothing was changed",
+                ) from error
+            found = DeviceDescriptor.from_json(contents, shown)
+            if (found.pool_id, found.device_id) != (descriptor.pool_id, device_id):
+                raise DeviceMissingError(
+                    f"{shown} is device {found.device_id} of pool {found.pool_id}, not device {device_id} of this one",
+                    "Put the right one there",
+                )
+    except BaseException:
+        for device in devices.values():
+            device.close()
+        raise
+    return devices
+
+
+def check_generations(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
+    """Refuse an old copy of one database beside newer others. Raises DamagedError."""
+    at_least = catalog.shard_generations()
+    for store in stores:
+        if store.generation < at_least.get(store.processor_index, 0):
+            raise DamagedError(
+                f"the shard store of processor {store.processor_index} is an old copy: it is at"
+                f" {store.generation}, the catalog knows of {at_least[store.processor_index]}",
+                "Restore the whole pool from one copy, not single files",
+            )
+        if catalog.generation < store.catalog_generation:
+            raise DamagedError(
+                f"the catalog is an old copy: it is at {catalog.generation}, processor"
+                f" {store.processor_index} knows of {store.catalog_generation}",
+                "Restore the whole pool from one copy, not single files",
+            )
+
+
+class Pool:
+    """An open pool.
+
+    ``volumes`` and ``snapshots`` are what users see. Made by :func:`open_pool`; a script under trio
+    uses it directly, a mount is one more user of it.
+    """
+
+    def __init__(
+        self,
+        home: Device,
+        descriptor: PoolDescriptor,
+        catalog: Catalog,
+        stores: Sequence[ShardStore],
+        devices: Mapping[int, Device],
+    ) -> None:
+        self.home = home
+        self.descriptor = descriptor
+        self.devices = devices
+        self.events = EventLog()
+        self.catalog = CatalogAccess(catalog)
+        self.reserve = Reserve(home)
+        self.is_closing = False
+        self._published_instant = catalog.meta("next_instant")
+        seen = max((store.epoch_max() for store in stores), default=0)
+        # An unpublished cut may have begun an epoch; then all begin one after it.
+        epoch = seen if seen > self._published_instant else catalog.meta("epoch")
+        index = SnapshotIndex()
+        clock = EpochClock(epoch)
+        wakeup = Wakeup()
+        self.volumes = VolumeTable(
+            self.catalog, index, clock, catalog.meta("next_volume_id"), catalog.removed(), self.reserve, wakeup
+        )
+        self.processors = [
+            Processor(store.processor_index, len(stores), store, devices, epoch, self.volumes.facts_of)
+            for store in stores
+        ]
+        self.volumes.processors = self.processors
+        self.snapshots = SnapshotTable(
+            self.catalog,
+            self.volumes,
+            index,
+            clock,
+            max(self._published_instant, seen),
+            catalog.meta("next_snapshot_id"),
+            self.reserve,
+            self.events,
+            wakeup,
+        )
+        self.snapshots.processors = self.processors
+        self.reclaimer = Reclaimer(
+            self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
+        )
+        self.volumes.load(catalog.volumes())
+        self.snapshots.load(catalog.snapshots())
+        for volume_id in self.volumes.removed:
+            for processor in self.processors:
+                processor.tally.hide(volume_id)
+
+    @classmethod
+    def open(cls, home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> Pool:
+        """Open the parts of a pool. Blocks. Raises what its parts raise; then nothing stays open."""
+        descriptor = read_descriptor(home, where)
+        lock_pool(home, where, purpose)
+        catalog = Catalog.open(home, descriptor.pool_id)
+        stores: list[ShardStore] = []
+        devices: dict[int, Device] = {}
+        try:
+            devices = open_devices(home, catalog, descriptor, open_device)
+            for index in range(descriptor.processor_count):
+                stores.append(ShardStore.open(home, index, descriptor.pool_id))
+            check_generations(catalog, stores)
+            return cls(home, descriptor, catalog, stores, devices)
+        except BaseException:
+            for store in stores:
+                store.database.abandon()
+            catalog.database.abandon()
+            for device in devices.values():
+                device.close()
+            raise
+
+    async def recover(self) -> None:
+        """Finish what a crash left: unpublished snapshots, files without logs, cut truncates."""
+        await self.reclaimer.drop_unpublished(self._published_instant)
+        for processor in self.processors:
+            count = await processor.remove_strays()
+            if count:
+                self.events.note("strays-removed", processor=processor.index, file_count=count)
+        await self.volumes.finish_trims()
+
+    async def run(self) -> None:
+        """The pool's tasks; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for processor in self.processors:
+                nursery.start_soon(processor.run)
+            nursery.start_soon(self._sync_periodically)
+            nursery.start_soon(self.reclaimer.run)
+
+    async def _sync_periodically(self) -> None:
+        while True:
+            await trio.sleep(SYNC_PERIOD_S)
+            try:
+                await self.volumes.sync_all()
+            except (SnapfsError, OSError) as error:
+                self.events.note("sync-failed", logging.ERROR, reason=str(error))
+
+    async def sync(self) -> None:
+        """Make everything that was written durable. Raises the first error."""
+        await self.volumes.sync_all()
+
+    def space(self) -> Space:
+        """Room on all devices together; devices on one filesystem count once."""
+        seen: dict[object, Space] = {}
+        for device_id, device in self.devices.items():
+            path = device.local_path("")
+            key: object = device_id if path is None else os.stat(path).st_dev
+            seen[key] = device.space()
+        return Space(
+            *(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True))
+        )
+
+    async def close(self) -> None:
+        """Make everything durable and close. What fails is raised, when all else is closed."""
+        if self.is_closing:
+            raise ClosedError("the pool is closed already")
+        self.is_closing = True
+        with trio.CancelScope(shield=True):
+            try:
+                await self.volumes.sync_all()
+                for processor in self.processors:
+                    await processor.commit(
+                        [one for one in processor.portions.values() if one.failure is None]
+                    )
+            finally:
+                await side_by_side([processor.close for processor in self.processors])
+                await self.catalog.close()
+                for device in self.devices.values():
+                    device.close()
+
+
+def _as_tuple(space: Space) -> tuple[int, int, int, int]:
+    return space.total_bytes, space.free_bytes, space.total_files, space.free_files
+
+
+@asynccontextmanager
+async def running_pool(
+    home: Device, where: str, open_device: OpenDevice, purpose: str = "open"
+) -> AsyncIterator[Pool]:
+    """A pool over any devices, open and with its tasks running. ``home`` is closed with it."""
+    try:
+        pool = await trio.to_thread.run_sync(Pool.open, home, where, open_device, purpose)
+        try:
+            await pool.recover()
+            failure: Exception | None = None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.run)
+                try:
+                    yield pool
+                except Exception as error:  # noqa: BLE001 - raised again outside, where no group wraps it
+                    failure = error
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+        finally:
+            await pool.close()
+    finally:
+        home.close()
+
+
+def embedded_device_opener(home: DirectoryDevice) -> OpenDevice:
+    """Opens devices by path; the empty path is the one inside the pool."""
+
+    def open_device(path: str) -> Device:
+        return DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER))
+
+    return open_device
+
+
+@asynccontextmanager
+async def open_pool(path: str | os.PathLike[str], purpose: str = "script") -> AsyncIterator[Pool]:
+    """The pool in a directory, open and with its tasks running, until the block ends.
+
+    >>> async with snapfs.open_pool("/srv/pool") as pool:
+    ...     await pool.snapshots.create(b"before-upgrade")
+
+    Raises NotAPoolError, TooNewError, DamagedError, InUseError or DeviceMissingError.
+    """
+    where = os.fspath(path)
+    home = open_home(where)
+    async with running_pool(home, where, embedded_device_opener(home), purpose) as pool:
+        yield pool
+
+
+def open_home(where: str) -> DirectoryDevice:
+    """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read."""
+    try:
+        return DirectoryDevice(where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotAPoolError(f"there is no directory {where}", "Make a pool with snapfs init") from None
+    except OSError as error:
+        raise UnreadableError(f"{where} cannot be opened: {error.strerror}") from error
+
+

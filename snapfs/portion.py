@@ -1,0 +1,808 @@
+"""A processor's part of one volume: its objects' maps, and how a read and a write go through them.
+
+Everything here that ends in ``_now`` runs without an await, so nothing else runs in between: a
+write takes effect whole, in one epoch, and a snapshot's cut falls between writes. What such a call
+needs and does not find in memory it names in a :class:`NotResidentError`, before it has changed
+anything; the caller fetches that and calls again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from . import blockmap
+from .backends import Buffer, DeviceFile
+from .blockmap import HOLE, BlockMap
+from .changelog import ChangeLog, ChangeLogs
+from .errors import DamagedError, SnapfsError, SyncFailedError
+from .formats import CopyRow, FreedRow, LogRow, MapRow
+from .geometry import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    BLOCKS_PER_OBJECT,
+    OBJECT_SIZE,
+    Epoch,
+    VolumeId,
+    log_offset,
+)
+from .shardstore import ShardStore
+from .snapshotindex import NEVER, SnapshotIndex
+
+OldBlocks = dict[tuple[int, int], bytes]
+Segment = tuple[ChangeLog | None, int, int, int]
+T = TypeVar("T")
+
+LOAD_WINDOW = 64
+RESIDENT_OBJECTS_MAX = 12288
+_BLOCK_MASK = BLOCK_SIZE - 1
+_ZEROS = memoryview(bytes(OBJECT_SIZE))
+
+
+class NotResidentError(Exception):
+    """Something a ``_now`` call needs is not in memory. Await ``fetch``, then call again.
+
+    ``fetch`` puts old contents of blocks into the dictionary it is given.
+    """
+
+    def __init__(self, fetch: Callable[[OldBlocks], Awaitable[None]]) -> None:
+        super().__init__()
+        self.fetch = fetch
+
+
+class ShardAccess:
+    """A shard store, and the locks around it.
+
+    ``store_lock``: one thread at a time uses the store; held for one query or one transaction.
+    ``commit_lock``: commits and reclaiming steps follow one another; taken before the other, and
+    never by a fetch, so its holder may fetch.
+    """
+
+    def __init__(self, store: ShardStore) -> None:
+        self.store = store
+        self.store_lock = trio.Lock()
+        self.commit_lock = trio.Lock()
+        self._limiter = trio.CapacityLimiter(8)
+
+    async def in_thread(self, call: Callable[..., T], *args: object) -> T:
+        """Run a blocking call in a thread. It is not cancelled halfway."""
+        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+
+    async def ask(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call of the store in a thread, when it is free."""
+        async with self.store_lock:
+            return await self.in_thread(call, *args)
+
+
+class EpochClock:
+    """The epoch of all volumes on one processor: one more than the last instant of all."""
+
+    __slots__ = ("epoch",)
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Tally:
+    """Mapped blocks of each volume on one processor, and of all that are not removed."""
+
+    def __init__(self, counts: dict[VolumeId, int]) -> None:
+        self.counts = counts
+        self.total = sum(counts.values())
+        self._hidden: set[VolumeId] = set()
+
+    def add(self, volume_id: VolumeId, count: int) -> None:
+        """Count blocks in, or out when negative."""
+        self.counts[volume_id] = self.counts.get(volume_id, 0) + count
+        if volume_id not in self._hidden:
+            self.total += count
+
+    def hide(self, volume_id: VolumeId) -> None:
+        """Leave a removed volume out of the total."""
+        if volume_id not in self._hidden:
+            self._hidden.add(volume_id)
+            self.total -= self.counts.get(volume_id, 0)
+
+    def drop(self, volume_id: VolumeId) -> None:
+        """Forget a volume."""
+        self.hide(volume_id)
+        self._hidden.discard(volume_id)
+        self.counts.pop(volume_id, None)
+
+
+class ObjectState:
+    """An object in memory.
+
+    ``epoch`` is the one in which the map last changed. ``copied`` is the instant of the object's
+    latest point-in-time copy, 0 for none, None while that is not known.
+    """
+
+    __slots__ = ("block_map", "copied", "epoch")
+
+    def __init__(self, block_map: BlockMap, epoch: int, copied: int | None) -> None:
+        self.block_map = block_map
+        self.epoch = epoch
+        self.copied = copied
+
+
+class Residency:
+    """Bounds the objects in memory of one processor: those loaded first go first, if clean."""
+
+    def __init__(self, object_count_max: int = RESIDENT_OBJECTS_MAX) -> None:
+        self._object_count_max = object_count_max
+        self._queue: deque[tuple[Portion, int]] = deque()
+
+    def admit(self, portion: Portion, object_index: int) -> None:
+        """An object was loaded."""
+        self._queue.append((portion, object_index))
+        for _ in range(4):
+            if len(self._queue) <= self._object_count_max:
+                return
+            other, index = self._queue.popleft()
+            if not other.let_go(index):
+                self._queue.append((other, index))
+
+
+@dataclass(slots=True)
+class PortionChanges:
+    """What a portion has changed since its last commit, as taken by one."""
+
+    logs_to_sync: list[ChangeLog]
+    changed_logs: dict[int, ChangeLog]
+    objects: set[int]
+    maps: list[MapRow]
+    copies: list[CopyRow]
+    dropped_copies: list[tuple[int, int]]
+    freed: list[FreedRow]
+    count_changed: bool
+
+
+@dataclass(slots=True)
+class _Replacement:
+    """A planned redirected write: what to put where, and the log space it makes free."""
+
+    payload: Buffer
+    start: int
+    freed: list[tuple[ChangeLog, int, int]] = field(default_factory=list)
+
+
+class Portion:
+    """One volume on one processor.
+
+    ``last_instant`` bounds the instants that can hold the volume: NEVER for a live one, the one
+    before its removal for a removed one. ``users`` counts who has it open. ``failure`` is set when a
+    sync failed; then it takes no more writes.
+    """
+
+    def __init__(
+        self,
+        volume_id: VolumeId,
+        access: ShardAccess,
+        logs: ChangeLogs,
+        snapshots: SnapshotIndex,
+        clock: EpochClock,
+        tally: Tally,
+        residency: Residency,
+        processor_count: int,
+        *,
+        birth_epoch: int,
+        named_epoch: int,
+        last_instant: int = NEVER,
+    ) -> None:
+        self.volume_id = volume_id
+        self.birth_epoch = birth_epoch
+        self.named_epoch = named_epoch
+        self.last_instant = last_instant
+        self.users = 0
+        self.failure: SyncFailedError | None = None
+        self.objects: dict[int, ObjectState] = {}
+        self.pending: dict[int, list[CopyRow]] = {}
+        self.commits = 0
+        self.in_commit = False
+        self._access = access
+        self._logs = logs
+        self._snapshots = snapshots
+        self._clock = clock
+        self._tally = tally
+        self._residency = residency
+        self._processor_count = processor_count
+        self._epoch = 0
+        self._log: ChangeLog | None = None
+        self._log_looked_up = False
+        self._log_known: LogRow | None = None
+        self._sealed_in_epoch = True
+        self._dirty_logs: list[ChangeLog] = []
+        self._changed_logs: dict[int, ChangeLog] = {}
+        self._dirty_objects: set[int] = set()
+        self._dropped_copies: list[tuple[int, int]] = []
+        self._freed: list[FreedRow] = []
+        self._count_changed = False
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def map_now(self, object_index: int) -> BlockMap:
+        """The live map of an object; it may change after the next await."""
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        return state.block_map
+
+    def read_now(self, block_map: BlockMap, object_index: int, inside: int, view: memoryview) -> None:
+        """Fill ``view`` from an object at byte ``inside``, if the device need not wait.
+
+        Raises BlockingIOError when it would have to.
+        """
+        if isinstance(block_map, int):
+            log_id = block_map
+        else:
+            first = inside >> BLOCK_SHIFT
+            last = (inside + len(view) + _BLOCK_MASK) >> BLOCK_SHIFT
+            log_id = block_map[first]
+            if last - first > 1 and block_map[first:last].count(log_id) != last - first:
+                self._read_runs_now(block_map, object_index, inside, view)
+                return
+        if log_id == HOLE:
+            view[:] = _ZEROS[: len(view)]
+            return
+        log = self._logs.known.get(log_id)
+        if log is None or log.file is None:
+            raise NotResidentError(partial(self._open_log, log_id))
+        log.file.try_read_into(view, (object_index // self._processor_count) * OBJECT_SIZE + inside)
+
+    def _read_runs_now(self, block_map: BlockMap, object_index: int, inside: int, view: memoryview) -> None:
+        for log, offset, length, at in self.segments(block_map, object_index, inside, len(view), 0):
+            part = view[at : at + length]
+            if log is None:
+                part[:] = _ZEROS[:length]
+            else:
+                assert log.file is not None
+                log.file.try_read_into(part, offset)
+
+    def segments(
+        self, block_map: BlockMap, object_index: int, inside: int, length: int, at: int
+    ) -> list[Segment]:
+        """Where a range of an object lies: ``(log or None for zeros, file offset, length, buffer offset)``.
+
+        Raises NotResidentError for a log that is not open.
+        """
+        base = log_offset(object_index, self._processor_count)
+        found: list[Segment] = []
+        end = inside + length
+        for block, count, log_id in blockmap.runs(
+            block_map, inside >> BLOCK_SHIFT, (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        ):
+            low = max(block << BLOCK_SHIFT, inside)
+            high = min((block + count) << BLOCK_SHIFT, end)
+            log = None
+            if log_id != HOLE:
+                log = self._logs.known.get(log_id)
+                if log is None or log.file is None:
+                    raise NotResidentError(partial(self._open_log, log_id))
+            found.append((log, base + low, high - low, at + low - inside))
+        return found
+
+    def snapshot_map_now(self, object_index: int, instant: int) -> BlockMap:
+        """The map of an object as it stood at an instant that a snapshot holds; a copy, for good.
+
+        The point-in-time copy with the smallest instant at or after it, else the live map.
+        """
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        if state.epoch <= instant:
+            return blockmap.keep(state.block_map)
+        for copy in self.pending.get(object_index, ()):
+            if copy.epoch <= instant <= copy.instant:
+                return copy.block_map
+        raise KeyError(object_index)
+
+    async def snapshot_map(self, object_index: int, instant: int) -> BlockMap:
+        """Like :meth:`snapshot_map_now`, from the store if need be."""
+        while True:
+            try:
+                return self.snapshot_map_now(object_index, instant)
+            except NotResidentError as missing:
+                await missing.fetch({})
+                continue
+            except KeyError:
+                commits = self.commits
+            copy = await self._access.ask(self._access.store.copy_at, self.volume_id, object_index, instant)
+            if copy is not None and copy.epoch <= instant:
+                return copy.block_map
+            if self.commits == commits:
+                # Nothing moved from memory to the store meanwhile, so there is none. A volume that
+                # was removed has no live map to fall back on: what has no copy was a hole.
+                if self.last_instant != NEVER:
+                    return HOLE
+                raise DamagedError(
+                    f"object {object_index} of volume {self.volume_id} has no point-in-time copy for"
+                    f" instant {instant}",
+                    "Unmount and run snapfs check",
+                )
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> None:
+        """Write to an object at byte ``inside``.
+
+        A block that lies in the current change log is overwritten in place; any other goes there
+        whole, completed from where it lay, and then the map points at it. Raises OSError from the
+        device, with the maps unchanged.
+        """
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        log = self._log
+        if log is None or self._epoch < self._clock.epoch:
+            log = self._enter_epoch()
+        first = inside >> BLOCK_SHIFT
+        last = (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT
+        base = (object_index // self._processor_count) * OBJECT_SIZE
+        if blockmap.is_uniform(state.block_map, first, last, log.log_id):
+            self._put(log, data, base + inside)
+            return
+        replacement = self._plan(state, object_index, inside, data, log, old_blocks)
+        try:
+            self._put(log, replacement.payload, base + replacement.start)
+        except OSError:
+            self._give_back(log, state, base, first, last)
+            raise
+        self._keep_copy(object_index, state)
+        self._point_at(log, object_index, state, first, last)
+        for old_log, offset, length in replacement.freed:
+            self._free(old_log, offset, length)
+
+    def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> None:
+        """Raise what would keep :meth:`write_now` from going through, and change nothing."""
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        log = self._log
+        if log is None or self._epoch < self._clock.epoch:
+            log = self._enter_epoch()
+        self._plan(state, object_index, inside, data, log, old_blocks)
+
+    def _put(self, log: ChangeLog, data: Buffer, offset: int) -> None:
+        if self.failure is not None:
+            raise SyncFailedError(self.failure.reason, self.failure.fix)
+        if not log.dirty:
+            log.dirty = True
+            self._dirty_logs.append(log)
+        file = log.file
+        assert file is not None, "the current change log is open"
+        file.write(data, offset)
+
+    def _give_back(self, log: ChangeLog, state: ObjectState, base: int, first: int, last: int) -> None:
+        """After a failed write: free what it left in the log where no map points."""
+        assert log.file is not None
+        for block, count, log_id in blockmap.runs(state.block_map, first, last):
+            if log_id != log.log_id:
+                with contextlib.suppress(OSError):
+                    log.file.punch(base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT)
+
+    def _enter_epoch(self) -> ChangeLog:
+        """Make the volume's current epoch this portion's, and give the log that takes its writes."""
+        epoch = max(self._clock.epoch, self.named_epoch)
+        if not self._log_looked_up:
+            raise NotResidentError(partial(self._look_up_log, epoch))
+        log: ChangeLog | None = None
+        if self._log_known is not None and self._log_known.epoch == epoch:
+            log = self._logs.adopt(self._log_known)
+            if log.sealed or log.block_count == 0:
+                log = None
+            elif log.file is None:
+                raise NotResidentError(partial(self._open_log, log.log_id))
+        elif 0 < self._epoch < epoch:
+            # Entered while in memory, so no log of this epoch can be sealed yet.
+            self._sealed_in_epoch = False
+        self._log_known = None
+        if log is None:
+            live = self._tally.counts.get(self.volume_id, 0)
+            log = self._logs.begin(self.volume_id, Epoch(epoch), live)
+            self._note_changed(log)
+        if self._log is not None:
+            self._log.held -= 1
+        log.held += 1
+        self._log = log
+        self._epoch = epoch
+        return log
+
+    def _plan(
+        self,
+        state: ObjectState,
+        object_index: int,
+        inside: int,
+        data: Buffer,
+        log: ChangeLog,
+        old_blocks: OldBlocks,
+    ) -> _Replacement:
+        """What a write must put into the current log, with partial blocks completed."""
+        end = inside + len(data)
+        first = inside >> BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> BLOCK_SHIFT
+        freed = self._unpinned(state, object_index, first, last, log)
+        head: Buffer = b""
+        tail: Buffer = b""
+        if inside & _BLOCK_MASK and blockmap.entry(state.block_map, first) != log.log_id:
+            head = self._old_block(state, object_index, first, old_blocks)[: inside & _BLOCK_MASK]
+        if end & _BLOCK_MASK and blockmap.entry(state.block_map, last - 1) != log.log_id:
+            tail = self._old_block(state, object_index, last - 1, old_blocks)[end & _BLOCK_MASK :]
+        payload = b"".join((head, data, tail)) if head or tail else data
+        return _Replacement(payload, inside - len(head), freed)
+
+    def _old_block(self, state: ObjectState, object_index: int, block: int, old_blocks: OldBlocks) -> bytes:
+        log_id = blockmap.entry(state.block_map, block)
+        if log_id == HOLE:
+            return bytes(BLOCK_SIZE)
+        offset = log_offset(object_index, self._processor_count) + (block << BLOCK_SHIFT)
+        known = old_blocks.get((log_id, offset))
+        if known is not None:
+            return known
+        log = self._logs.known.get(log_id)
+        if log is None or log.file is None:
+            raise NotResidentError(partial(self._open_log, log_id))
+        buffer = bytearray(BLOCK_SIZE)
+        try:
+            log.file.try_read_into(buffer, offset)
+        except BlockingIOError:
+            raise NotResidentError(partial(self._fetch_block, log, offset)) from None
+        return bytes(buffer)
+
+    def _keep_copy(self, object_index: int, state: ObjectState) -> None:
+        """Before the first change after a snapshot: keep the map as the point-in-time copy."""
+        if state.epoch >= self._epoch:
+            return
+        instant = min(self._epoch - 1, self.last_instant)
+        if self._snapshots.holds(self.volume_id, state.epoch, instant):
+            copy = CopyRow(
+                self.volume_id,
+                object_index,
+                Epoch(instant),
+                Epoch(state.epoch),
+                blockmap.keep(state.block_map),
+            )
+            self.pending.setdefault(object_index, []).append(copy)
+            state.copied = instant
+        state.epoch = self._epoch
+
+    def _point_at(self, log: ChangeLog, object_index: int, state: ObjectState, first: int, last: int) -> None:
+        """Point blocks at the current log, and count."""
+        gained = holes = 0
+        for _, count, log_id in blockmap.runs(state.block_map, first, last):
+            if log_id != log.log_id:
+                gained += count
+                if log_id == HOLE:
+                    holes += count
+        log.block_count += gained
+        self._note_changed(log)
+        if holes:
+            self._tally.add(self.volume_id, holes)
+            self._count_changed = True
+        state.block_map = blockmap.with_range(state.block_map, first, last, log.log_id)
+        self._dirty_objects.add(object_index)
+
+    def unmap_now(self, object_index: int, first: int) -> None:
+        """Make holes of an object's blocks from ``first`` on; free those that no copy names.
+
+        A log that has blocks freed takes no more writes, so a range is never punched that was
+        written anew.
+        """
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        count = blockmap.mapped_count(state.block_map, first)
+        if count == 0:
+            return
+        if self._log is None or self._epoch < self._clock.epoch:
+            self._enter_epoch()
+        freed = self._unpinned(state, object_index, first, BLOCKS_PER_OBJECT, None)
+        self._keep_copy(object_index, state)
+        state.block_map = blockmap.with_range(state.block_map, first, BLOCKS_PER_OBJECT, HOLE)
+        self._tally.add(self.volume_id, -count)
+        self._count_changed = True
+        self._dirty_objects.add(object_index)
+        for log, offset, length in freed:
+            self._free(log, offset, length)
+
+    def _unpinned(
+        self, state: ObjectState, object_index: int, first: int, last: int, current: ChangeLog | None
+    ) -> list[tuple[ChangeLog, int, int]]:
+        """Runs of blocks about to lose the live map's name that no point-in-time copy names either.
+
+        The latest copy names a block exactly if the block's log was begun at or before its instant.
+        """
+        newest = self._snapshots.newest(self.volume_id)
+        if (
+            current is not None
+            and newest == self._epoch - 1
+            and not self._sealed_in_epoch
+            and self.last_instant == NEVER
+        ):
+            # The usual case: the last snapshot is still there, so its copies name every older block.
+            return []
+        base = log_offset(object_index, self._processor_count)
+        found = []
+        for block, count, log_id in blockmap.runs(state.block_map, first, last):
+            if log_id == HOLE or (current is not None and log_id == current.log_id):
+                continue
+            log = self._logs.known.get(log_id)
+            if log is None:
+                raise NotResidentError(partial(self._look_at_log, log_id))
+            if log.epoch > self._copied_after(state, object_index):
+                found.append((log, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+        return found
+
+    def _copied_after(self, state: ObjectState, object_index: int) -> int:
+        """Instant of the object's latest copy, once the change that is being planned has kept its own."""
+        instant = min(self._epoch - 1, self.last_instant)
+        if state.epoch < self._epoch and self._snapshots.holds(self.volume_id, state.epoch, instant):
+            return instant
+        if state.copied is None:
+            raise NotResidentError(partial(self._look_up_copied, object_index))
+        return state.copied
+
+    def _free(self, log: ChangeLog, offset: int, length: int) -> None:
+        log.block_count -= length >> BLOCK_SHIFT
+        self._freed.append(FreedRow(log.log_id, offset, length))
+        self._note_changed(log)
+        if not log.sealed:
+            log.sealed = True
+            if log.epoch == max(self._clock.epoch, self.named_epoch):
+                self._sealed_in_epoch = True
+        if log is self._log:
+            log.held -= 1
+            self._log = None
+
+    def _note_changed(self, log: ChangeLog) -> None:
+        if log.log_id not in self._changed_logs:
+            self._changed_logs[log.log_id] = log
+            log.held += 1
+
+    def name_snapshot(self, epoch: int) -> None:
+        """A snapshot that names this volume was cut; its next write is of this epoch."""
+        self.named_epoch = epoch
+        if self._log is not None:
+            self._log.held -= 1
+            self._log = None
+
+    def drop_copy_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> None:
+        """Forget a point-in-time copy that no snapshot needs, and free what only it names.
+
+        ``later`` is the map of the object's next copy, None if the live map is next; ``earlier`` is
+        the instant of the copy before, 0 for none.
+        """
+        object_index = copy.object_index
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        newer = self.pending.get(object_index)
+        is_latest = later is None and not newer
+        if later is None:
+            later = newer[0].block_map if newer else state.block_map
+        freed = self._named_only_by(copy, later, earlier)
+        if is_latest:
+            state.copied = earlier
+        self._dropped_copies.append((object_index, copy.instant))
+        self._dirty_objects.add(object_index)
+        for log, offset, length in freed:
+            self._free(log, offset, length)
+
+    def exclusive_bytes_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> int:
+        """What :meth:`drop_copy_now` would free."""
+        state = self.objects.get(copy.object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, copy.object_index))
+        newer = self.pending.get(copy.object_index)
+        if later is None:
+            later = newer[0].block_map if newer else state.block_map
+        return sum(length for _, _, length in self._named_only_by(copy, later, earlier))
+
+    def _named_only_by(self, copy: CopyRow, later: BlockMap, earlier: int) -> list[tuple[ChangeLog, int, int]]:
+        base = log_offset(copy.object_index, self._processor_count)
+        found = []
+        for block, count, log_id in blockmap.dropped_runs(copy.block_map, later):
+            log = self._logs.known.get(log_id)
+            if log is None:
+                raise NotResidentError(partial(self._look_at_log, log_id))
+            if log.epoch > earlier:
+                found.append((log, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+        return found
+
+    # -- fetching ----------------------------------------------------------------------------
+
+    async def _load(self, object_index: int, old_blocks: OldBlocks) -> None:
+        """Bring a window of maps around an object into memory."""
+        stride = self._processor_count
+        width = LOAD_WINDOW * stride
+        lowest = object_index - object_index % width
+        first = lowest + object_index % stride
+        rows = await self._access.ask(self._access.store.maps, self.volume_id, first, lowest + width - 1)
+        found = {row.object_index: row for row in rows}
+        for index in range(first, lowest + width, stride):
+            if index in self.objects:
+                continue
+            row = found.get(index)
+            if row is None:
+                # Never written: a hole since the volume was made; of a removed one nothing is left.
+                gone = self.last_instant != NEVER
+                state = ObjectState(HOLE, NEVER if gone else self.birth_epoch, None if gone else 0)
+            else:
+                state = ObjectState(row.block_map, row.epoch, None)
+            self.objects[index] = state
+            self._residency.admit(self, index)
+
+    async def _look_up_copied(self, object_index: int, old_blocks: OldBlocks) -> None:
+        """Learn the instant of an object's latest copy."""
+        newest = await self._access.ask(
+            self._access.store.latest_copy_instant, self.volume_id, object_index
+        )
+        state = self.objects.get(object_index)
+        if state is not None and state.copied is None:
+            pending = self.pending.get(object_index)
+            state.copied = pending[-1].instant if pending else newest
+
+    async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
+        """Bring a log's row into memory."""
+        row = await self._access.ask(self._access.store.log, log_id)
+        if row is None:
+            raise DamagedError(
+                f"a map of volume {self.volume_id} names change log {log_id}, which does not exist",
+                "Unmount and run snapfs check",
+            )
+        self._logs.adopt(row)
+
+    async def _open_log(self, log_id: int, old_blocks: OldBlocks) -> None:
+        """Open a log's file."""
+        log = self._logs.known.get(log_id)
+        if log is None:
+            await self._look_at_log(log_id, old_blocks)
+            log = self._logs.known.get(log_id)
+        if log is not None:
+            self._logs.open_file(log)
+
+    async def _look_up_log(self, epoch: int, old_blocks: OldBlocks) -> None:
+        """Learn whether the store has a log that takes this volume's writes."""
+        row = await self._access.ask(self._access.store.open_log, self.volume_id, epoch)
+        if not self._log_looked_up:
+            self._log_known = row
+            self._log_looked_up = True
+
+    async def _fetch_block(self, log: ChangeLog, offset: int, old_blocks: OldBlocks) -> None:
+        """Read the old contents of a block, for a partial write to complete it."""
+        buffer = bytearray(BLOCK_SIZE)
+        await self.read_segments([(log, offset, BLOCK_SIZE, 0)], memoryview(buffer))
+        old_blocks[(log.log_id, offset)] = bytes(buffer)
+
+    async def read_segments(self, segments: list[Segment], view: memoryview) -> None:
+        """Read segments of this processor's logs in a thread."""
+        files: list[tuple[DeviceFile, int, memoryview]] = []
+        used = []
+        for log, offset, length, at in segments:
+            part = view[at : at + length]
+            if log is None:
+                part[:] = _ZEROS[:length]
+            else:
+                files.append((self._logs.open_file(log), offset, part))
+                used.append(log)
+        for log in used:
+            log.users += 1
+        try:
+            await self._access.in_thread(_read_all, files)
+        finally:
+            for log in used:
+                log.users -= 1
+
+    # -- committing --------------------------------------------------------------------------
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether anything is not committed, or a commit of it is under way."""
+        return bool(
+            self.in_commit
+            or self._dirty_logs
+            or self._dirty_objects
+            or self._changed_logs
+            or self._freed
+            or self._dropped_copies
+        )
+
+    @property
+    def dirty_object_count(self) -> int:
+        """Objects whose maps are not committed."""
+        return len(self._dirty_objects)
+
+    def take_changes(self) -> PortionChanges:
+        """Copy what is to be committed; what changes from now on is for the next commit."""
+        logs = self._dirty_logs
+        for log in logs:
+            log.dirty = False
+        changes = PortionChanges(
+            logs_to_sync=logs,
+            changed_logs=self._changed_logs,
+            objects=self._dirty_objects,
+            maps=[
+                MapRow(self.volume_id, index, Epoch(state.epoch), blockmap.keep(state.block_map))
+                for index in self._dirty_objects
+                if (state := self.objects[index]).epoch != NEVER
+            ],
+            copies=[copy for copies in self.pending.values() for copy in copies],
+            dropped_copies=self._dropped_copies,
+            freed=self._freed,
+            count_changed=self._count_changed,
+        )
+        self._dirty_logs = []
+        self._changed_logs = {}
+        self._dirty_objects = set()
+        self._dropped_copies = []
+        self._freed = []
+        self._count_changed = False
+        self.in_commit = True
+        return changes
+
+    def changes_done(self, changes: PortionChanges) -> None:
+        """What was taken is durable."""
+        self.in_commit = False
+        self.commits += 1
+        for copy in changes.copies:
+            kept = self.pending[copy.object_index]
+            kept.remove(copy)
+            if not kept:
+                del self.pending[copy.object_index]
+        for log in changes.changed_logs.values():
+            log.held -= 1
+
+    def changes_failed(self, changes: PortionChanges, error: SnapfsError | OSError, *, sync_failed: bool) -> None:
+        """What was taken is not durable; it is still to be committed.
+
+        After a failed sync of data it never will be: what the device kept is not known.
+        """
+        self.in_commit = False
+        for log in changes.logs_to_sync:
+            if not log.dirty:
+                log.dirty = True
+                self._dirty_logs.append(log)
+        for log_id, log in changes.changed_logs.items():
+            if log_id in self._changed_logs:
+                log.held -= 1
+            else:
+                self._changed_logs[log_id] = log
+        self._dirty_objects |= changes.objects
+        self._dropped_copies = changes.dropped_copies + self._dropped_copies
+        self._freed = changes.freed + self._freed
+        self._count_changed = self._count_changed or changes.count_changed
+        if sync_failed:
+            self.failure = SyncFailedError(
+                f"a sync of volume {self.volume_id} failed ({error})",
+                "It takes no more writes. Save what its writer still has, then unmount and mount the pool",
+            )
+
+    def let_go(self, object_index: int) -> bool:
+        """Forget an object's map if it is clean; whether it is no longer kept."""
+        if object_index in self._dirty_objects or object_index in self.pending or self.in_commit:
+            return False
+        self.objects.pop(object_index, None)
+        return True
+
+    def release(self) -> None:
+        """Let go of everything; the portion must be clean."""
+        if self._log is not None:
+            self._log.held -= 1
+            self._log = None
+        self._log_looked_up = False
+        self._log_known = None
+        self._sealed_in_epoch = True
+        self.objects.clear()
+
+
+def _read_all(files: list[tuple[DeviceFile, int, memoryview]]) -> None:
+    for file, offset, part in files:
+        if file.read_into(part, offset) != len(part):
+            raise DamagedError(
+                "a change log is shorter than its map says", "Unmount and run snapfs check, it names the blocks"
+            )

@@ -1,0 +1,378 @@
+"""A processor: a task that owns a shard, every object placed on it with its maps and change logs.
+
+Requests do not travel to the task. They call the portions' methods directly, which run without an
+await; the task does the slow work: it commits when much is dirty, punches what was freed and takes
+deleted snapshots apart.
+
+What is durable in which order, at every commit: the data in the change logs and the logs' names;
+then, in one transaction, the maps that name it (I5); then, outside, ranges that nothing names any
+more are punched and files of empty logs removed (I8).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+from .backends import Device
+from .changelog import ChangeLog, ChangeLogs
+from .errors import SnapfsError
+from .formats import IntermediateRow, ShardBatch
+from .geometry import Epoch, LogId, SnapshotId, VolumeId
+from .portion import EpochClock, Portion, PortionChanges, Residency, ShardAccess, Tally
+from .shardstore import ShardStore
+from .snapshotindex import NEVER, SnapshotIndex
+from .tasks import Wakeup
+
+DIRTY_OBJECTS_MAX = 2048
+COMMIT_CHECK_S = 1.0
+_PUNCH_BATCH = 512
+
+
+class _DataSyncError(Exception):
+    """The data of a volume could not be synced."""
+
+    def __init__(self, volume_id: VolumeId, cause: OSError | SnapfsError) -> None:
+        super().__init__(volume_id)
+        self.volume_id = volume_id
+        self.cause = cause
+
+
+@dataclass(slots=True)
+class _Commit:
+    """A commit under way: the rows, and what they were made from."""
+
+    batch: ShardBatch
+    taken: list[tuple[Portion, PortionChanges]]
+    catalog_generation: int
+    dead_logs: list[ChangeLog] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PortionFacts:
+    """What a processor has to know of a volume; see :class:`Portion`."""
+
+    birth_epoch: int
+    named_epoch: int
+    last_instant: int = NEVER
+
+
+@dataclass(slots=True)
+class ProcessorStatus:
+    """Counts for status reports."""
+
+    processor_index: int
+    portion_count: int
+    mapped_block_count: int
+    dirty_object_count: int
+    resident_object_count: int
+    waiting_commit_count: int
+    commit_count: int
+    last_commit_ns: int
+    last_commit_duration_ns: int
+    epoch: int
+    generation: int
+
+
+class Processor:
+    """One processor of a pool. ``run`` is its task; ``facts_of`` tells it what it must know of a volume."""
+
+    def __init__(
+        self,
+        index: int,
+        processor_count: int,
+        store: ShardStore,
+        devices: Mapping[int, Device],
+        epoch: int,
+        facts_of: Callable[[VolumeId], PortionFacts],
+    ) -> None:
+        self.index = index
+        self.access = ShardAccess(store)
+        self.logs = ChangeLogs(index, devices, store.next_log_id)
+        self.snapshots = SnapshotIndex()
+        self.clock = EpochClock(epoch)
+        self.tally = Tally(store.block_counts())
+        self.portions: dict[VolumeId, Portion] = {}
+        self.commit_count = 0
+        self.last_commit_ns = 0
+        self.last_commit_duration_ns = 0
+        self.processor_count = processor_count
+        self._facts_of = facts_of
+        self._residency = Residency()
+        self._wakeup = Wakeup()
+        self._has_freed = True
+
+    # -- portions ----------------------------------------------------------------------------
+
+    def portion(self, volume_id: VolumeId) -> Portion:
+        """The volume's portion here; made if it is not in memory."""
+        portion = self.portions.get(volume_id)
+        if portion is None:
+            facts = self._facts_of(volume_id)
+            portion = self.portions[volume_id] = Portion(
+                volume_id,
+                self.access,
+                self.logs,
+                self.snapshots,
+                self.clock,
+                self.tally,
+                self._residency,
+                self.processor_count,
+                birth_epoch=facts.birth_epoch,
+                named_epoch=facts.named_epoch,
+                last_instant=facts.last_instant,
+            )
+        return portion
+
+    def let_go(self, portion: Portion) -> None:
+        """Forget a portion that nobody uses, if it is clean and sound."""
+        if portion.users == 0 and not portion.is_dirty and not portion.pending and portion.failure is None:
+            portion.release()
+            if self.portions.get(portion.volume_id) is portion:
+                del self.portions[portion.volume_id]
+
+    # -- the task ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit when much is dirty, and punch what is free; until cancelled."""
+        while True:
+            with trio.move_on_after(COMMIT_CHECK_S):
+                await self._wakeup.wait()
+            try:
+                if sum(portion.dirty_object_count for portion in self.portions.values()) >= DIRTY_OBJECTS_MAX:
+                    await self.commit()
+                if self._has_freed:
+                    await self.punch_freed()
+            except (SnapfsError, OSError):
+                # Whoever waits for the data learns of it from its own sync; it is tried again.
+                continue
+
+    def wake(self) -> None:
+        """Have the task look for work now."""
+        self._wakeup.set()
+
+    # -- snapshots ---------------------------------------------------------------------------
+
+    def cut(
+        self, snapshot_id: SnapshotId, instant: int, volume_ids: Collection[VolumeId] | None
+    ) -> IntermediateRow:
+        """Begin a new epoch after ``instant``. Runs without an await; costs the same at every size.
+
+        Gives the intermediate snapshot, still to be prepared.
+        """
+        self.snapshots.add(instant, volume_ids)
+        if volume_ids is None:
+            self.clock.epoch = instant + 1
+            block_count = self.tally.total
+            portion_count = len(self.tally.counts)
+        else:
+            block_count = portion_count = 0
+            for volume_id in volume_ids:
+                count = self.tally.counts.get(volume_id, 0)
+                block_count += count
+                portion_count += count > 0
+                portion = self.portions.get(volume_id)
+                if portion is not None:
+                    portion.name_snapshot(instant + 1)
+        return IntermediateRow(
+            snapshot_id,
+            Epoch(instant),
+            time.time_ns(),
+            block_count,
+            portion_count,
+            LogId(self.logs.next_log_id),
+        )
+
+    async def prepare(
+        self, row: IntermediateRow, volume_ids: Collection[VolumeId] | None, catalog_generation: int
+    ) -> None:
+        """Make everything of before the cut durable, with the intermediate snapshot."""
+        if volume_ids is None:
+            portions: Iterable[Portion] = self.portions.values()
+        else:
+            portions = [self.portions[one] for one in volume_ids if one in self.portions]
+        await self.commit(portions, ShardBatch(intermediates=[row]), catalog_generation)
+
+    # -- committing --------------------------------------------------------------------------
+
+    async def commit(
+        self,
+        portions: Iterable[Portion] | None = None,
+        batch: ShardBatch | None = None,
+        catalog_generation: int | None = None,
+    ) -> None:
+        """Make the dirty state of these portions (all: None) durable, with the rows of ``batch``.
+
+        Raises SyncFailedError when data could not be synced, NoSpaceError when the store's device
+        is full (nothing is lost then; it is tried again at the next commit).
+        """
+        with trio.CancelScope(shield=True):
+            async with self.access.commit_lock:
+                await self.commit_locked(portions, batch, catalog_generation)
+
+    async def commit_locked(
+        self,
+        portions: Iterable[Portion] | None = None,
+        batch: ShardBatch | None = None,
+        catalog_generation: int | None = None,
+    ) -> None:
+        """Like :meth:`commit`, by a holder of the commit lock, shielded from cancellation."""
+        commit = self._begin_commit(portions, batch, catalog_generation)
+        if not commit.taken and not commit.batch:
+            return
+        started = time.perf_counter_ns()
+        try:
+            if commit.batch:
+                await self.access.ask(self._write, commit)
+            else:
+                await self.access.in_thread(self._write, commit)
+        except _DataSyncError as failed:
+            self._fail_commit(commit, failed.cause, failed.volume_id)
+            raise self.portions[failed.volume_id].failure or failed.cause from failed.cause
+        except BaseException as error:
+            self._fail_commit(commit, error, None)
+            raise
+        self._end_commit(commit)
+        self.commit_count += 1
+        self.last_commit_ns = time.time_ns()
+        self.last_commit_duration_ns = time.perf_counter_ns() - started
+        if commit.dead_logs:
+            await self.remove_logs(commit.dead_logs)
+
+    def _begin_commit(
+        self, portions: Iterable[Portion] | None, batch: ShardBatch | None, catalog_generation: int | None
+    ) -> _Commit:
+        store = self.access.store
+        rows = batch if batch is not None else ShardBatch()
+        if catalog_generation is None:
+            catalog_generation = store.catalog_generation
+        commit = _Commit(rows, [], catalog_generation)
+        for portion in list(self.portions.values()) if portions is None else list(portions):
+            if portion.failure is not None:
+                raise type(portion.failure)(portion.failure.reason, portion.failure.fix)
+        for portion in list(self.portions.values()) if portions is None else list(portions):
+            if not portion.is_dirty:
+                continue
+            changes = portion.take_changes()
+            commit.taken.append((portion, changes))
+            rows.maps += changes.maps
+            rows.copies += changes.copies
+            rows.dropped_copies += [(portion.volume_id, *one) for one in changes.dropped_copies]  # type: ignore[misc]
+            dead = {log.log_id for log in changes.changed_logs.values() if self._is_dead(log)}
+            for log in changes.changed_logs.values():
+                if log.log_id in dead:
+                    commit.dead_logs.append(log)
+                    if not self.snapshots.holds(log.volume_id, 0, log.epoch - 1):
+                        rows.dropped_logs.append(log.log_id)
+                        continue
+                rows.logs.append(log.row())
+            rows.freed += [row for row in changes.freed if row.log_id not in dead]
+            if changes.count_changed:
+                rows.portions.append((portion.volume_id, self.tally.counts.get(portion.volume_id, 0)))
+        if rows.freed:
+            self._has_freed = True
+        if rows:
+            rows.next_log_id = LogId(self.logs.next_log_id)
+        return commit
+
+    def _is_dead(self, log: ChangeLog) -> bool:
+        """Nothing names a block of it, and it takes no more writes."""
+        return log.block_count == 0 and log.sealed
+
+    def _write(self, commit: _Commit) -> None:
+        """The blocking part of a commit: data, then maps."""
+        dead = {log.log_id for log in commit.dead_logs}
+        for portion, changes in commit.taken:
+            logs = [log for log in changes.logs_to_sync if log.log_id not in dead]
+            try:
+                self.logs.sync(logs)
+            except (OSError, SnapfsError) as error:
+                raise _DataSyncError(portion.volume_id, error) from error
+        if commit.batch:
+            self.access.store.commit(commit.batch, commit.catalog_generation)
+
+    def _fail_commit(self, commit: _Commit, error: BaseException, unsynced: VolumeId | None) -> None:
+        cause = error if isinstance(error, SnapfsError | OSError) else SnapfsError(repr(error))
+        for portion, changes in commit.taken:
+            portion.changes_failed(changes, cause, sync_failed=portion.volume_id == unsynced)
+
+    def _end_commit(self, commit: _Commit) -> None:
+        for portion, changes in commit.taken:
+            portion.changes_done(changes)
+            self.let_go(portion)
+
+    async def remove_logs(self, logs: list[ChangeLog]) -> None:
+        """Remove the files of logs that nothing names, now that this is durable."""
+        for log in logs:
+            self.logs.discard(log)
+            try:
+                await self.access.in_thread(self.logs.remove_file, log.log_id, log.device_id)
+                if log.file is not None and not log.users:
+                    log.file.close()
+            except OSError:
+                # Left over; it is found again at the next opening of the pool.
+                continue
+
+    # -- freeing -----------------------------------------------------------------------------
+
+    async def punch_freed(self) -> int:
+        """Give what nothing names back to the devices; how many ranges."""
+        done = 0
+        while True:
+            with trio.CancelScope(shield=True):
+                count = await self.access.ask(self._punch_some)
+            done += count
+            if count < _PUNCH_BATCH:
+                self._has_freed = False
+                return done
+            await trio.lowlevel.checkpoint()
+
+    def _punch_some(self) -> int:
+        store = self.access.store
+        rows = store.freed(_PUNCH_BATCH)
+        devices: dict[int, int | None] = {}
+        for row in rows:
+            if row.log_id not in devices:
+                log = store.log(row.log_id)
+                devices[row.log_id] = None if log is None else log.device_id
+            device_id = devices[row.log_id]
+            if device_id is not None:
+                self.logs.punch(row.log_id, device_id, row.offset, row.length)
+        if rows:
+            store.forget_freed(rows)
+        return len(rows)
+
+    async def remove_strays(self) -> int:
+        """After opening, before the first write: remove files of logs that the store does not know."""
+        return await self.access.ask(self._remove_strays)
+
+    def _remove_strays(self) -> int:
+        known = self.access.store.log_ids_with_blocks()
+        strays = self.logs.stray_files(known)
+        for device_id, name in strays:
+            self.logs.remove_stray(device_id, name)
+        return len(strays)
+
+    def status(self) -> ProcessorStatus:
+        """Counts, as they are now."""
+        return ProcessorStatus(
+            processor_index=self.index,
+            portion_count=len(self.tally.counts),
+            mapped_block_count=self.tally.total,
+            dirty_object_count=sum(one.dirty_object_count for one in self.portions.values()),
+            resident_object_count=sum(len(one.objects) for one in self.portions.values()),
+            waiting_commit_count=self.access.commit_lock.statistics().tasks_waiting,
+            commit_count=self.commit_count,
+            last_commit_ns=self.last_commit_ns,
+            last_commit_duration_ns=self.last_commit_duration_ns,
+            epoch=self.clock.epoch,
+            generation=self.access.store.generation,
+        )
+
+    async def close(self) -> None:
+        """Close files and store; everything must be committed."""
+        self.logs.close()
+        await self.access.ask(self.access.store.close)

@@ -1,0 +1,267 @@
+"""Space of deleted snapshots and removed volumes comes back, in small steps.
+
+A point-in-time copy is needed while a snapshot exists between its first and its last instant.
+When it is not, it goes, and with it the blocks that neither the version before it nor the one after
+it names: a block's names are always consecutive versions, because a log id that has left an
+object's map never returns to it. Whether the version before names a block is seen from the block's
+change log alone: it does if the log was begun at or before its instant.
+
+Each step is one commit. Cancelled or crashed between two, the work starts again from what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import trio
+
+from . import blockmap
+from .blockmap import BlockMap
+from .changelog import ChangeLog
+from .formats import CopyRow, FreedRow, LogRow, MapRow, ShardBatch
+from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
+from .portion import NotResidentError, Portion
+from .processor import Processor
+
+_BATCH = 256
+_Place = tuple[int, int, int]
+_Freed = dict[int, tuple[ChangeLog, int]]  # by log id: how many of its blocks go
+
+
+@dataclass(frozen=True, slots=True)
+class _Unneeded:
+    """A copy that can go, between the map of the next (None: the live one) and the instant before."""
+
+    portion: Portion
+    copy: CopyRow
+    later: BlockMap | None
+    earlier: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """Copies found by one query, and where the next one begins; None at the end."""
+
+    unneeded: list[_Unneeded] = field(default_factory=list)
+    place: _Place | None = None
+
+
+async def release_snapshot(processor: Processor, snapshot_id: SnapshotId, instant: int) -> None:
+    """Take one processor's part of a deleted snapshot apart.
+
+    The snapshot has left the processor's index, so no copy is made for it any more.
+    """
+    place: _Place | None = (instant - 1, 0, 0)
+    while place is not None:
+        with trio.CancelScope(shield=True):
+            async with processor.access.commit_lock:
+                # What is pending goes to the store first, so that the store knows every copy.
+                await processor.commit_locked(_sound(processor))
+                step = await _find(processor, instant, None, place)
+                try:
+                    for one in step.unneeded:
+                        await _drop(one)
+                    if step.unneeded:
+                        await processor.commit_locked(_sound(processor))
+                finally:
+                    _let_go(processor, step)
+        place = step.place
+        await trio.lowlevel.checkpoint()
+    idle = await _idle_logs(processor)
+    await processor.commit([], ShardBatch(dropped_intermediates=[snapshot_id], dropped_logs=idle))
+    processor.wake()
+
+
+async def exclusive_bytes(
+    processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None
+) -> int:
+    """What deleting a snapshot would free on one processor, in bytes. Changes nothing."""
+    total = 0
+    place: _Place | None = (instant - 1, 0, 0)
+    while place is not None:
+        with trio.CancelScope(shield=True):
+            async with processor.access.commit_lock:
+                await processor.commit_locked(_sound(processor))
+                step = await _find(processor, instant, volume_ids, place)
+                try:
+                    for one in step.unneeded:
+                        total += await _exclusive_bytes_of(one)
+                finally:
+                    _let_go(processor, step)
+        place = step.place
+        await trio.lowlevel.checkpoint()
+    return total
+
+
+def _sound(processor: Processor) -> list[Portion]:
+    return [portion for portion in processor.portions.values() if portion.failure is None]
+
+
+async def _find(
+    processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None, place: _Place
+) -> _Step:
+    """Copies from ``place`` on that no snapshot besides the one at ``instant`` needs."""
+    index = processor.snapshots
+    store = processor.access.store
+    rows = await processor.access.ask(
+        store.copies_between, instant, index.next_of_all(instant), place, _BATCH
+    )
+    step = _Step()
+    seen: set[tuple[int, int]] = set()
+    wanted = []
+    at_end = len(rows) < _BATCH
+    for row in rows:
+        key = (row.volume_id, row.object_index)
+        if key in seen:
+            # One copy of an object a step: its neighbours must be settled before the next is judged.
+            at_end = False
+            break
+        step.place = (row.instant, row.volume_id, row.object_index)
+        if volume_ids is not None and row.volume_id not in volume_ids:
+            continue
+        portion = processor.portions.get(row.volume_id)
+        if portion is not None and portion.failure is not None:
+            continue
+        if not index.holds_besides(row.volume_id, row.epoch, row.instant, instant):
+            seen.add(key)
+            wanted.append(row)
+    if at_end:
+        step.place = None
+    neighbours = await processor.access.ask(lambda: [store.neighbours(row) for row in wanted])
+    for row, (later, earlier) in zip(wanted, neighbours, strict=True):
+        portion = processor.portion(row.volume_id)
+        portion.users += 1
+        step.unneeded.append(_Unneeded(portion, row, later, earlier))
+    return step
+
+
+def _let_go(processor: Processor, step: _Step) -> None:
+    for one in step.unneeded:
+        one.portion.users -= 1
+        processor.let_go(one.portion)
+
+
+async def _drop(one: _Unneeded) -> None:
+    while True:
+        try:
+            one.portion.drop_copy_now(one.copy, one.later, one.earlier)
+        except NotResidentError as missing:
+            await missing.fetch({})
+        else:
+            return
+
+
+async def _exclusive_bytes_of(one: _Unneeded) -> int:
+    while True:
+        try:
+            return one.portion.exclusive_bytes_now(one.copy, one.later, one.earlier)
+        except NotResidentError as missing:
+            await missing.fetch({})
+
+
+async def _idle_logs(processor: Processor) -> list[LogId]:
+    """Empty logs that no older snapshot refers to as its change log."""
+    rows = await processor.access.ask(processor.access.store.empty_logs)
+    return [
+        row.log_id
+        for row in rows
+        if row.log_id not in processor.logs.known
+        and not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)
+    ]
+
+
+async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_instant: int) -> None:
+    """Take one processor's part of a removed volume apart; nobody has it open for writing.
+
+    Live maps that a snapshot needs become point-in-time copies of ``last_instant``, the instant
+    before the removal; all else is freed.
+    """
+    portion = processor.portions.get(volume_id)
+    if not processor.snapshots.holds(volume_id, 0, last_instant):
+        await _forget(processor, volume_id)
+        return
+    if portion is not None and portion.failure is None:
+        await processor.commit([portion])
+    place: int | None = 0
+    while place is not None:
+        with trio.CancelScope(shield=True):
+            async with processor.access.commit_lock:
+                place = await _dismantle_some(processor, volume_id, last_instant, place)
+    processor.tally.drop(volume_id)
+    await processor.commit([], ShardBatch(dropped_portions=[volume_id]))
+    processor.wake()
+
+
+async def _dismantle_some(
+    processor: Processor, volume_id: VolumeId, last_instant: int, from_object: int
+) -> int | None:
+    store = processor.access.store
+    rows = await processor.access.ask(store.some_maps, volume_id, from_object, _BATCH)
+    if not rows:
+        return None
+    batch = ShardBatch()
+    changed: _Freed = {}
+    for row in rows:
+        batch.dropped_maps.append((volume_id, row.object_index))
+        if processor.snapshots.holds(volume_id, row.epoch, last_instant):
+            batch.copies.append(
+                CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map)
+            )
+        else:
+            await _free_map(processor, row, batch, changed)
+    dead = []
+    for log, block_count in changed.values():
+        row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
+        if row_after.block_count == 0:
+            batch.dropped_logs.append(log.log_id)
+            dead.append(log)
+        else:
+            batch.logs.append(row_after)
+    dead_ids = {log.log_id for log in dead}
+    batch.freed = [freed for freed in batch.freed if freed.log_id not in dead_ids]
+    await processor.commit_locked([], batch)
+    for log, block_count in changed.values():
+        log.block_count -= block_count
+        log.sealed = True
+    await processor.remove_logs(dead)
+    return rows[-1].object_index + 1
+
+
+async def _free_map(
+    processor: Processor, row: MapRow, batch: ShardBatch, changed: _Freed
+) -> None:
+    """Free the blocks of a live map that goes, but those that the latest copy names."""
+    store = processor.access.store
+    latest = await processor.access.ask(store.latest_copy_instant, row.volume_id, row.object_index)
+    base = log_offset(row.object_index, processor.processor_count)
+    for block, count, log_id in blockmap.all_runs(row.block_map):
+        if log_id == blockmap.HOLE:
+            continue
+        log, freed_count = changed.get(log_id, (processor.logs.known.get(log_id), 0))
+        if log is None:
+            log_row: LogRow | None = await processor.access.ask(store.log, log_id)
+            if log_row is None:
+                continue
+            log = processor.logs.adopt(log_row)
+        if log.epoch > latest:
+            changed[log_id] = (log, freed_count + count)
+            batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+
+
+async def _forget(processor: Processor, volume_id: VolumeId) -> None:
+    """A removed volume that no snapshot holds: all of it goes at once."""
+    with trio.CancelScope(shield=True):
+        async with processor.access.commit_lock:
+            store = processor.access.store
+            logs = await processor.access.ask(store.logs_of, volume_id)
+            await processor.access.ask(store.forget_volume, volume_id)
+            portion = processor.portions.pop(volume_id, None)
+            known = [log for log in processor.logs.known.values() if log.volume_id == volume_id]
+            if portion is not None:
+                portion.release()
+            processor.tally.drop(volume_id)
+            stored = {log.log_id for log in known}
+            await processor.remove_logs(
+                known + [ChangeLog(row) for row in logs if row.block_count and row.log_id not in stored]
+            )

@@ -1,0 +1,123 @@
+"""The pool's task that gives back what deleted snapshots and removed volumes held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+
+from . import reclaim
+from .catalogaccess import CatalogAccess
+from .errors import SnapfsError
+from .events import EventLog
+from .formats import CatalogBatch
+from .geometry import Epoch, SnapshotId, VolumeId
+from .processor import Processor
+from .reserve import Reserve
+from .snapshot import Snapshot
+from .snapshotindex import SnapshotIndex
+from .snapshots import SnapshotTable
+from .tasks import Wakeup, side_by_side
+from .volumes import VolumeTable
+
+RETRY_S = 5.0
+
+
+class Reclaimer:
+    """Works through what is to be freed, one thing at a time. It may be stopped at any await."""
+
+    def __init__(
+        self,
+        catalog: CatalogAccess,
+        volumes: VolumeTable,
+        snapshots: SnapshotTable,
+        index: SnapshotIndex,
+        processors: Sequence[Processor],
+        reserve: Reserve,
+        events: EventLog,
+        wakeup: Wakeup,
+    ) -> None:
+        self._catalog = catalog
+        self._volumes = volumes
+        self._snapshots = snapshots
+        self._index = index
+        self._processors = processors
+        self._reserve = reserve
+        self._events = events
+        self._wakeup = wakeup
+        self._turn = trio.Lock()
+
+    async def run(self) -> None:
+        """Free whenever there is something to free; until cancelled."""
+        while True:
+            try:
+                await self.reclaim_all()
+            except (SnapfsError, OSError) as error:
+                self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
+                await trio.sleep(RETRY_S)
+            else:
+                await self._wakeup.wait()
+
+    @property
+    def waiting_count(self) -> int:
+        """Deleted snapshots and removed volumes that still hold space."""
+        return len(self._snapshots.deleted) + len(self._snapshots.aborted) + len(self._volumes.removed)
+
+    async def reclaim_all(self) -> None:
+        """Free all that nobody has open."""
+        async with self._turn:
+            aborted = self._snapshots.aborted
+            while aborted:
+                await self._reserve.helped(partial(self._release_parts, *aborted[0]))
+                aborted.pop(0)
+            for volume_id, epoch in self._volumes.to_dismantle():
+                await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
+            for snapshot in list(self._snapshots.deleted.values()):
+                if snapshot.opens == 0:
+                    await self._reserve.helped(partial(self._release, snapshot))
+            for processor in self._processors:
+                await processor.punch_freed()
+            await self._reserve.refill()
+
+    async def _release_parts(self, snapshot_id: SnapshotId, instant: int) -> None:
+        await side_by_side(
+            [partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors]
+        )
+
+    async def _release(self, snapshot: Snapshot) -> None:
+        if snapshot.is_kept:
+            snapshot.is_kept = False
+            self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
+        await self._release_parts(snapshot.snapshot_id, snapshot.instant)
+        high = self._index.next_of_all(snapshot.instant)
+        versions = await self._catalog.ask(
+            self._catalog.catalog.versions_between, snapshot.instant, high
+        )
+        idle = [
+            (row.volume_id, row.instant)
+            for row in versions
+            if not self._index.holds(row.volume_id, row.epoch, row.instant)
+        ]
+        batch = CatalogBatch(dropped_snapshots=[snapshot.snapshot_id], dropped_versions=idle)
+        await self._catalog.save([], lambda: batch)
+        self._snapshots.deleted.pop(snapshot.snapshot_id, None)
+
+    async def _dismantle(self, volume_id: VolumeId, epoch: Epoch) -> None:
+        await side_by_side(
+            [partial(reclaim.dismantle_volume, one, volume_id, epoch - 1) for one in self._processors]
+        )
+        await self._catalog.save([], lambda: CatalogBatch(dropped_removed=[volume_id]))
+        self._volumes.removed.pop(volume_id, None)
+
+    async def drop_unpublished(self, from_instant: int) -> None:
+        """After opening: give back what was kept for a snapshot that was cut and never published."""
+        known = set(self._snapshots.by_id) | set(self._snapshots.deleted)
+        for processor in self._processors:
+            parts = await processor.access.ask(processor.access.store.intermediates)
+            for part in parts:
+                if part.snapshot_id not in known:
+                    await reclaim.release_snapshot(processor, part.snapshot_id, from_instant)
+            if await processor.access.ask(processor.access.store.epoch_max) > from_instant:
+                await reclaim.release_snapshot(processor, SnapshotId(0), from_instant)

@@ -1,0 +1,63 @@
+"""Room kept back so that deleting still works on a full device (I10)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from .backends import Device
+from .errors import NoSpaceError
+from .formats import RESERVE_FILE
+
+RESERVE_BYTES_MAX = 16 << 20
+_SHARE = 64
+
+
+class Reserve:
+    """A file of allocated blocks in the pool's directory, given up when a deletion finds no room.
+
+    It holds 16 MiB, or a 64th of a device that is smaller than 1 GiB.
+    """
+
+    def __init__(self, home: Device) -> None:
+        self._home = home
+        self.is_spent = False
+
+    def fill(self) -> None:
+        """Set the room aside, in a new pool or again. Raises OSError when there is none. Blocks."""
+        wanted = min(RESERVE_BYTES_MAX, self._home.space().total_bytes // _SHARE) & ~4095
+        file = self._home.create(RESERVE_FILE)
+        try:
+            file.reserve(wanted)
+            file.sync()
+        finally:
+            file.close()
+        self.is_spent = False
+
+    def _spend(self) -> None:
+        file = self._home.open(RESERVE_FILE)
+        try:
+            file.truncate(0)
+            file.sync()
+        finally:
+            file.close()
+        self.is_spent = True
+
+    async def helped(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Run something that frees room; if it finds none, run it once more with the reserve given up."""
+        try:
+            await call()
+        except NoSpaceError:
+            if self.is_spent:
+                raise
+            await trio.to_thread.run_sync(self._spend)
+            await call()
+
+    async def refill(self) -> None:
+        """Set the room aside again if it was given up and there is some now."""
+        if self.is_spent and self._home.space().free_bytes > 2 * RESERVE_BYTES_MAX:
+            try:
+                await trio.to_thread.run_sync(self.fill)
+            except OSError:
+                self.is_spent = True

@@ -1,0 +1,323 @@
+"""A processor's shard store: its maps, point-in-time copies, change logs and intermediate snapshots.
+
+A SQLite database. Every call blocks; the processor calls it from a thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from . import blockmap
+from .backends import Device
+from .database import Database
+from .errors import DamagedError
+from .formats import (
+    SHARD_SCHEMA,
+    CopyRow,
+    FreedRow,
+    IntermediateRow,
+    LogRow,
+    MapRow,
+    ShardBatch,
+    shard_file,
+)
+from .geometry import Epoch, LogId, SnapshotId, VolumeId
+
+
+class ShardStore:
+    """An open shard store. ``generation`` grows by one with every commit."""
+
+    def __init__(self, database: Database, processor_index: int) -> None:
+        self.database = database
+        self.processor_index = processor_index
+        self.generation = self._meta("generation")
+        self.catalog_generation = self._meta("catalog_generation")
+        self.next_log_id = LogId(self._meta("next_log_id"))
+
+    @classmethod
+    def create(cls, device: Device, processor_index: int, pool_id: str) -> None:
+        """Make an empty store."""
+        database = Database(
+            device, shard_file(processor_index), _what(processor_index), create_schema=SHARD_SCHEMA
+        )
+        meta: dict[str, int | str] = {
+            "pool_id": pool_id,
+            "processor_index": processor_index,
+            "generation": 0,
+            "catalog_generation": 0,
+            "next_log_id": 1,
+        }
+        with database.transaction():
+            database.each("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+        database.close()
+
+    @classmethod
+    def open(cls, device: Device, processor_index: int, pool_id: str) -> ShardStore:
+        """Open it. Raises DamagedError when it is missing or another pool's."""
+        what = _what(processor_index)
+        try:
+            database = Database(device, shard_file(processor_index), what)
+        except FileNotFoundError:
+            raise DamagedError(f"{what} is missing", "Restore it from a copy of the whole pool") from None
+        try:
+            return cls.over(database, processor_index, pool_id)
+        except BaseException:
+            database.abandon()
+            raise
+
+    @classmethod
+    def over(cls, database: Database, processor_index: int, pool_id: str) -> ShardStore:
+        """A store over an open database, once it is known to be the right one."""
+        owner = database.row("SELECT value FROM meta WHERE key = 'pool_id'")
+        place = database.row("SELECT value FROM meta WHERE key = 'processor_index'")
+        if owner != (pool_id,) or place != (processor_index,):
+            raise DamagedError(
+                f"{_what(processor_index)} belongs to another pool or processor", "Put the right one back"
+            )
+        return cls(database, processor_index)
+
+    def _meta(self, key: str) -> int:
+        row = self.database.row("SELECT value FROM meta WHERE key = ?", (key,))
+        if row is None or not isinstance(row[0], int):
+            raise DamagedError(f"{self.database.what} lacks its {key}", "Restore it from a copy")
+        return row[0]
+
+    def maps(self, volume_id: VolumeId, first_object: int, last_object: int) -> list[MapRow]:
+        """Live maps of a volume's objects ``first_object`` to ``last_object``, in order."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, epoch, map FROM maps"
+            " WHERE volume_id = ? AND object_index BETWEEN ? AND ? ORDER BY object_index",
+            (volume_id, first_object, last_object),
+        )
+        return [MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in rows]
+
+    def some_maps(self, volume_id: VolumeId, from_object: int, limit: int) -> list[MapRow]:
+        """Up to ``limit`` live maps of a volume from an object on, in order."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, epoch, map FROM maps"
+            " WHERE volume_id = ? AND object_index >= ? ORDER BY object_index LIMIT ?",
+            (volume_id, from_object, limit),
+        )
+        return [MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in rows]
+
+    def copy_at(self, volume_id: VolumeId, object_index: int, instant: int) -> CopyRow | None:
+        """The point-in-time copy with the smallest instant at or after ``instant``."""
+        row = self.database.row(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND object_index = ? AND instant >= ? ORDER BY instant LIMIT 1",
+            (volume_id, object_index, instant),
+        )
+        return None if row is None else _copy(row)
+
+    def copies_between(
+        self, low: int, high: int, after: tuple[int, int, int], limit: int
+    ) -> list[CopyRow]:
+        """Copies with instants from ``low`` up to, not including, ``high``, in order.
+
+        ``after`` is the last ``(instant, volume_id, object_index)`` seen.
+        """
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE instant >= ? AND instant < ? AND (instant, volume_id, object_index) > (?, ?, ?)"
+            " ORDER BY instant, volume_id, object_index LIMIT ?",
+            (low, high, *after, limit),
+        )
+        return [_copy(row) for row in rows]
+
+    def copies_of(self, volume_id: VolumeId) -> list[CopyRow]:
+        """All copies of a volume's objects, by object and instant."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? ORDER BY object_index, instant",
+            (volume_id,),
+        )
+        return [_copy(row) for row in rows]
+
+    def neighbours(self, copy: CopyRow) -> tuple[blockmap.BlockMap | None, int]:
+        """The map of the object's next copy, None if there is none, and the instant of the one before, else 0."""
+        key = (copy.volume_id, copy.object_index, copy.instant)
+        later = self.database.row(
+            "SELECT map FROM copies WHERE volume_id = ? AND object_index = ? AND instant > ?"
+            " ORDER BY instant LIMIT 1",
+            key,
+        )
+        earlier = self.database.row(
+            "SELECT max(instant) FROM copies WHERE volume_id = ? AND object_index = ? AND instant < ?", key
+        )
+        return (
+            None if later is None else blockmap.decode(later[0]),
+            0 if earlier is None or earlier[0] is None else int(earlier[0]),
+        )
+
+    def latest_copy_instant(self, volume_id: VolumeId, object_index: int) -> int:
+        """Instant of an object's latest copy, 0 for none."""
+        row = self.database.row(
+            "SELECT max(instant) FROM copies WHERE volume_id = ? AND object_index = ?",
+            (volume_id, object_index),
+        )
+        return 0 if row is None or row[0] is None else int(row[0])
+
+    def log(self, log_id: int) -> LogRow | None:
+        """One change log."""
+        row = self.database.row("SELECT * FROM logs WHERE log_id = ?", (log_id,))
+        return None if row is None else LogRow(*row)
+
+    def open_log(self, volume_id: VolumeId, epoch: int) -> LogRow | None:
+        """The log that takes a volume's writes in an epoch, if it was begun."""
+        row = self.database.row(
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0"
+            " ORDER BY log_id DESC LIMIT 1",
+            (volume_id, epoch),
+        )
+        return None if row is None else LogRow(*row)
+
+    def logs_of(self, volume_id: VolumeId) -> list[LogRow]:
+        """A volume's change logs, oldest first."""
+        rows = self.database.rows("SELECT * FROM logs WHERE volume_id = ? ORDER BY epoch, log_id", (volume_id,))
+        return [LogRow(*row) for row in rows]
+
+    def empty_logs(self) -> list[LogRow]:
+        """Logs in which nothing is named any more."""
+        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE block_count = 0")]
+
+    def log_ids_with_blocks(self) -> set[int]:
+        """Logs that have a file."""
+        return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0")}
+
+    def log_count(self) -> int:
+        """How many change logs there are."""
+        row = self.database.row("SELECT count(*) FROM logs")
+        return 0 if row is None else int(row[0])
+
+    def log_after(self, volume_id: VolumeId, instant: int) -> LogRow | None:
+        """The change log that belongs to a snapshot: the first begun after its instant."""
+        row = self.database.row(
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch > ? ORDER BY epoch, log_id LIMIT 1",
+            (volume_id, instant),
+        )
+        return None if row is None else LogRow(*row)
+
+    def live_counts_at(self, instant: int) -> dict[VolumeId, int]:
+        """For each volume that changed after an instant, the blocks it had mapped here then."""
+        rows = self.database.rows(
+            "SELECT volume_id, live_before, min(epoch * 4294967296 + log_id) FROM logs WHERE epoch > ?"
+            " GROUP BY volume_id",
+            (instant,),
+        )
+        return {row[0]: row[1] for row in rows}
+
+    def volume_ids(self) -> set[VolumeId]:
+        """Every volume of which the store has a map, a copy, a log or a count."""
+        rows = self.database.rows(
+            "SELECT volume_id FROM maps UNION SELECT volume_id FROM copies"
+            " UNION SELECT volume_id FROM logs UNION SELECT volume_id FROM portions"
+        )
+        return {row[0] for row in rows}
+
+    def block_counts(self) -> dict[VolumeId, int]:
+        """Mapped blocks of each volume here."""
+        rows = self.database.rows("SELECT volume_id, block_count FROM portions")
+        return cast("dict[VolumeId, int]", dict(rows))
+
+    def intermediates(self) -> list[IntermediateRow]:
+        """All intermediate snapshots, oldest first."""
+        return [
+            IntermediateRow(*row) for row in self.database.rows("SELECT * FROM intermediates ORDER BY instant")
+        ]
+
+    def intermediate(self, snapshot_id: SnapshotId) -> IntermediateRow | None:
+        """One intermediate snapshot."""
+        row = self.database.row("SELECT * FROM intermediates WHERE snapshot_id = ?", (snapshot_id,))
+        return None if row is None else IntermediateRow(*row)
+
+    def epoch_max(self) -> int:
+        """The largest epoch or instant that any row speaks of."""
+        row = self.database.row(
+            "SELECT max(coalesce((SELECT max(epoch) FROM logs), 0),"
+            " coalesce((SELECT max(instant) + 1 FROM copies), 0),"
+            " coalesce((SELECT max(instant) + 1 FROM intermediates), 0))"
+        )
+        return 0 if row is None else int(row[0])
+
+    def freed(self, limit: int) -> list[FreedRow]:
+        """Ranges still to be punched."""
+        return [FreedRow(*row) for row in self.database.rows("SELECT * FROM freed LIMIT ?", (limit,))]
+
+    def forget_freed(self, rows: Iterable[FreedRow]) -> None:
+        """Take ranges off the list once they are punched, durably enough: punching twice does no harm."""
+        with self.database.transaction():
+            self.database.each("DELETE FROM freed WHERE log_id = ? AND offset = ? AND length = ?", rows)
+
+    def commit(self, batch: ShardBatch, catalog_generation: int) -> None:
+        """Make a batch durable, all or nothing.
+
+        ``catalog_generation`` is one that the catalog is known to have reached durably.
+        """
+        database = self.database
+        with database.transaction():
+            if batch.maps:
+                database.each(
+                    "INSERT OR REPLACE INTO maps VALUES (?, ?, ?, ?)",
+                    [(*row[:3], blockmap.encode(row.block_map)) for row in batch.maps],
+                )
+            if batch.copies:
+                database.each(
+                    "INSERT OR REPLACE INTO copies VALUES (?, ?, ?, ?, ?)",
+                    [(*row[:4], blockmap.encode(row.block_map)) for row in batch.copies],
+                )
+            for sql, rows in (
+                ("DELETE FROM maps WHERE volume_id = ? AND object_index = ?", batch.dropped_maps),
+                (
+                    "DELETE FROM copies WHERE volume_id = ? AND object_index = ? AND instant = ?",
+                    batch.dropped_copies,
+                ),
+                ("INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", batch.logs),
+                ("DELETE FROM logs WHERE log_id = ?", [(log_id,) for log_id in batch.dropped_logs]),
+                ("INSERT INTO freed VALUES (?, ?, ?)", batch.freed),
+                ("INSERT OR REPLACE INTO portions VALUES (?, ?)", batch.portions),
+                ("DELETE FROM portions WHERE volume_id = ?", [(one,) for one in batch.dropped_portions]),
+                ("INSERT INTO intermediates VALUES (?, ?, ?, ?, ?, ?)", batch.intermediates),
+                (
+                    "DELETE FROM intermediates WHERE snapshot_id = ?",
+                    [(one,) for one in batch.dropped_intermediates],
+                ),
+            ):
+                if rows:
+                    database.each(sql, cast("list[tuple[int, ...]]", rows))
+            meta = [(self.generation + 1, "generation"), (catalog_generation, "catalog_generation")]
+            if batch.next_log_id is not None:
+                meta.append((batch.next_log_id, "next_log_id"))
+            database.each("UPDATE meta SET value = ? WHERE key = ?", meta)
+        self.generation += 1
+        self.catalog_generation = catalog_generation
+
+    def forget_volume(self, volume_id: VolumeId) -> None:
+        """Drop every row of a volume that no snapshot holds, all or nothing. Its files are the caller's."""
+        with self.database.transaction():
+            self.database.execute(
+                "DELETE FROM freed WHERE log_id IN (SELECT log_id FROM logs WHERE volume_id = ?)", (volume_id,)
+            )
+            for table in ("maps", "copies", "logs", "portions"):
+                self.database.execute(f"DELETE FROM {table} WHERE volume_id = ?", (volume_id,))
+            self.database.execute("UPDATE meta SET value = value + 1 WHERE key = 'generation'")
+        self.generation += 1
+
+    def close(self) -> None:
+        """Close the store."""
+        self.database.close()
+
+
+def _what(processor_index: int) -> str:
+    return f"the shard store of processor {processor_index}"
+
+
+def _copy(row: tuple[object, ...]) -> CopyRow:
+    volume_id, object_index, instant, epoch, stored = row
+    return CopyRow(
+        VolumeId(cast("int", volume_id)),
+        cast("int", object_index),
+        Epoch(cast("int", instant)),
+        Epoch(cast("int", epoch)),
+        blockmap.decode(stored),
+    )

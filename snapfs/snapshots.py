@@ -1,0 +1,313 @@
+"""The table of snapshots: making them at one instant on all processors, listing and deleting them.
+
+Making one: the kernel's dirty pages are flushed (by whoever mounts; see ``before_cut``); then, with
+no await in between, every processor begins a new epoch - that is the instant; then each processor
+makes its part durable and prepares its intermediate snapshot, side by side; then one commit of the
+catalog makes the snapshot exist. What a crash leaves prepared without that commit is dropped when
+the pool is opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
+
+import trio
+
+from . import reclaim
+from .catalogaccess import CatalogAccess
+from .errors import ExistsError, NotFoundError, SnapfsError
+from .events import EventLog
+from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
+from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
+from .portion import EpochClock
+from .processor import Processor
+from .reserve import Reserve
+from .snapshot import Snapshot, SnapshotMembers, SnapshotVolume
+from .snapshotindex import SnapshotIndex
+from .tasks import Wakeup, side_by_side
+from .units import check_name, show_name, utc_name
+from .volume import Volume
+from .volumes import VolumeTable
+
+BeforeCut = Callable[[Sequence[Volume]], Awaitable[None]]
+_MEMBERS_KEPT = 8
+
+
+async def nothing_before_cut(volumes: Sequence[Volume]) -> None:
+    """Without a mount there are no dirty pages to flush."""
+
+
+class SnapshotTable:
+    """The snapshots of a pool by name and by id.
+
+    ``lock`` lets one snapshot be made, renamed or deleted at a time.
+    """
+
+    def __init__(
+        self,
+        catalog: CatalogAccess,
+        volumes: VolumeTable,
+        index: SnapshotIndex,
+        clock: EpochClock,
+        next_instant: int,
+        next_snapshot_id: int,
+        reserve: Reserve,
+        events: EventLog,
+        reclaim_wakeup: Wakeup,
+    ) -> None:
+        self.by_name: dict[bytes, Snapshot] = {}
+        self.by_id: dict[SnapshotId, Snapshot] = {}
+        self.deleted: dict[SnapshotId, Snapshot] = {}
+        self.before_cut: BeforeCut = nothing_before_cut
+        self.processors: Sequence[Processor] = ()
+        self.lock = trio.Lock()
+        self.aborted: list[tuple[SnapshotId, int]] = []
+        self._catalog = catalog
+        self._volumes = volumes
+        self._index = index
+        self._clock = clock
+        self._next_instant = next_instant
+        self._next_snapshot_id = next_snapshot_id
+        self._reserve = reserve
+        self._events = events
+        self._members: OrderedDict[SnapshotId, SnapshotMembers] = OrderedDict()
+        self._reclaim_wakeup = reclaim_wakeup
+
+    def load(self, rows: Sequence[SnapshotRow]) -> None:
+        """Fill the table and the indexes from the catalog."""
+        for row in rows:
+            snapshot = Snapshot(row)
+            if snapshot.name is None:
+                self.deleted[snapshot.snapshot_id] = snapshot
+            else:
+                self._index.add(snapshot.instant, snapshot.volume_ids)
+                for processor in self.processors:
+                    processor.snapshots.add(snapshot.instant, snapshot.volume_ids)
+                self.by_name[snapshot.name] = snapshot
+                self.by_id[snapshot.snapshot_id] = snapshot
+
+    def keep_no_more(self, instant: int, volume_ids: Collection[VolumeId] | None) -> None:
+        """From now on no copy is made or kept for a snapshot with this instant."""
+        self._index.remove(instant, volume_ids)
+        for processor in self.processors:
+            processor.snapshots.remove(instant, volume_ids)
+
+    def get(self, name: bytes) -> Snapshot:
+        """The snapshot of that name. Raises NotFoundError."""
+        snapshot = self.by_name.get(name)
+        if snapshot is None:
+            raise NotFoundError(f"there is no snapshot {show_name(name)!r}", "See the names with snapfs list")
+        return snapshot
+
+    # -- making one --------------------------------------------------------------------------
+
+    async def create(
+        self, name: bytes | None = None, volume_names: Iterable[bytes] | None = None, note: str = ""
+    ) -> Snapshot:
+        """Make a snapshot of the volumes named, or of all (None), at one instant; it is durable.
+
+        Without a name it gets the time in UTC. Raises BadNameError, ExistsError, NotFoundError,
+        NoSpaceError, SyncFailedError; then there is no snapshot.
+        """
+        if name is not None:
+            check_name(name, "snapshot")
+        async with self.lock:
+            self._check_free(name)
+            chosen = self._chosen(volume_names)
+            await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
+            with trio.CancelScope(shield=True):
+                snapshot = await self._create(name, volume_names, note)
+            return snapshot
+
+    def _check_free(self, name: bytes | None) -> None:
+        if name is not None and name in self.by_name:
+            raise ExistsError(f"there is a snapshot {show_name(name)!r} already", "Choose another name")
+
+    def _chosen(self, volume_names: Iterable[bytes] | None) -> list[Volume] | None:
+        if volume_names is None:
+            return None
+        chosen = {name: self._volumes.get(name) for name in volume_names}
+        if not chosen:
+            raise NotFoundError("a snapshot of no volume was asked for", "Name at least one, or none for all")
+        return list(chosen.values())
+
+    async def _create(
+        self, name: bytes | None, volume_names: Iterable[bytes] | None, note: str
+    ) -> Snapshot:
+        async with self._volumes.lock:
+            chosen = self._chosen(volume_names)
+            sizes = {volume: volume.size_bytes for volume in self._volumes.unsaved()}
+            row, parts = self._cut(name, chosen, note)
+        try:
+            await side_by_side(
+                [
+                    partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
+                    for processor, part in zip(self.processors, parts, strict=True)
+                ]
+            )
+            await self._publish(row, sizes, chosen)
+        except (SnapfsError, OSError) as error:
+            self._abort(row, error)
+            raise
+        snapshot = Snapshot(row)
+        assert row.name is not None
+        self.by_name[row.name] = snapshot
+        self.by_id[row.snapshot_id] = snapshot
+        self._events.note(
+            "snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000
+        )
+        return snapshot
+
+    def _cut(
+        self, name: bytes | None, chosen: list[Volume] | None, note: str
+    ) -> tuple[SnapshotRow, list[IntermediateRow]]:
+        """The instant. Runs without an await, so it falls between any two writes."""
+        created_ns = time.time_ns()
+        volume_ids = None if chosen is None else frozenset(volume.volume_id for volume in chosen)
+        snapshot_id = SnapshotId(self._next_snapshot_id)
+        self._next_snapshot_id += 1
+        started = time.perf_counter_ns()
+        instant = Epoch(self._next_instant)
+        self._next_instant += 1
+        parts = [processor.cut(snapshot_id, instant, volume_ids) for processor in self.processors]
+        self._index.add(instant, volume_ids)
+        if chosen is None:
+            self._clock.epoch = instant + 1
+        for volume in chosen or ():
+            volume.named_epoch = Epoch(instant + 1)
+        stall_ns = time.perf_counter_ns() - started
+        row = SnapshotRow(
+            snapshot_id,
+            name if name is not None else self._unused_name(created_ns),
+            instant,
+            created_ns,
+            volume_ids,
+            stall_ns,
+            note,
+        )
+        return row, parts
+
+    def _unused_name(self, created_ns: int) -> bytes:
+        stem = utc_name(created_ns).encode()
+        name, number = stem, 2
+        while name in self.by_name:
+            name = stem + b"-%d" % number
+            number += 1
+        return name
+
+    async def _publish(self, row: SnapshotRow, sizes: dict[Volume, int], chosen: list[Volume] | None) -> None:
+        covered = set(sizes) if chosen is None else {*chosen}
+        for volume in covered:
+            if not volume.is_removed and volume in sizes:
+                volume.data_synced(sizes[volume])
+        await self._catalog.save(
+            covered,
+            lambda: CatalogBatch(
+                snapshots=[row],
+                shard_generations=[(one.index, one.access.store.generation) for one in self.processors],
+                meta={
+                    "epoch": self._clock.epoch,
+                    "next_instant": row.instant + 1,
+                    "next_snapshot_id": row.snapshot_id + 1,
+                },
+            ),
+        )
+
+    def _abort(self, row: SnapshotRow, error: Exception) -> None:
+        """Forget a snapshot that could not be made durable; give back what was kept for it."""
+        self.keep_no_more(row.instant, row.volume_ids)
+        self.aborted.append((row.snapshot_id, row.instant))
+        self._reclaim_wakeup.set()
+        self._events.note(
+            "snapshot-failed", logging.WARNING, name=show_name(row.name or b""), reason=str(error)
+        )
+
+    # -- looking into one --------------------------------------------------------------------
+
+    async def members(self, snapshot: Snapshot) -> SnapshotMembers:
+        """The volumes of a snapshot."""
+        known = self._members.get(snapshot.snapshot_id)
+        if known is not None:
+            self._members.move_to_end(snapshot.snapshot_id)
+            return known
+        instant = snapshot.instant
+        rows = await self._catalog.ask(self._catalog.catalog.versions_at, instant)
+        # From here on without an await: memory is newer than what was asked.
+        found: dict[VolumeId, Attributes] = {}
+        for row in rows:
+            if snapshot.holds(row.volume_id):
+                found[row.volume_id] = row.attributes
+        for volume in self._volumes.by_id.values():
+            if not snapshot.holds(volume.volume_id):
+                continue
+            if volume.epoch <= instant and not volume.is_removed:
+                found[volume.volume_id] = volume.attributes()
+            for version in volume.versions:
+                if version.epoch <= instant <= version.instant:
+                    found[volume.volume_id] = version.attributes
+        members = SnapshotMembers(snapshot, found)
+        self._members[snapshot.snapshot_id] = members
+        while len(self._members) > _MEMBERS_KEPT:
+            self._members.popitem(last=False)
+        return members
+
+    async def open_volume(self, snapshot: Snapshot, volume_id: VolumeId) -> SnapshotVolume:
+        """A volume of a snapshot, open until its ``close``. Raises NotFoundError."""
+        members = await self.members(snapshot)
+        attributes = members.by_id.get(volume_id)
+        if attributes is None or snapshot.snapshot_id not in self.by_id:
+            raise NotFoundError("the snapshot or its volume is gone")
+        return SnapshotVolume(snapshot, volume_id, attributes, self.processors)
+
+    def close_volume(self, volume: SnapshotVolume) -> None:
+        """Undo :meth:`open_volume`. The space of a deleted snapshot comes back when its last file is closed."""
+        volume.close()
+        if volume.snapshot.opens == 0 and volume.snapshot.snapshot_id in self.deleted:
+            self._reclaim_wakeup.set()
+
+    async def space_of(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Bytes that a snapshot references, and bytes that only it holds."""
+        referenced = exclusive = 0
+        for processor in self.processors:
+            part = await processor.access.ask(processor.access.store.intermediate, snapshot.snapshot_id)
+            referenced += 0 if part is None else part.block_count * BLOCK_SIZE
+            exclusive += await reclaim.exclusive_bytes(processor, snapshot.instant, snapshot.volume_ids)
+        return referenced, exclusive
+
+    # -- names -------------------------------------------------------------------------------
+
+    async def rename(self, old: bytes, new: bytes) -> None:
+        """Give a snapshot another name, durably. Raises NotFoundError, ExistsError, BadNameError."""
+        check_name(new, "snapshot")
+        async with self.lock:
+            snapshot = self.get(old)
+            if old == new:
+                return
+            self._check_free(new)
+            batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, new)])
+            await self._catalog.save([], lambda: batch)
+            del self.by_name[old]
+            snapshot.name = new
+            self.by_name[new] = snapshot
+            self._events.note("snapshot-renamed", name=show_name(old), to=show_name(new))
+
+    async def delete(self, name: bytes) -> Snapshot:
+        """Delete a snapshot: its name is gone, durably, and its space comes back in the background.
+
+        Files of it that are open stay readable until they are closed. Works on a full device.
+        """
+        async with self.lock:
+            snapshot = self.get(name)
+            batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, None)])
+            await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
+            del self.by_name[name]
+            del self.by_id[snapshot.snapshot_id]
+            self._members.pop(snapshot.snapshot_id, None)
+            self.deleted[snapshot.snapshot_id] = snapshot
+            self._events.note("snapshot-deleted", name=show_name(name))
+            self._reclaim_wakeup.set()
+            return snapshot

@@ -1,0 +1,44 @@
+"""Small helpers for trio."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+
+class Wakeup:
+    """An event that can be set again: :meth:`wait` returns once for any number of :meth:`set` before it."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        """Wake whoever waits, or the next to wait."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait for a :meth:`set`."""
+        await self._event.wait()
+        self._event = trio.Event()
+
+
+async def side_by_side(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Run all calls at once, wait for all, and raise the first error that one of them met."""
+    waiting = list(calls)
+    if len(waiting) == 1:
+        await waiting[0]()
+        return
+    errors: list[Exception] = []
+
+    async def run(call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await call()
+        except Exception as error:  # noqa: BLE001 - it is raised below, when all have ended
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for call in waiting:
+            nursery.start_soon(run, call)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,80 @@
+"""Sizes, times and names as users write and read them. Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from .errors import BadCommandError, BadNameError, NameTooLongError, ReservedNameError
+
+NAME_MAX_BYTES = 255
+_SIZE = re.compile(r"\s*(\d{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
+_POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``10G``, ``512M``, ``4096``; units are powers of 1024.
+
+    Raises BadCommandError.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise BadCommandError(f"{text!r} is not a size", "Write bytes, or a number with K, M, G or T: 10G")
+    number, unit, _ = match.groups()
+    return int(number) << _POWERS.get((unit or "").lower(), 0)
+
+
+def format_size(size_bytes: int) -> str:
+    """A size for people: ``0``, ``512 B``, ``1.5 GiB``."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B" if size_bytes else "0"
+    size = float(size_bytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        size /= 1024
+        if abs(size) < 1024:
+            break
+    return f"{size:.1f} {unit}"
+
+
+def utc_name(when_ns: int) -> str:
+    """The name of a snapshot that was given none: ``2026-11-22T083113Z``."""
+    return datetime.fromtimestamp(when_ns // 1_000_000_000, UTC).strftime("%Y-%m-%dT%H%M%SZ")
+
+
+def iso_time(when_ns: int) -> str:
+    """A moment in UTC to the millisecond: ``2026-11-22T08:31:13.042Z``."""
+    seconds, rest = divmod(when_ns, 1_000_000_000)
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{rest // 1_000_000:03d}Z"
+
+
+def show_name(name: bytes) -> str:
+    """A name for messages and JSON; bytes that are not UTF-8 become lone surrogates (PEP 383)."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def check_name(name: bytes, kind: str) -> bytes:
+    """The name, if a volume or snapshot can have it. ``kind`` is the word for messages.
+
+    Names are bytes: any that are not control characters, of 1 to 255. A leading ``.`` is kept for
+    snapfs, a leading ``@`` for moments in time. Raises BadNameError, NameTooLongError or
+    ReservedNameError.
+    """
+    shown = show_name(name)[:64]
+    if not name:
+        raise BadNameError(f"a {kind} needs a name", "Give it one of 1 to 255 bytes")
+    if len(name) > NAME_MAX_BYTES:
+        raise NameTooLongError(
+            f"the {kind} name {shown!r}... has {len(name)} bytes", f"Use at most {NAME_MAX_BYTES}"
+        )
+    if b"/" in name:
+        raise BadNameError(f"the {kind} name {shown!r} has a slash", "Volumes and snapshots lie in one folder")
+    if any(byte < 0x20 or byte == 0x7F for byte in name):
+        raise BadNameError(f"the {kind} name {shown!r} has a control character", "Leave it out")
+    if name in (b".snapshots", b".snapfs"):
+        raise ReservedNameError(f"{shown!r} is snapfs' own", "Choose another name")
+    if name[:1] == b".":
+        if kind == "snapshot" or name in (b".", b".."):
+            raise BadNameError(f"the {kind} name {shown!r} begins with a dot", "Choose another first letter")
+    elif name[:1] == b"@" and kind == "snapshot":
+        raise BadNameError(f"the {kind} name {shown!r} begins with @", "@ is kept for moments in time")
+    return name

@@ -1,0 +1,465 @@
+"""A volume: objects spread over the processors, under one name, size and mode."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+
+from .backends import Buffer
+from .blockmap import BlockMap
+from .catalogaccess import CatalogAccess
+from .errors import SnapfsError, TooLargeError
+from .formats import Attributes, VersionRow, VolumeRow
+from .geometry import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    OBJECT_MASK,
+    OBJECT_SHIFT,
+    OBJECT_SIZE,
+    Epoch,
+    VolumeId,
+    pieces,
+    volume_size_bytes_max,
+)
+from .portion import EpochClock, NotResidentError, OldBlocks, Portion, Segment
+from .processor import Processor
+from .snapshotindex import NEVER, SnapshotIndex
+from .tasks import side_by_side
+from .units import format_size, show_name
+
+_TRIM_BATCH = 256
+_TRIM_COMMIT_OBJECTS = 1024
+_TRIM_NONE, _TRIM_DONE, _TRIM_DUE = 0, 1, 2
+
+
+class VolumeView(ABC):
+    """Something to read like a file: a live volume, or one in a snapshot."""
+
+    volume_id: VolumeId
+    size_bytes: int
+
+    def __init__(self, processors: Sequence[Processor]) -> None:
+        self.processors = processors
+        self.processor_count = len(processors)
+        self.portions: list[Portion] = []
+
+    @abstractmethod
+    def map_now(self, object_index: int) -> BlockMap:
+        """The map of an object. Raises NotResidentError."""
+
+    def read_now(self, offset: int, buffer: memoryview) -> memoryview:
+        """Read into ``buffer`` what lies at ``offset``, up to the end; the part of it that was filled.
+
+        Raises NotResidentError or BlockingIOError when it would have to wait.
+        """
+        length = min(len(buffer), self.size_bytes - offset)
+        if length <= 0:
+            return buffer[:0]
+        view = buffer[:length]
+        object_index = offset >> OBJECT_SHIFT
+        inside = offset & OBJECT_MASK
+        if inside + length <= OBJECT_SIZE:
+            portion = self.portions[object_index % self.processor_count]
+            portion.read_now(self.map_now(object_index), object_index, inside, view)
+            return view
+        for object_index, inside, step, at in pieces(offset, length):
+            portion = self.portions[object_index % self.processor_count]
+            portion.read_now(self.map_now(object_index), object_index, inside, view[at : at + step])
+        return view
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Read up to ``length`` bytes; fewer at the end."""
+        length = max(0, min(length, self.size_bytes - offset))
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        while True:
+            try:
+                filled = self.read_now(offset, view)
+                return buffer if len(filled) == length else buffer[: len(filled)]
+            except NotResidentError as missing:
+                await missing.fetch({})
+                continue
+            except BlockingIOError:
+                pass
+            try:
+                plan = self._segments(offset, length)
+                for portion, segments in plan:
+                    await portion.read_segments(segments, view)
+                # Read from where the maps pointed before; if they do so still, nothing was freed.
+                if self._segments(offset, length) == plan:
+                    return buffer
+            except NotResidentError as missing:
+                await missing.fetch({})
+
+    def _segments(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
+        found = []
+        for object_index, inside, step, at in pieces(offset, length):
+            portion = self.portions[object_index % self.processor_count]
+            found.append((portion, portion.segments(self.map_now(object_index), object_index, inside, step, at)))
+        return found
+
+
+class Volume(VolumeView):
+    """A live volume.
+
+    ``opens`` counts who has it open; portions are in memory while it is above zero.
+    ``last_instant`` is NEVER until it is removed, then the last that can hold it.
+    ``versions`` are attributes kept for snapshots and not saved yet.
+    Concurrency: everything but ``truncate`` may run at any time; truncate needs the caller to keep
+    cuts and other truncates of the volume out.
+    """
+
+    def __init__(
+        self,
+        row: VolumeRow,
+        processors: Sequence[Processor],
+        catalog: CatalogAccess,
+        snapshots: SnapshotIndex,
+        clock: EpochClock,
+        *,
+        is_saved: bool,
+    ) -> None:
+        super().__init__(processors)
+        attributes = row.attributes
+        self.volume_id = row.volume_id
+        self.name = attributes.name
+        self.size_bytes = attributes.size_bytes
+        self.mode = attributes.mode
+        self.uid = attributes.uid
+        self.gid = attributes.gid
+        self.atime_ns = attributes.atime_ns
+        self.mtime_ns = attributes.mtime_ns
+        self.ctime_ns = attributes.ctime_ns
+        self.birth_epoch = row.birth_epoch
+        self.epoch = row.epoch
+        self.named_epoch = row.named_epoch
+        self.created_ns = row.created_ns
+        self.last_instant = NEVER
+        self.opens = 0
+        self.versions: list[VersionRow] = []
+        self._synced_size_bytes = attributes.size_bytes
+        self._trim = _TRIM_DUE if row.trim else _TRIM_NONE
+        self._catalog = catalog
+        self._snapshots = snapshots
+        self._clock = clock
+        self._saved = row if is_saved else None
+        self._truncated: trio.Event | None = None
+
+    def map_now(self, object_index: int) -> BlockMap:
+        """See :meth:`VolumeView.map_now`."""
+        return self.portions[object_index % self.processor_count].map_now(object_index)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether its name is gone."""
+        return self.last_instant != NEVER
+
+    @property
+    def needs_trim(self) -> bool:
+        """Whether maps may still name blocks behind the size."""
+        return self._trim == _TRIM_DUE
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that are mapped."""
+        return sum(processor.tally.counts.get(self.volume_id, 0) for processor in self.processors)
+
+    @property
+    def failure(self) -> SnapfsError | None:
+        """Why it takes no more writes, None if it does."""
+        for portion in self.portions:
+            if portion.failure is not None:
+                return portion.failure
+        return None
+
+    def open(self) -> None:
+        """Have its portions in memory until :meth:`close`."""
+        self.opens += 1
+        if self.opens == 1:
+            self.portions = [processor.portion(self.volume_id) for processor in self.processors]
+            for portion in self.portions:
+                portion.users += 1
+
+    def close(self) -> None:
+        """Undo one :meth:`open`."""
+        self.opens -= 1
+        if self.opens == 0:
+            portions, self.portions = self.portions, []
+            for processor, portion in zip(self.processors, portions, strict=True):
+                portion.users -= 1
+                processor.let_go(portion)
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def write_now(self, offset: int, data: Buffer, old_blocks: OldBlocks) -> None:
+        """Write all of ``data``, in one epoch, if nothing has to be waited for.
+
+        Raises NotResidentError with nothing changed; TooLargeError, SyncFailedError; OSError from
+        the device, when a part of an overwrite may have been done.
+        """
+        length = len(data)
+        end = offset + length
+        if self._truncated is not None:
+            raise NotResidentError(self._wait_for_truncate)
+        if end > self.size_bytes:
+            self._check_growth(end)
+        object_index = offset >> OBJECT_SHIFT
+        inside = offset & OBJECT_MASK
+        if inside + length <= OBJECT_SIZE:
+            portion = self.portions[object_index % self.processor_count]
+            portion.write_now(object_index, inside, data, old_blocks)
+        else:
+            self._write_pieces_now(offset, data, old_blocks)
+        if self.epoch < self._clock.epoch or self.epoch < self.named_epoch:
+            self.before_change()
+        if end > self.size_bytes:
+            self.size_bytes = end
+        self.mtime_ns = self.ctime_ns = time.time_ns()
+
+    def _write_pieces_now(self, offset: int, data: Buffer, old_blocks: OldBlocks) -> None:
+        view = memoryview(data)
+        parts = [
+            (self.portions[object_index % self.processor_count], object_index, inside, view[at : at + step])
+            for object_index, inside, step, at in pieces(offset, len(view))
+        ]
+        for portion, object_index, inside, part in parts:
+            portion.ready_to_write_now(object_index, inside, part, old_blocks)
+        for portion, object_index, inside, part in parts:
+            portion.write_now(object_index, inside, part, old_blocks)
+
+    def _check_growth(self, size_bytes: int) -> None:
+        if size_bytes > volume_size_bytes_max(self.processor_count):
+            raise TooLargeError(
+                f"volume {show_name(self.name)!r} cannot grow to {size_bytes} bytes",
+                f"This pool's volumes go up to {format_size(volume_size_bytes_max(self.processor_count))}",
+            )
+        if self._trim == _TRIM_DUE:
+            # What lay behind the size must be gone before it could be seen again.
+            raise NotResidentError(self._trim_for_growth)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``. Raises what :meth:`write_now` does, but for NotResidentError."""
+        if not len(data):
+            return
+        old_blocks: OldBlocks = {}
+        while True:
+            try:
+                self.write_now(offset, data, old_blocks)
+            except NotResidentError as missing:
+                await missing.fetch(old_blocks)
+            else:
+                return
+
+    async def _wait_for_truncate(self, old_blocks: OldBlocks) -> None:
+        if self._truncated is not None:
+            await self._truncated.wait()
+
+    async def _trim_for_growth(self, old_blocks: OldBlocks) -> None:
+        await self.trim()
+
+    # -- attributes --------------------------------------------------------------------------
+
+    def attributes(self) -> Attributes:
+        """The attributes as they are now."""
+        return Attributes(
+            self.name,
+            self.size_bytes,
+            self.mode,
+            self.uid,
+            self.gid,
+            self.atime_ns,
+            self.mtime_ns,
+            self.ctime_ns,
+        )
+
+    def before_change(self) -> None:
+        """Call before an attribute changes: keeps the old ones if a snapshot holds them."""
+        epoch = max(self._clock.epoch, self.named_epoch)
+        if self.epoch >= epoch:
+            return
+        if self._snapshots.holds(self.volume_id, self.epoch, epoch - 1):
+            self.versions.append(
+                VersionRow(self.volume_id, Epoch(self.epoch), Epoch(epoch - 1), self.attributes())
+            )
+        self.epoch = Epoch(epoch)
+
+    def row(self) -> VolumeRow:
+        """The volume as the catalog is to keep it: with the size up to which data is durable."""
+        return VolumeRow(
+            self.volume_id,
+            self.attributes()._replace(size_bytes=self._synced_size_bytes),
+            self.birth_epoch,
+            self.epoch,
+            self.named_epoch,
+            self.created_ns,
+            int(self._trim != _TRIM_NONE),
+        )
+
+    def unsaved_row(self) -> VolumeRow | None:
+        """See :class:`Recorded`."""
+        row = self.row()
+        return None if self.is_removed or row == self._saved else row
+
+    def needed_versions(self) -> list[VersionRow]:
+        """See :class:`Recorded`."""
+        return [one for one in self.versions if self._snapshots.holds(self.volume_id, one.epoch, one.instant)]
+
+    def saved(self, row: VolumeRow | None, version_count: int) -> None:
+        """See :class:`Recorded`."""
+        del self.versions[:version_count]
+        if row is not None:
+            self._saved = row
+
+    def _only_times_unsaved(self) -> bool:
+        if self._saved is None or self.versions:
+            return False
+        old, new = self._saved.attributes, self.row().attributes
+        new = new._replace(atime_ns=old.atime_ns, mtime_ns=old.mtime_ns, ctime_ns=old.ctime_ns)
+        return self.row()._replace(attributes=new, epoch=self._saved.epoch) == self._saved
+
+    # -- syncing -----------------------------------------------------------------------------
+
+    async def sync(self, *, data_only: bool = False) -> None:
+        """Make everything written before durable: data, then maps, then size.
+
+        ``data_only`` leaves times unsaved, as fdatasync may. Raises SyncFailedError, NoSpaceError.
+        """
+        size_bytes = self.size_bytes
+        trimmed = self._trim == _TRIM_DONE
+        await side_by_side(
+            [
+                partial(processor.commit, [portion])
+                for processor, portion in self._loaded_portions()
+                if portion.is_dirty or portion.failure is not None
+            ]
+        )
+        self.data_synced(size_bytes)
+        if trimmed and self._trim == _TRIM_DONE:
+            self._trim = _TRIM_NONE
+        if not (data_only and self._only_times_unsaved()):
+            await self._catalog.save([self])
+
+    def _loaded_portions(self) -> list[tuple[Processor, Portion]]:
+        found = []
+        for processor in self.processors:
+            portion = processor.portions.get(self.volume_id)
+            if portion is not None:
+                found.append((processor, portion))
+        return found
+
+    def data_synced(self, size_bytes: int) -> None:
+        """All data up to a size that the volume had is durable."""
+        self._synced_size_bytes = min(size_bytes, self.size_bytes)
+
+    # -- changing the size -------------------------------------------------------------------
+
+    async def truncate(self, size_bytes: int) -> None:
+        """Set the size; what is gained reads as zeros, what is cut off is freed.
+
+        A cut is durable when this returns, and in this order: the smaller size; then the maps
+        without what lay behind it. Until the maps are, the catalog's ``trim`` says so, and nobody
+        sees what is behind the size. Raises TooLargeError, NoSpaceError.
+        """
+        if size_bytes >= self.size_bytes:
+            while size_bytes > self.size_bytes:
+                try:
+                    self._check_growth(size_bytes)
+                except NotResidentError as missing:
+                    await missing.fetch({})
+                    continue
+                self.before_change()
+                self.size_bytes = size_bytes
+            return
+        self._truncated = trio.Event()
+        self.open()
+        try:
+            await self._shrink(size_bytes)
+        finally:
+            self.close()
+            self._truncated.set()
+            self._truncated = None
+
+    async def _shrink(self, size_bytes: int) -> None:
+        before = (self.size_bytes, self._synced_size_bytes, self._trim)
+        self.before_change()
+        self.size_bytes = size_bytes
+        self._synced_size_bytes = min(self._synced_size_bytes, size_bytes)
+        if self.block_count == 0:
+            return
+        self._trim = _TRIM_DUE
+        if not self.is_removed:
+            try:
+                await self._catalog.save([self])
+            except SnapfsError:
+                self.size_bytes, self._synced_size_bytes, self._trim = before
+                raise
+        await self.trim()
+
+    async def trim(self) -> None:
+        """Clear what lies behind the size: zero the rest of its last block, unmap all after it."""
+        self.open()
+        try:
+            await self._zero_tail()
+            for processor, portion in zip(self.processors, self.portions, strict=True):
+                if processor.tally.counts.get(self.volume_id):
+                    await self._trim_portion(processor, portion)
+            self._trim = _TRIM_DONE
+        finally:
+            self.close()
+
+    async def _zero_tail(self) -> None:
+        size_bytes = self.size_bytes
+        length = -size_bytes % BLOCK_SIZE
+        if length == 0:
+            return
+        object_index, inside = size_bytes >> OBJECT_SHIFT, size_bytes & OBJECT_MASK
+        portion = self.portions[object_index % self.processor_count]
+        old_blocks: OldBlocks = {}
+        while True:
+            try:
+                block_map = portion.map_now(object_index)
+                is_hole = not (
+                    block_map if isinstance(block_map, int) else block_map[inside >> BLOCK_SHIFT]
+                )
+                if not is_hole:
+                    portion.write_now(object_index, inside, bytes(length), old_blocks)
+            except NotResidentError as missing:
+                await missing.fetch(old_blocks)
+            else:
+                return
+
+    async def _trim_portion(self, processor: Processor, portion: Portion) -> None:
+        size_bytes = self.size_bytes
+        partly = size_bytes >> OBJECT_SHIFT
+        from_object = partly
+        while True:
+            rows = await processor.access.ask(
+                processor.access.store.some_maps, self.volume_id, from_object, _TRIM_BATCH
+            )
+            stored = [row.object_index for row in rows]
+            resident = [index for index in list(portion.objects) if index >= from_object]
+            if len(stored) == _TRIM_BATCH:
+                resident = [index for index in resident if index <= stored[-1]]
+            for object_index in sorted({*stored, *resident}):
+                inside = size_bytes & OBJECT_MASK if object_index == partly else 0
+                await self._unmap(portion, object_index, (inside + BLOCK_SIZE - 1) >> BLOCK_SHIFT)
+            if portion.dirty_object_count >= _TRIM_COMMIT_OBJECTS:
+                await processor.commit([portion])
+            if len(stored) < _TRIM_BATCH:
+                return
+            from_object = stored[-1] + 1
+
+    async def _unmap(self, portion: Portion, object_index: int, first: int) -> None:
+        while True:
+            try:
+                portion.unmap_now(object_index, first)
+            except NotResidentError as missing:
+                await missing.fetch({})
+            else:
+                return
+
+

@@ -1,0 +1,307 @@
+"""The table of live volumes: creating, finding, renaming and removing them.
+
+Concurrency: changes of names and attributes, truncates and snapshots' cuts follow one another under
+``lock``, so that a cut sees each change whole or not at all. What a change does in memory is undone
+if its commit fails.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from .catalogaccess import CatalogAccess
+from .errors import ExistsError, NotFoundError, SnapfsError
+from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow
+from .geometry import Epoch, VolumeId
+from .portion import EpochClock
+from .processor import PortionFacts, Processor
+from .reserve import Reserve
+from .snapshotindex import NEVER, SnapshotIndex
+from .tasks import Wakeup, side_by_side
+from .units import check_name, show_name
+from .volume import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeChange:
+    """New values of attributes; None leaves one as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+    @property
+    def only_times(self) -> bool:
+        """Whether it may wait for the next sync."""
+        return self.mode is None and self.uid is None and self.gid is None
+
+
+class VolumeTable:
+    """The live volumes by name and by id, and those removed whose maps are still to be taken apart."""
+
+    def __init__(
+        self,
+        catalog: CatalogAccess,
+        snapshots: SnapshotIndex,
+        clock: EpochClock,
+        next_volume_id: int,
+        removed: dict[VolumeId, Epoch],
+        reserve: Reserve,
+        reclaim_wakeup: Wakeup,
+    ) -> None:
+        self.by_name: dict[bytes, Volume] = {}
+        self.by_id: dict[VolumeId, Volume] = {}
+        self.removed = removed
+        self.lock = trio.Lock()
+        self.processors: Sequence[Processor] = ()
+        self._catalog = catalog
+        self._snapshots = snapshots
+        self._clock = clock
+        self._next_volume_id = next_volume_id
+        self._reserve = reserve
+        self._reclaim_wakeup = reclaim_wakeup
+        self._unsaved: set[Volume] = set()
+        self._open: set[Volume] = set()
+
+    def load(self, rows: Sequence[VolumeRow]) -> None:
+        """Fill the table from the catalog."""
+        for row in rows:
+            self._add(self._volume(row, is_saved=True))
+
+    def _volume(self, row: VolumeRow, *, is_saved: bool) -> Volume:
+        return Volume(row, self.processors, self._catalog, self._snapshots, self._clock, is_saved=is_saved)
+
+    def _add(self, volume: Volume) -> None:
+        self.by_name[volume.name] = volume
+        self.by_id[volume.volume_id] = volume
+
+    def facts_of(self, volume_id: VolumeId) -> PortionFacts:
+        """What a processor has to know of a volume."""
+        volume = self.by_id.get(volume_id)
+        if volume is not None:
+            return PortionFacts(volume.birth_epoch, volume.named_epoch, volume.last_instant)
+        removed_epoch = self.removed.get(volume_id)
+        # One that is in snapshots only: nothing of it changes, and it has no live maps.
+        return PortionFacts(0, 0, NEVER - 1 if removed_epoch is None else removed_epoch - 1)
+
+    def get(self, name: bytes) -> Volume:
+        """The volume of that name. Raises NotFoundError."""
+        volume = self.by_name.get(name)
+        if volume is None:
+            raise NotFoundError(f"there is no volume {show_name(name)!r}", "See the names with ls")
+        return volume
+
+    # -- open volumes ------------------------------------------------------------------------
+
+    def open(self, volume: Volume) -> None:
+        """Have a volume ready for reads and writes until :meth:`close`."""
+        volume.open()
+        self._open.add(volume)
+
+    def close(self, volume: Volume) -> None:
+        """Undo one :meth:`open`. What was written is made durable soon; a removed volume is freed."""
+        volume.close()
+        if volume.opens == 0:
+            self._open.discard(volume)
+            if volume.is_removed:
+                self.by_id.pop(volume.volume_id, None)
+                self._reclaim_wakeup.set()
+            else:
+                self._unsaved.add(volume)
+
+    @asynccontextmanager
+    async def opened(self, name: bytes) -> AsyncIterator[Volume]:
+        """The volume of that name, open. Raises NotFoundError."""
+        volume = self.get(name)
+        self.open(volume)
+        try:
+            yield volume
+        finally:
+            self.close(volume)
+
+    def unsaved(self) -> list[Volume]:
+        """Volumes that may have something to be saved."""
+        return [volume for volume in self._open | self._unsaved if not volume.is_removed]
+
+    async def sync_all(self) -> None:
+        """Make all volumes durable. Raises the first error, when all that can be is done."""
+
+        async def sync(volume: Volume) -> None:
+            await volume.sync()
+            if volume.opens == 0:
+                self._unsaved.discard(volume)
+
+        errors: list[SnapfsError | OSError] = []
+        for volume in self.unsaved():
+            try:
+                await sync(volume)
+            except (SnapfsError, OSError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    # -- names -------------------------------------------------------------------------------
+
+    async def create(self, name: bytes, mode: int = 0o600, uid: int = 0, gid: int = 0) -> Volume:
+        """Make an empty volume; it is durable. Raises ExistsError, BadNameError, NoSpaceError."""
+        check_name(name, "volume")
+        async with self.lock:
+            if name in self.by_name:
+                raise ExistsError(f"there is a volume {show_name(name)!r} already", "Choose another name")
+            now = time.time_ns()
+            epoch = Epoch(self._clock.epoch)
+            row = VolumeRow(
+                VolumeId(self._next_volume_id),
+                Attributes(name, 0, stat.S_IMODE(mode), uid, gid, now, now, now),
+                birth_epoch=epoch,
+                epoch=epoch,
+                named_epoch=Epoch(0),
+                created_ns=now,
+                trim=0,
+            )
+            volume = self._volume(row, is_saved=False)
+            self._next_volume_id += 1
+            next_id = self._next_volume_id
+            await self._catalog.save([volume], lambda: CatalogBatch(meta={"next_volume_id": next_id}))
+            self._add(volume)
+            return volume
+
+    async def rename(self, old: bytes, new: bytes, *, replace: bool = True, exchange: bool = False) -> None:
+        """Give a volume another name, in place of the volume that has it if ``replace``, durably.
+
+        With ``exchange`` the two swap names. Raises NotFoundError, ExistsError, BadNameError.
+        """
+        check_name(new, "volume")
+        async with self.lock:
+            volume = self.get(old)
+            other = self.get(new) if exchange else self.by_name.get(new)
+            if other is volume:
+                return
+            if other is not None and not replace and not exchange:
+                raise ExistsError(f"there is a volume {show_name(new)!r} already", "Choose another name")
+            volume.before_change()
+            volume.name = new
+            try:
+                if other is not None and exchange:
+                    other.before_change()
+                    other.name = old
+                    await self._catalog.save([volume, other])
+                elif other is not None:
+                    await self._save_removal(other, [volume])
+                else:
+                    await self._catalog.save([volume])
+            except BaseException:
+                volume.name = old
+                if other is not None:
+                    other.name = new
+                raise
+            del self.by_name[old]
+            self.by_name[new] = volume
+            if other is not None and exchange:
+                self.by_name[old] = other
+            elif other is not None:
+                self._forget(other)
+            volume.ctime_ns = time.time_ns()
+            self._unsaved.add(volume)
+
+    async def remove(self, name: bytes) -> None:
+        """Remove a volume's name, durably. Whoever has it open keeps it; so do snapshots.
+
+        Its space comes back in the background. Works on a full device.
+        """
+        async with self.lock:
+            volume = self.get(name)
+            await self._reserve.helped(lambda: self._save_removal(volume, []))
+            del self.by_name[name]
+            self._forget(volume)
+
+    async def _save_removal(self, volume: Volume, others: list[Volume]) -> None:
+        """Commit a removal; memory follows when it is durable."""
+        epoch = max(self._clock.epoch, volume.named_epoch)
+        versions = volume.needed_versions()
+        if volume.epoch < epoch and self._snapshots.holds(volume.volume_id, volume.epoch, epoch - 1):
+            versions.append(
+                VersionRow(volume.volume_id, Epoch(volume.epoch), Epoch(epoch - 1), volume.attributes())
+            )
+        batch = CatalogBatch(
+            dropped_volumes=[volume.volume_id],
+            versions=versions,
+            removed=[(volume.volume_id, Epoch(epoch))],
+        )
+        await self._catalog.save(others, lambda: batch)
+
+    def _forget(self, volume: Volume) -> None:
+        epoch = max(self._clock.epoch, volume.named_epoch)
+        volume.last_instant = epoch - 1
+        volume.versions.clear()
+        self.removed[volume.volume_id] = Epoch(epoch)
+        self._unsaved.discard(volume)
+        for processor in self.processors:
+            processor.tally.hide(volume.volume_id)
+            portion = processor.portions.get(volume.volume_id)
+            if portion is not None:
+                portion.last_instant = volume.last_instant
+        if volume.opens == 0:
+            self.by_id.pop(volume.volume_id, None)
+            self._reclaim_wakeup.set()
+
+    def to_dismantle(self) -> list[tuple[VolumeId, Epoch]]:
+        """Removed volumes that nobody has open."""
+        return [(one, epoch) for one, epoch in self.removed.items() if one not in self.by_id]
+
+    # -- attributes --------------------------------------------------------------------------
+
+    async def change(self, volume: Volume, change: AttributeChange) -> None:
+        """Change attributes; durable at once, but for times, which are at the next sync."""
+        async with self.lock:
+            old = volume.attributes()
+            volume.before_change()
+            if change.mode is not None:
+                volume.mode = stat.S_IMODE(change.mode)
+            if change.uid is not None:
+                volume.uid = change.uid
+            if change.gid is not None:
+                volume.gid = change.gid
+            if change.atime_ns is not None:
+                volume.atime_ns = change.atime_ns
+            if change.mtime_ns is not None:
+                volume.mtime_ns = change.mtime_ns
+            volume.ctime_ns = time.time_ns() if change.ctime_ns is None else change.ctime_ns
+            if volume.is_removed:
+                return
+            self._unsaved.add(volume)
+            if change.only_times:
+                return
+            try:
+                await self._catalog.save([volume])
+            except BaseException:
+                volume.mode, volume.uid, volume.gid = old.mode, old.uid, old.gid
+                raise
+
+    async def truncate(self, volume: Volume, size_bytes: int) -> None:
+        """Set a volume's size; see :meth:`Volume.truncate`."""
+        async with self.lock:
+            await volume.truncate(size_bytes)
+            volume.mtime_ns = volume.ctime_ns = time.time_ns()
+            if not volume.is_removed:
+                self._unsaved.add(volume)
+
+    async def finish_trims(self) -> None:
+        """After opening: clear what lies behind the sizes of volumes whose truncate was cut off."""
+
+        async def finish(volume: Volume) -> None:
+            await volume.trim()
+            await volume.sync()
+
+        for volume in self.by_id.values():
+            if volume.needs_trim:
+                await side_by_side([lambda volume=volume: finish(volume)])  # type: ignore[misc]
