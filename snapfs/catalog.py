@@ -46,6 +46,7 @@ class Catalog:
                 "generation": 0,
                 "epoch": 1,
                 "next_instant": 1,
+                "clean": 1,
                 "next_volume_id": FIRST_VOLUME_ID,
                 "next_snapshot_id": 1,
             }

@@ -51,7 +51,7 @@ class ChangeLog:
         self.device_id = row.device_id
         self.block_count = row.block_count
         self.live_before = row.live_before
-        self.sealed = bool(row.sealed)
+        self.sealed = row.sealed
         self.created_ns = row.created_ns
         self.file: DeviceFile | None = None
         self.users = 0
@@ -68,7 +68,7 @@ class ChangeLog:
             self.device_id,
             self.block_count,
             self.live_before,
-            int(self.sealed),
+            self.sealed,
             self.created_ns,
         )
 
@@ -107,6 +107,12 @@ class ChangeLogs:
         self.known[log_id] = log
         self._note_open(log)
         return log
+
+    def empty_row(self, volume_id: VolumeId, epoch: Epoch, live_before: int) -> LogRow:
+        """A sealed log without a file, for the record."""
+        self.next_log_id += 1
+        log_id = LogId(self.next_log_id - 1)
+        return LogRow(log_id, volume_id, epoch, self._device_ids[0], 0, live_before, 1, time.time_ns())
 
     def open_file(self, log: ChangeLog) -> DeviceFile:
         """The log's file. Raises DamagedError when it is missing, OSError when it cannot be opened."""
@@ -173,6 +179,17 @@ class ChangeLogs:
             return
         try:
             file.punch(offset, length)
+        finally:
+            file.close()
+
+    def data_extents(self, log_id: int, device_id: int) -> list[tuple[int, int]]:
+        """Ranges of a log's file that hold data; none when there is no file. Blocks."""
+        try:
+            file = self._devices[device_id].open(self._name(log_id))
+        except FileNotFoundError:
+            return []
+        try:
+            return list(file.data_extents())
         finally:
             file.close()
 

@@ -187,7 +187,7 @@ CATALOG_SCHEMA = """
 CREATE TABLE meta (             -- one row a key
   key TEXT PRIMARY KEY,         -- pool_id, format_version, generation (grows with every commit),
   value ANY NOT NULL            -- epoch (instant + 1 of the last snapshot of all volumes), next_instant,
-                                -- next_volume_id, next_snapshot_id
+                                -- next_volume_id, next_snapshot_id, clean (1: closed, nothing is to be recovered)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE devices (
   device_id INTEGER PRIMARY KEY,  -- 0 and up; never used again
@@ -268,7 +268,7 @@ CREATE TABLE logs (             -- change logs
   device_id INTEGER NOT NULL,
   block_count INTEGER NOT NULL,   -- blocks in it that any map or copy names; 0: it has no file
   live_before INTEGER NOT NULL,   -- blocks of the volume here that were mapped when it was begun
-  sealed INTEGER NOT NULL,        -- 1: takes no more writes
+  sealed INTEGER NOT NULL,        -- 1: takes no more writes; 2: and may hold blocks that nothing names
   created_ns INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX logs_by_volume ON logs (volume_id, epoch);

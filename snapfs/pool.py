@@ -33,6 +33,7 @@ from .formats import (
     EMBEDDED_DEVICE_FOLDER,
     LOCK_FILE,
     POOL_FILE,
+    CatalogBatch,
     DeviceDescriptor,
     PoolDescriptor,
     shard_file,
@@ -183,6 +184,7 @@ class Pool:
         self.catalog = CatalogAccess(catalog)
         self.reserve = Reserve(home)
         self.is_closing = False
+        self._after_crash = not catalog.meta("clean")
         self._published_instant = catalog.meta("next_instant")
         seen = max((store.epoch_max() for store in stores), default=0)
         # An unpublished cut may have begun an epoch; then all begin one after it.
@@ -213,7 +215,7 @@ class Pool:
         self.reclaimer = Reclaimer(
             self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
         )
-        self.volumes.load(catalog.volumes())
+        self.volumes.load(catalog.volumes(), after_crash=self._after_crash)
         self.snapshots.load(catalog.snapshots())
         for volume_id in self.volumes.removed:
             for processor in self.processors:
@@ -242,13 +244,17 @@ class Pool:
             raise
 
     async def recover(self) -> None:
-        """Finish what a crash left: unpublished snapshots, files without logs, cut truncates."""
+        """Finish what a crash left: unpublished snapshots, and files of logs that no store knows.
+
+        From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
+        await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 0}))
         await self.reclaimer.drop_unpublished(self._published_instant)
         for processor in self.processors:
+            if self._after_crash:
+                await processor.recover_from_crash()
             count = await processor.remove_strays()
             if count:
                 self.events.note("strays-removed", processor=processor.index, file_count=count)
-        await self.volumes.finish_trims()
 
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
@@ -293,6 +299,10 @@ class Pool:
                     await processor.commit(
                         [one for one in processor.portions.values() if one.failure is None]
                     )
+                generations = [(one.index, one.access.store.generation) for one in self.processors]
+                await self.catalog.save(
+                    [], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations)
+                )
             finally:
                 await side_by_side([processor.close for processor in self.processors])
                 await self.catalog.close()

@@ -552,7 +552,7 @@ class Portion:
         self._freed.append(FreedRow(log.log_id, offset, length))
         self._note_changed(log)
         if not log.sealed:
-            log.sealed = True
+            log.sealed = 1
             if log.epoch == max(self._clock.epoch, self.named_epoch):
                 self._sealed_in_epoch = True
         if log is self._log:
@@ -713,6 +713,11 @@ class Portion:
         )
 
     @property
+    def current_log(self) -> ChangeLog | None:
+        """The log that takes writes, if there was one since the last snapshot."""
+        return self._log
+
+    @property
     def dirty_object_count(self) -> int:
         """Objects whose maps are not committed."""
         return len(self._dirty_objects)
@@ -790,7 +795,7 @@ class Portion:
         return True
 
     def release(self) -> None:
-        """Let go of everything; the portion must be clean."""
+        """Let go of everything. What was not committed is lost: it is clean, or its volume is gone."""
         if self._log is not None:
             self._log.held -= 1
             self._log = None
@@ -798,6 +803,13 @@ class Portion:
         self._log_known = None
         self._sealed_in_epoch = True
         self.objects.clear()
+        self.pending.clear()
+        self._dirty_logs.clear()
+        self._changed_logs.clear()
+        self._dirty_objects.clear()
+        self._dropped_copies.clear()
+        self._freed.clear()
+        self._count_changed = False
 
 
 def _read_all(files: list[tuple[DeviceFile, int, memoryview]]) -> None:

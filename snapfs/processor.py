@@ -20,12 +20,13 @@ import trio
 from .backends import Device
 from .changelog import ChangeLog, ChangeLogs
 from .errors import SnapfsError
-from .formats import IntermediateRow, ShardBatch
+from .formats import IntermediateRow, LogRow, ShardBatch
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
 from .portion import EpochClock, Portion, PortionChanges, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
+from .unnamed import OBJECTS_A_STEP, objects_with_data, punch_unnamed
 
 DIRTY_OBJECTS_MAX = 2048
 COMMIT_CHECK_S = 1.0
@@ -280,7 +281,7 @@ class Processor:
 
     def _is_dead(self, log: ChangeLog) -> bool:
         """Nothing names a block of it, and it takes no more writes."""
-        return log.block_count == 0 and log.sealed
+        return log.block_count == 0 and log.sealed != 0
 
     def _write(self, commit: _Commit) -> None:
         """The blocking part of a commit: data, then maps."""
@@ -355,6 +356,33 @@ class Processor:
         for device_id, name in strays:
             self.logs.remove_stray(device_id, name)
         return len(strays)
+
+    async def recover_from_crash(self) -> None:
+        """Before the first write: keep new writes out of logs that may hold what was never committed."""
+        await self.access.ask(self.access.store.seal_latest_logs)
+
+    async def scrub_suspect_logs(self) -> int:
+        """Give back what a crash left unnamed in logs; how many blocks."""
+        return await self.scrub_logs(await self.access.ask(self.access.store.suspect_logs))
+
+    async def scrub_logs(self, logs: list[LogRow]) -> int:
+        """Give back blocks of these logs, which take no writes, that nothing names; how many."""
+        freed = 0
+        for log in logs:
+            extents = await self.access.in_thread(self.logs.data_extents, log.log_id, log.device_id)
+            objects = objects_with_data(extents, self.index, self.processor_count)
+            for start in range(0, len(objects), OBJECTS_A_STEP):
+                freed += await self.access.ask(
+                    punch_unnamed,
+                    self.access.store,
+                    self.logs,
+                    log,
+                    objects[start : start + OBJECTS_A_STEP],
+                    self.processor_count,
+                )
+            if log.sealed == 2:
+                await self.access.ask(self.access.store.clear_suspicion, log.log_id)
+        return freed
 
     def status(self) -> ProcessorStatus:
         """Counts, as they are now."""

@@ -183,6 +183,7 @@ async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_insta
         return
     if portion is not None and portion.failure is None:
         await processor.commit([portion])
+    await _note_removal(processor, volume_id, last_instant)
     place: int | None = 0
     while place is not None:
         with trio.CancelScope(shield=True):
@@ -191,6 +192,15 @@ async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_insta
     processor.tally.drop(volume_id)
     await processor.commit([], ShardBatch(dropped_portions=[volume_id]))
     processor.wake()
+
+
+async def _note_removal(processor: Processor, volume_id: VolumeId, last_instant: int) -> None:
+    """Leave an empty change log behind, which tells how much was mapped when the volume was removed."""
+    after = await processor.access.ask(processor.access.store.log_after, volume_id, last_instant)
+    count = processor.tally.counts.get(volume_id, 0)
+    if after is None and count:
+        row = processor.logs.empty_row(volume_id, Epoch(last_instant + 1), count)
+        await processor.commit([], ShardBatch(logs=[row]))
 
 
 async def _dismantle_some(
@@ -214,10 +224,11 @@ async def _dismantle_some(
     for log, block_count in changed.values():
         row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
         if row_after.block_count == 0:
-            batch.dropped_logs.append(log.log_id)
             dead.append(log)
-        else:
+        if row_after.block_count or processor.snapshots.holds(volume_id, 0, log.epoch - 1):
             batch.logs.append(row_after)
+        else:
+            batch.dropped_logs.append(log.log_id)
     dead_ids = {log.log_id for log in dead}
     batch.freed = [freed for freed in batch.freed if freed.log_id not in dead_ids]
     await processor.commit_locked([], batch)

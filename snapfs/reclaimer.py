@@ -77,7 +77,10 @@ class Reclaimer:
             for snapshot in list(self._snapshots.deleted.values()):
                 if snapshot.opens == 0:
                     await self._reserve.helped(partial(self._release, snapshot))
+            for volume in self._volumes.to_trim():
+                await self._reserve.helped(volume.trim)
             for processor in self._processors:
+                await processor.scrub_suspect_logs()
                 await processor.punch_freed()
             await self._reserve.refill()
 

@@ -134,6 +134,23 @@ class ShardStore:
         )
         return [_copy(row) for row in rows]
 
+    def maps_at(self, volume_id: VolumeId, instant: int) -> list[MapRow | CopyRow]:
+        """Each object's map as it stood at an instant: its copy, or the live map if that has not changed since."""
+        live = self.database.rows(
+            "SELECT volume_id, object_index, epoch, map FROM maps WHERE volume_id = ? AND epoch <= ?",
+            (volume_id, instant),
+        )
+        copies = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND instant >= ? AND epoch <= ?",
+            (volume_id, instant, instant),
+        )
+        found: list[MapRow | CopyRow] = [
+            MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in live
+        ]
+        found += [_copy(row) for row in copies]
+        return sorted(found, key=lambda row: row.object_index)
+
     def neighbours(self, copy: CopyRow) -> tuple[blockmap.BlockMap | None, int]:
         """The map of the object's next copy, None if there is none, and the instant of the one before, else 0."""
         key = (copy.volume_id, copy.object_index, copy.instant)
@@ -181,9 +198,54 @@ class ShardStore:
         """Logs in which nothing is named any more."""
         return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE block_count = 0")]
 
+    def all_logs(self) -> list[LogRow]:
+        """Every change log."""
+        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs")]
+
+    def seal_latest_logs(self) -> None:
+        """After a crash: the last log of each volume may hold blocks that no map names; it is closed to writes."""
+        with self.database.transaction():
+            self.database.execute(
+                "UPDATE logs SET sealed = 2 WHERE log_id IN (SELECT max(log_id) FROM logs GROUP BY volume_id)"
+            )
+
+    def suspect_logs(self) -> list[LogRow]:
+        """Sealed logs that may hold blocks that no map names."""
+        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE sealed = 2")]
+
+    def clear_suspicion(self, log_id: LogId) -> None:
+        """The log holds nothing unnamed any more."""
+        with self.database.transaction():
+            self.database.execute("UPDATE logs SET sealed = 1 WHERE log_id = ?", (log_id,))
+
+    def versions_of(
+        self, volume_id: VolumeId, first_object: int, last_object: int
+    ) -> list[tuple[int, blockmap.BlockMap]]:
+        """Live maps and copies of a range of objects, as ``(object_index, map)``."""
+        rows = self.database.rows(
+            "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
+            " UNION ALL"
+            " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3",
+            (volume_id, first_object, last_object),
+        )
+        return [(row[0], blockmap.decode(row[1])) for row in rows]
+
+    def set_block_count(self, volume_id: VolumeId, count: int) -> None:
+        """Correct a portion's count; inside a transaction."""
+        self.database.execute("INSERT OR REPLACE INTO portions VALUES (?, ?)", (volume_id, count))
+
+    def set_log_count(self, log_id: LogId, count: int) -> None:
+        """Correct a log's count, and seal it; inside a transaction."""
+        self.database.execute("UPDATE logs SET block_count = ?, sealed = 1 WHERE log_id = ?", (count, log_id))
+
     def log_ids_with_blocks(self) -> set[int]:
         """Logs that have a file."""
         return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0")}
+
+    def object_count(self) -> int:
+        """How many objects have a live map."""
+        row = self.database.row("SELECT count(*) FROM maps")
+        return 0 if row is None else int(row[0])
 
     def log_count(self) -> int:
         """How many change logs there are."""

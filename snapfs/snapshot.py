@@ -41,11 +41,14 @@ class Snapshot:
 
 
 class SnapshotMembers:
-    """The volumes of a snapshot with their attributes at its instant, by name."""
+    """The volumes of a snapshot with their attributes and mapped blocks at its instant, by name."""
 
-    def __init__(self, snapshot: Snapshot, members: dict[VolumeId, Attributes]) -> None:
+    def __init__(
+        self, snapshot: Snapshot, members: dict[VolumeId, Attributes], block_counts: dict[VolumeId, int]
+    ) -> None:
         self.snapshot = snapshot
         self.by_id = members
+        self.block_counts = block_counts
         self.by_name = {attributes.name: volume_id for volume_id, attributes in members.items()}
         self.ordered_ids = sorted(members)
 

@@ -235,6 +235,7 @@ class SnapshotTable:
             self._members.move_to_end(snapshot.snapshot_id)
             return known
         instant = snapshot.instant
+        block_counts = await self._block_counts(instant)
         rows = await self._catalog.ask(self._catalog.catalog.versions_at, instant)
         # From here on without an await: memory is newer than what was asked.
         found: dict[VolumeId, Attributes] = {}
@@ -249,11 +250,22 @@ class SnapshotTable:
             for version in volume.versions:
                 if version.epoch <= instant <= version.instant:
                     found[volume.volume_id] = version.attributes
-        members = SnapshotMembers(snapshot, found)
+        members = SnapshotMembers(snapshot, found, block_counts)
         self._members[snapshot.snapshot_id] = members
         while len(self._members) > _MEMBERS_KEPT:
             self._members.popitem(last=False)
         return members
+
+    async def _block_counts(self, instant: int) -> dict[VolumeId, int]:
+        """Blocks that each volume had mapped at an instant."""
+        counts: dict[VolumeId, int] = {}
+        for processor in self.processors:
+            # Change logs tell what was mapped when they were begun; those of now may not be stored yet.
+            await processor.commit([one for one in processor.portions.values() if one.failure is None])
+            then = await processor.access.ask(processor.access.store.live_counts_at, instant)
+            for volume_id, count in {**processor.tally.counts, **then}.items():
+                counts[volume_id] = counts.get(volume_id, 0) + count
+        return counts
 
     async def open_volume(self, snapshot: Snapshot, volume_id: VolumeId) -> SnapshotVolume:
         """A volume of a snapshot, open until its ``close``. Raises NotFoundError."""

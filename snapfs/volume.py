@@ -33,7 +33,7 @@ from .units import format_size, show_name
 
 _TRIM_BATCH = 256
 _TRIM_COMMIT_OBJECTS = 1024
-_TRIM_NONE, _TRIM_DONE, _TRIM_DUE = 0, 1, 2
+_TRIM_NONE, _TRIM_DONE, _TRIM_RUNNING, _TRIM_DUE = 0, 1, 2, 3
 
 
 class VolumeView(ABC):
@@ -122,6 +122,7 @@ class Volume(VolumeView):
         clock: EpochClock,
         *,
         is_saved: bool,
+        needs_trim: bool = False,
     ) -> None:
         super().__init__(processors)
         attributes = row.attributes
@@ -142,7 +143,8 @@ class Volume(VolumeView):
         self.opens = 0
         self.versions: list[VersionRow] = []
         self._synced_size_bytes = attributes.size_bytes
-        self._trim = _TRIM_DUE if row.trim else _TRIM_NONE
+        self._trim = _TRIM_DUE if row.trim or needs_trim else _TRIM_NONE
+        self._trim_turn = trio.Lock()
         self._catalog = catalog
         self._snapshots = snapshots
         self._clock = clock
@@ -160,8 +162,18 @@ class Volume(VolumeView):
 
     @property
     def needs_trim(self) -> bool:
-        """Whether maps may still name blocks behind the size."""
+        """Whether maps may still name blocks behind the size, which nobody is clearing."""
         return self._trim == _TRIM_DUE
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether all of it is durable."""
+        return (
+            self._synced_size_bytes == self.size_bytes
+            and not self.versions
+            and self.unsaved_row() is None
+            and not any(portion.is_dirty for _, portion in self._loaded_portions())
+        )
 
     @property
     def block_count(self) -> int:
@@ -237,7 +249,7 @@ class Volume(VolumeView):
                 f"volume {show_name(self.name)!r} cannot grow to {size_bytes} bytes",
                 f"This pool's volumes go up to {format_size(volume_size_bytes_max(self.processor_count))}",
             )
-        if self._trim == _TRIM_DUE:
+        if self._trim >= _TRIM_RUNNING:
             # What lay behind the size must be gone before it could be seen again.
             raise NotResidentError(self._trim_for_growth)
 
@@ -400,16 +412,27 @@ class Volume(VolumeView):
         await self.trim()
 
     async def trim(self) -> None:
-        """Clear what lies behind the size: zero the rest of its last block, unmap all after it."""
-        self.open()
-        try:
-            await self._zero_tail()
-            for processor, portion in zip(self.processors, self.portions, strict=True):
-                if processor.tally.counts.get(self.volume_id):
-                    await self._trim_portion(processor, portion)
-            self._trim = _TRIM_DONE
-        finally:
-            self.close()
+        """Clear what lies behind the size: zero the rest of its last block, unmap all after it.
+
+        Left to be done by a truncate, or by writes behind the size that a crash has cut off from
+        it. The volume does not grow meanwhile, so nothing new is cleared.
+        """
+        async with self._trim_turn:
+            if self._trim != _TRIM_DUE:
+                return
+            self._trim = _TRIM_RUNNING
+            self.open()
+            try:
+                await self._zero_tail()
+                for processor, portion in zip(self.processors, self.portions, strict=True):
+                    if processor.tally.counts.get(self.volume_id):
+                        await self._trim_portion(processor, portion)
+                if self._trim == _TRIM_RUNNING:
+                    self._trim = _TRIM_DONE
+            finally:
+                if self._trim == _TRIM_RUNNING:
+                    self._trim = _TRIM_DUE
+                self.close()
 
     async def _zero_tail(self) -> None:
         size_bytes = self.size_bytes

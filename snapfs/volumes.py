@@ -23,7 +23,7 @@ from .portion import EpochClock
 from .processor import PortionFacts, Processor
 from .reserve import Reserve
 from .snapshotindex import NEVER, SnapshotIndex
-from .tasks import Wakeup, side_by_side
+from .tasks import Wakeup
 from .units import check_name, show_name
 from .volume import Volume
 
@@ -72,13 +72,24 @@ class VolumeTable:
         self._unsaved: set[Volume] = set()
         self._open: set[Volume] = set()
 
-    def load(self, rows: Sequence[VolumeRow]) -> None:
-        """Fill the table from the catalog."""
-        for row in rows:
-            self._add(self._volume(row, is_saved=True))
+    def load(self, rows: Sequence[VolumeRow], *, after_crash: bool) -> None:
+        """Fill the table from the catalog.
 
-    def _volume(self, row: VolumeRow, *, is_saved: bool) -> Volume:
-        return Volume(row, self.processors, self._catalog, self._snapshots, self._clock, is_saved=is_saved)
+        ``after_crash``: what was written behind a volume's durable size may still be there.
+        """
+        for row in rows:
+            self._add(self._volume(row, is_saved=True, needs_trim=after_crash))
+
+    def _volume(self, row: VolumeRow, *, is_saved: bool, needs_trim: bool) -> Volume:
+        return Volume(
+            row,
+            self.processors,
+            self._catalog,
+            self._snapshots,
+            self._clock,
+            is_saved=is_saved,
+            needs_trim=needs_trim,
+        )
 
     def _add(self, volume: Volume) -> None:
         self.by_name[volume.name] = volume
@@ -137,7 +148,8 @@ class VolumeTable:
 
         async def sync(volume: Volume) -> None:
             await volume.sync()
-            if volume.opens == 0:
+            # It may have been opened, written and closed meanwhile.
+            if volume.opens == 0 and volume.is_clean:
                 self._unsaved.discard(volume)
 
         errors: list[SnapfsError | OSError] = []
@@ -168,7 +180,7 @@ class VolumeTable:
                 created_ns=now,
                 trim=0,
             )
-            volume = self._volume(row, is_saved=False)
+            volume = self._volume(row, is_saved=False, needs_trim=False)
             self._next_volume_id += 1
             next_id = self._next_volume_id
             await self._catalog.save([volume], lambda: CatalogBatch(meta={"next_volume_id": next_id}))
@@ -188,17 +200,21 @@ class VolumeTable:
                 return
             if other is not None and not replace and not exchange:
                 raise ExistsError(f"there is a volume {show_name(new)!r} already", "Choose another name")
-            volume.before_change()
-            volume.name = new
-            try:
+
+            def renamed() -> CatalogBatch:
+                # Only now that the catalog's turn has come: a sync before it must not save half of this.
+                batch = CatalogBatch()
                 if other is not None and exchange:
                     other.before_change()
                     other.name = old
-                    await self._catalog.save([volume, other])
                 elif other is not None:
-                    await self._save_removal(other, [volume])
-                else:
-                    await self._catalog.save([volume])
+                    self._add_removal(batch, other)
+                volume.before_change()
+                volume.name = new
+                return batch
+
+            try:
+                await self._catalog.save([volume, other] if other is not None and exchange else [volume], renamed)
             except BaseException:
                 volume.name = old
                 if other is not None:
@@ -220,24 +236,23 @@ class VolumeTable:
         """
         async with self.lock:
             volume = self.get(name)
-            await self._reserve.helped(lambda: self._save_removal(volume, []))
+            await self._reserve.helped(
+                lambda: self._catalog.save([], lambda: self._add_removal(CatalogBatch(), volume))
+            )
             del self.by_name[name]
             self._forget(volume)
 
-    async def _save_removal(self, volume: Volume, others: list[Volume]) -> None:
-        """Commit a removal; memory follows when it is durable."""
+    def _add_removal(self, batch: CatalogBatch, volume: Volume) -> CatalogBatch:
+        """Add a removal to a commit; memory follows when it is durable."""
         epoch = max(self._clock.epoch, volume.named_epoch)
-        versions = volume.needed_versions()
+        batch.versions += volume.needed_versions()
         if volume.epoch < epoch and self._snapshots.holds(volume.volume_id, volume.epoch, epoch - 1):
-            versions.append(
+            batch.versions.append(
                 VersionRow(volume.volume_id, Epoch(volume.epoch), Epoch(epoch - 1), volume.attributes())
             )
-        batch = CatalogBatch(
-            dropped_volumes=[volume.volume_id],
-            versions=versions,
-            removed=[(volume.volume_id, Epoch(epoch))],
-        )
-        await self._catalog.save(others, lambda: batch)
+        batch.dropped_volumes.append(volume.volume_id)
+        batch.removed.append((volume.volume_id, Epoch(epoch)))
+        return batch
 
     def _forget(self, volume: Volume) -> None:
         epoch = max(self._clock.epoch, volume.named_epoch)
@@ -257,6 +272,10 @@ class VolumeTable:
     def to_dismantle(self) -> list[tuple[VolumeId, Epoch]]:
         """Removed volumes that nobody has open."""
         return [(one, epoch) for one, epoch in self.removed.items() if one not in self.by_id]
+
+    def to_trim(self) -> list[Volume]:
+        """Volumes that have something behind their size to be cleared."""
+        return [volume for volume in self.by_name.values() if volume.needs_trim and volume.block_count]
 
     # -- attributes --------------------------------------------------------------------------
 
@@ -294,14 +313,3 @@ class VolumeTable:
             volume.mtime_ns = volume.ctime_ns = time.time_ns()
             if not volume.is_removed:
                 self._unsaved.add(volume)
-
-    async def finish_trims(self) -> None:
-        """After opening: clear what lies behind the sizes of volumes whose truncate was cut off."""
-
-        async def finish(volume: Volume) -> None:
-            await volume.trim()
-            await volume.sync()
-
-        for volume in self.by_id.values():
-            if volume.needs_trim:
-                await side_by_side([lambda volume=volume: finish(volume)])  # type: ignore[misc]

@@ -1,0 +1,5 @@
+"""``python -m snapfs``."""
+
+from .cli import main
+
+main()

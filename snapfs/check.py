@@ -1,0 +1,468 @@
+"""The verifier of a pool that nobody has open. It reads; only :func:`repair` changes anything.
+
+It works on copies of the databases and looks at the devices' files, and holds the catalog against
+the shard stores, the maps against the logs, the logs against the space they take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from . import blockmap
+from .backends import Device
+from .catalog import Catalog
+from .database import Database, read_copy
+from .errors import SnapfsError
+from .formats import (
+    CATALOG_FILE,
+    CopyRow,
+    LogRow,
+    MapRow,
+    PoolDescriptor,
+    VolumeRow,
+    log_file,
+    log_folder,
+    shard_file,
+)
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset
+from .pool import OpenDevice, check_generations, lock_pool, open_devices, read_descriptor, running_pool
+from .repair import repair_running
+from .shardstore import ShardStore
+from .snapshotindex import NEVER, SnapshotIndex
+from .units import check_name, format_size, show_name
+from .unnamed import mask_runs
+
+DAMAGE, LEAK, NOTE = "damage", "leak", "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be, in words.
+
+    ``severity`` is ``damage`` (data or a snapshot is lost), ``leak`` (space is lost, ``--repair``
+    gives it back) or ``note`` (left by a crash; the next mount clears it up by itself).
+    """
+
+    severity: str
+    where: str
+    what: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check found, and how much it looked at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    volume_count: int = 0
+    snapshot_count: int = 0
+    object_count: int = 0
+    copy_count: int = 0
+    log_count: int = 0
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something is lost."""
+        return any(finding.severity == DAMAGE for finding in self.findings)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is lost and no space leaks; what a crash left to clear up does not count."""
+        return all(finding.severity == NOTE for finding in self.findings)
+
+    def add(self, severity: str, where: str, what: str) -> None:
+        """Note a finding."""
+        self.findings.append(Finding(severity, where, what))
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Context:
+    """What the checks of a shard hold it against."""
+
+    descriptor: PoolDescriptor
+    devices: Mapping[int, Device]
+    volumes: dict[VolumeId, VolumeRow]
+    removed: set[VolumeId]
+    snapshots: SnapshotIndex
+    snapshot_instants: dict[int, int]
+    kept_instants: set[int]
+    next_instant: int
+    was_clean: bool
+    report: Report
+
+
+def check_pool(home: Device, where: str, open_device: OpenDevice) -> Report:
+    """Verify a pool. Blocks. ``home`` is locked meanwhile, and not changed.
+
+    Raises NotAPoolError, TooNewError, InUseError, DeviceMissingError, when there is nothing to verify.
+    """
+    descriptor = read_descriptor(home, where)
+    lock_pool(home, where, "check")
+    report = Report()
+    with contextlib.ExitStack() as stack:
+        try:
+            database = stack.enter_context(_verified(home, CATALOG_FILE, "the catalog", report))
+            catalog = Catalog.over(database, descriptor.pool_id)
+            devices = open_devices(home, catalog, descriptor, open_device)
+        except (FileNotFoundError, _TooDamagedError):
+            report.add(DAMAGE, CATALOG_FILE, "the catalog is missing or unreadable; restore the pool from a copy")
+            return report
+        stack.callback(lambda: [device.close() for device in devices.values()])
+        _check_catalog(catalog, descriptor, devices, report, home, stack)
+    return report
+
+
+class _TooDamagedError(Exception):
+    """A database cannot be looked into."""
+
+
+@contextlib.contextmanager
+def _verified(home: Device, name: str, what: str, report: Report) -> Iterator[Database]:
+    try:
+        with read_copy(home, name, what) as database:
+            for (line,) in database.rows("PRAGMA integrity_check(20)"):
+                if line != "ok":
+                    report.add(DAMAGE, name, f"SQLite says: {line}")
+            yield database
+    except SnapfsError as error:
+        report.add(DAMAGE, name, str(error))
+        raise _TooDamagedError from error
+
+
+def _check_catalog(
+    catalog: Catalog,
+    descriptor: PoolDescriptor,
+    devices: Mapping[int, Device],
+    report: Report,
+    home: Device,
+    stack: contextlib.ExitStack,
+) -> None:
+    volumes = {row.volume_id: row for row in catalog.volumes()}
+    index = SnapshotIndex()
+    instants: dict[int, int] = {}
+    kept: set[int] = set()
+    for row in catalog.snapshots():
+        instants[row.snapshot_id] = row.instant
+        if row.name is None:
+            report.add(NOTE, CATALOG_FILE, f"deleted snapshot {row.snapshot_id} still has space to free")
+        else:
+            kept.add(row.instant)
+            index.add(row.instant, row.volume_ids)
+            report.snapshot_count += 1
+    report.volume_count = len(volumes)
+    context = _Context(
+        descriptor=descriptor,
+        devices=devices,
+        volumes=volumes,
+        removed=set(catalog.removed()),
+        snapshots=index,
+        snapshot_instants=instants,
+        kept_instants=kept,
+        next_instant=catalog.meta("next_instant"),
+        was_clean=bool(catalog.meta("clean")),
+        report=report,
+    )
+    _check_volumes(context, catalog)
+    stores = []
+    for processor_index in range(descriptor.processor_count):
+        name = shard_file(processor_index)
+        try:
+            database = stack.enter_context(_verified(home, name, f"shard store {processor_index}", report))
+            stores.append(ShardStore.over(database, processor_index, descriptor.pool_id))
+        except FileNotFoundError:
+            report.add(DAMAGE, name, "the shard store is missing; restore the pool from a copy")
+        except (_TooDamagedError, SnapfsError):
+            continue
+    try:
+        check_generations(catalog, stores)
+    except SnapfsError as error:
+        report.add(DAMAGE, CATALOG_FILE, str(error))
+    for store in stores:
+        try:
+            _ShardCheck(context, store).run()
+        except SnapfsError as error:
+            report.add(DAMAGE, shard_file(store.processor_index), str(error))
+
+
+def _check_volumes(context: _Context, catalog: Catalog) -> None:
+    report = context.report
+    for row in context.volumes.values():
+        where = f"volume {show_name(row.attributes.name)!r}"
+        try:
+            check_name(row.attributes.name, "volume")
+        except SnapfsError as error:
+            report.add(DAMAGE, where, str(error))
+        if row.attributes.size_bytes < 0:
+            report.add(DAMAGE, where, f"its size is {row.attributes.size_bytes}")
+        if row.trim:
+            report.add(NOTE, where, "what lies behind its size is still to be cleared")
+    for volume_id in context.removed:
+        report.add(NOTE, CATALOG_FILE, f"removed volume {volume_id} still has maps to take apart")
+    for version in catalog.versions():
+        if version.epoch > version.instant:
+            report.add(DAMAGE, CATALOG_FILE, f"attributes of volume {version.volume_id} hold for no instant")
+        elif not context.snapshots.holds(version.volume_id, version.epoch, version.instant):
+            is_due = len(context.kept_instants) != len(context.snapshot_instants)
+            if version.instant < context.next_instant and not is_due:
+                report.add(
+                    LEAK,
+                    CATALOG_FILE,
+                    f"attributes of volume {version.volume_id} are kept for no snapshot",
+                )
+
+
+@dataclass(slots=True)
+class _NamedBlocks:
+    """Blocks of one log that maps and copies name: by object, as a bit mask."""
+
+    masks: dict[int, int] = field(default_factory=dict)
+    count: int = 0
+
+
+class _ShardCheck:
+    """The checks of one shard store."""
+
+    def __init__(self, context: _Context, store: ShardStore) -> None:
+        self.context = context
+        self.store = store
+        self.where = shard_file(store.processor_index)
+        self.report = context.report
+        self.named: dict[int, _NamedBlocks] = {}
+        self.logs: dict[int, LogRow] = {}
+
+    def run(self) -> None:
+        """Run all of them."""
+        self._check_intermediates()
+        for volume_id in sorted(self.store.volume_ids()):
+            self._check_volume(volume_id)
+        self._check_logs()
+
+    def _check_intermediates(self) -> None:
+        parts = {part.snapshot_id: part for part in self.store.intermediates()}
+        for snapshot_id, instant in self.context.snapshot_instants.items():
+            part = parts.pop(snapshot_id, None)  # type: ignore[call-overload]
+            if part is None:
+                if instant in self.context.kept_instants:
+                    self.report.add(
+                        DAMAGE, self.where, f"snapshot {snapshot_id} has no intermediate snapshot here"
+                    )
+            elif part.instant != instant:
+                self.report.add(
+                    DAMAGE,
+                    self.where,
+                    f"snapshot {snapshot_id} is of instant {instant}, its intermediate of {part.instant}",
+                )
+        for snapshot_id in parts:
+            self.report.add(
+                NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined"
+            )
+
+    def _check_volume(self, volume_id: VolumeId) -> None:
+        self.logs.update({row.log_id: row for row in self.store.logs_of(volume_id)})
+        copies: dict[int, list[CopyRow]] = {}
+        for copy in self.store.copies_of(volume_id):
+            copies.setdefault(copy.object_index, []).append(copy)
+        live: dict[int, MapRow] = {}
+        from_object = 0
+        while rows := self.store.some_maps(volume_id, from_object, 4096):
+            live.update({row.object_index: row for row in rows})
+            from_object = rows[-1].object_index + 1
+        mapped = 0
+        for object_index in sorted(copies.keys() | live.keys()):
+            self._check_object(volume_id, object_index, copies.get(object_index, []), live.get(object_index))
+            row = live.get(object_index)
+            if row is not None:
+                mapped += blockmap.mapped_count(row.block_map)
+                self._check_end(volume_id, row)
+        self.report.object_count += len(live)
+        counted = self.store.block_counts().get(volume_id, 0)
+        if counted != mapped and volume_id not in self.context.removed:
+            self.report.add(
+                LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted"
+            )
+
+    def _check_object(
+        self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None
+    ) -> None:
+        where = f"{self.where}: volume {volume_id}, object {object_index}"
+        snapshots = self.context.snapshots
+        if object_index % self.context.descriptor.processor_count != self.store.processor_index:
+            self.report.add(DAMAGE, where, "it belongs to another processor")
+        volume = self.context.volumes.get(volume_id)
+        covered = volume.birth_epoch - 1 if volume is not None else NEVER
+        for copy in copies:
+            self.report.copy_count += 1
+            if copy.epoch > copy.instant or (covered != NEVER and copy.epoch <= covered):
+                self.report.add(DAMAGE, where, f"the copy of instant {copy.instant} overlaps another")
+            if snapshots.holds(volume_id, covered + 1, copy.epoch - 1):
+                self.report.add(DAMAGE, where, f"no copy covers a snapshot before instant {copy.epoch}")
+            if not snapshots.holds(volume_id, copy.epoch, copy.instant):
+                is_due = copy.instant not in self.context.kept_instants and (
+                    copy.instant in self.context.snapshot_instants.values()
+                    or copy.instant >= self.context.next_instant
+                )
+                deleting = len(self.context.kept_instants) != len(self.context.snapshot_instants)
+                severity = NOTE if is_due or deleting else LEAK
+                self.report.add(severity, where, f"the copy of instant {copy.instant} is for no snapshot")
+            covered = copy.instant
+            self._name_blocks(where, copy.block_map, object_index, volume_id, copy.epoch)
+        if live is not None:
+            if snapshots.holds(volume_id, covered + 1, live.epoch - 1):
+                self.report.add(DAMAGE, where, f"no copy covers a snapshot before epoch {live.epoch}")
+            self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch)
+            if volume is None and volume_id not in self.context.removed:
+                self.report.add(LEAK, where, "it has a live map, but the catalog knows no such volume")
+
+    def _name_blocks(
+        self, where: str, block_map: blockmap.BlockMap, object_index: int, volume_id: VolumeId, epoch: int
+    ) -> None:
+        for block, count, log_id in blockmap.all_runs(block_map):
+            if log_id == blockmap.HOLE:
+                continue
+            log = self.logs.get(log_id)
+            if log is None:
+                self.report.add(DAMAGE, where, f"{count} blocks lie in change log {log_id}, which is not known")
+            elif log.volume_id != volume_id:
+                self.report.add(DAMAGE, where, f"{count} blocks lie in a change log of volume {log.volume_id}")
+            elif log.epoch > epoch:
+                self.report.add(DAMAGE, where, f"a map of epoch {epoch} names log {log_id} of {log.epoch}")
+            named = self.named.setdefault(log_id, _NamedBlocks())
+            named.masks[object_index] = named.masks.get(object_index, 0) | ((1 << count) - 1) << block
+
+    def _check_end(self, volume_id: VolumeId, row: MapRow) -> None:
+        volume = self.context.volumes.get(volume_id)
+        if volume is None or volume.trim:
+            return
+        last = 0
+        for block, count, log_id in blockmap.all_runs(row.block_map):
+            if log_id != blockmap.HOLE:
+                last = block + count
+        end = (row.object_index << OBJECT_SHIFT) + (last << BLOCK_SHIFT)
+        if last and end - BLOCK_SIZE >= volume.attributes.size_bytes:
+            self.report.add(
+                LEAK if self.context.was_clean else NOTE,
+                f"{self.where}: volume {volume_id}, object {row.object_index}",
+                "blocks are mapped behind the volume's size",
+            )
+
+    def _check_logs(self) -> None:
+        pending: dict[int, int] = {}
+        for row in self.store.freed(1 << 40):
+            pending[row.log_id] = pending.get(row.log_id, 0) + 1
+        if pending:
+            self.report.add(NOTE, self.where, f"{len(pending)} change logs have freed ranges still to be punched")
+        for log_id, log in sorted(self.logs.items()):
+            self.report.log_count += 1
+            named = self.named.get(log_id, _NamedBlocks())
+            count = sum(mask.bit_count() for mask in named.masks.values())
+            where = f"{self.where}: change log {log_id}"
+            if count != log.block_count and log.volume_id not in self.context.removed:
+                self.report.add(LEAK, where, f"{count} of its blocks are named, {log.block_count} are counted")
+            if count:
+                self._check_file(where, log, named, has_pending=log_id in pending)
+        self._check_strays()
+
+    def _check_file(self, where: str, log: LogRow, named: _NamedBlocks, *, has_pending: bool) -> None:
+        device = self.context.devices.get(log.device_id)
+        if device is None:
+            self.report.add(DAMAGE, where, f"it lies on device {log.device_id}, which the pool does not have")
+            return
+        name = log_file(self.store.processor_index, log.log_id)
+        try:
+            file = device.open(name)
+        except FileNotFoundError:
+            self.report.add(DAMAGE, where, f"its file {name} is missing")
+            return
+        except OSError as error:
+            self.report.add(DAMAGE, where, f"its file {name} cannot be opened: {error.strerror}")
+            return
+        try:
+            extents = list(file.data_extents())
+            size_bytes = file.size()
+        finally:
+            file.close()
+        missing, unnamed = _compare(self._named_ranges(named), extents)
+        if missing:
+            self.report.add(
+                DAMAGE, where, f"{format_size(missing)} that maps name are not in {name} ({size_bytes} bytes)"
+            )
+        if unnamed:
+            # A crash leaves blocks that were written and never named; they are written over or go
+            # with the log.
+            severity = LEAK if self.context.was_clean and not has_pending and log.sealed != 2 else NOTE
+            self.report.add(severity, where, f"{format_size(unnamed)} in {name} are not named by any map")
+
+    def _named_ranges(self, named: _NamedBlocks) -> list[tuple[int, int]]:
+        ranges: list[tuple[int, int]] = []
+        count = self.context.descriptor.processor_count
+        for object_index, mask in sorted(named.masks.items()):
+            base = log_offset(object_index, count)
+            for block, run in mask_runs(mask):
+                start = base + (block << BLOCK_SHIFT)
+                end = start + (run << BLOCK_SHIFT)
+                if ranges and ranges[-1][1] == start:
+                    ranges[-1] = (ranges[-1][0], end)
+                else:
+                    ranges.append((start, end))
+        return ranges
+
+    def _check_strays(self) -> None:
+        index = self.store.processor_index
+        with_file = {log_id for log_id, log in self.logs.items() if log.block_count}
+        for device_id, device in self.context.devices.items():
+            for name in device.names(log_folder(index)):
+                try:
+                    log_id = int(name, 16)
+                except ValueError:
+                    log_id = -1
+                if log_id not in with_file:
+                    self.report.add(
+                        NOTE,
+                        f"device {device_id}: {log_folder(index)}/{name}",
+                        "no change log has this file; the next mount removes it",
+                    )
+
+
+def _compare(named: list[tuple[int, int]], extents: list[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes that are named and lie in holes, and bytes of data that are not named."""
+    missing = unnamed = 0
+    place = 0
+    position = 0
+    for start, end in named:
+        position = start
+        while place < len(extents) and extents[place][1] <= start:
+            place += 1
+        walk = place
+        while position < end:
+            if walk >= len(extents) or extents[walk][0] >= end:
+                missing += end - position
+                break
+            low, high = extents[walk]
+            if low > position:
+                missing += low - position
+            position = min(end, high)
+            walk += 1
+    covered = sum(end - start for start, end in named) - missing
+    present = sum(_block_up(end) - start for start, end in extents)
+    unnamed = max(0, present - covered)
+    return missing, unnamed
+
+
+def _block_up(size_bytes: int) -> int:
+    return (size_bytes + BLOCK_SIZE - 1) & ~(BLOCK_SIZE - 1)
+
+
+async def repair(home: Device, where: str, open_device: OpenDevice) -> list[str]:
+    """Repair what can be repaired without guessing, as words on what was done.
+
+    Opening the pool finishes what a crash left; then copies that no snapshot needs are dropped,
+    counts are set to what the maps say, and unnamed blocks are given back. Lost data is not
+    invented: damage stays damage.
+    """
+    async with running_pool(home, where, open_device, "repair") as pool:
+        return await repair_running(pool)

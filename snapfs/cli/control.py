@@ -1,0 +1,60 @@
+"""Talking to a mount through its control file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from typing import Any, cast
+
+from ..errors import BadCommandError, NotFoundError, SnapfsError
+
+Answer = dict[str, Any]
+_READ_BYTES = 1 << 20
+
+
+class RefusedError(SnapfsError):
+    """The daemon refused a command; its words and errno are the daemon's."""
+
+
+def control_path(mount_point: str) -> str:
+    """The control file of a mount. Raises NotFoundError when nothing is mounted there."""
+    path = os.path.join(mount_point, ".snapfs", "control")
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise NotFoundError(
+            f"no snapfs is mounted on {mount_point} ({error.strerror})", "Mount one with snapfs mount"
+        ) from error
+    return path
+
+
+def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
+    """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
+    if any("\n" in word for word in words):
+        raise BadCommandError("a word has a line break", "Leave it out")
+    line = " ".join(
+        [words[0], *(shlex.quote(word) for word in words[1:]), *(shlex.quote(f"{k}={v}") for k, v in options or [])]
+    )
+    fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        failed: OSError | None = None
+        try:
+            os.write(fd, os.fsencode(line) + b"\n")
+        except OSError as error:
+            failed = error
+        answer = _read_answer(fd)
+    finally:
+        os.close(fd)
+    if failed is not None or not answer.get("ok"):
+        refused = RefusedError(answer.get("error") or str(failed), answer.get("fix", ""))
+        refused.errno = answer.get("errno") or (failed.errno if failed is not None else refused.errno) or 5
+        raise refused
+    return answer
+
+
+def _read_answer(fd: int) -> Answer:
+    text = bytearray()
+    while part := os.read(fd, _READ_BYTES):
+        text += part
+    return cast("Answer", json.loads(text)) if text else {}

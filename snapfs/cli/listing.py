@@ -1,0 +1,38 @@
+"""``snapfs list``."""
+
+from __future__ import annotations
+
+import click
+
+from ..units import format_size
+from .control import ask
+from .output import print_json, print_table
+
+
+@click.command("list")
+@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--no-space", is_flag=True, help="Leave out the sizes, which take time with many snapshots.")
+def list_snapshots(mount_point: str, as_json: bool, no_space: bool) -> None:
+    """List the snapshots of MOUNT: what each references, and what only it holds.
+
+    What only it holds is what deleting it would free.
+    """
+    snapshots = ask(mount_point, "list", options=[("space", "no")] if no_space else [])["snapshots"]
+    if as_json:
+        print_json(snapshots)
+        return
+    print_table(
+        ["NAME", "CREATED", "OF", " REFERENCED", " EXCLUSIVE", "NOTE"],
+        [
+            [
+                one["name"],
+                one["created"][:19] + "Z",
+                "all" if one["of_all_volumes"] else "some",
+                format_size(one["referenced_bytes"]) if "referenced_bytes" in one else "",
+                format_size(one["exclusive_bytes"]) if "exclusive_bytes" in one else "",
+                one["note"],
+            ]
+            for one in snapshots
+        ],
+    )

@@ -1,0 +1,119 @@
+"""``snapfs mount``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import subprocess
+import sys
+
+import click
+import trio
+
+from ..errors import MountError, SnapfsError
+from ..formats import DAEMON_LOG_FILE
+from ..mount import MountRequest, check_mount_point, check_options, serve
+from ..pool import open_home, read_descriptor
+
+_LOG_BYTES_MAX = 1 << 20
+
+
+@click.command()
+@click.argument("pool", type=click.Path())
+@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+@click.option("-o", "option_lists", multiple=True, metavar="OPTION,…", help="allow_other, ro, auto_unmount, …")
+@click.option("--foreground", "-f", is_flag=True, help="Stay, and log to stderr.")
+@click.option("--ready-fd", type=int, hidden=True)
+def mount(
+    pool: str, mount_point: str, option_lists: tuple[str, ...], foreground: bool, ready_fd: int | None
+) -> None:
+    """Mount the pool in the directory POOL on the empty directory MOUNT.
+
+    Returns when the mount answers; the daemon goes on in the background and logs to POOL/daemon.log.
+    """
+    options = frozenset(word for words in option_lists for word in words.split(",") if word)
+    request = MountRequest(os.path.abspath(pool), os.path.abspath(mount_point), options)
+    if ready_fd is not None:
+        _serve_for_parent(request, ready_fd)
+    elif foreground:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        trio.run(serve, request, lambda: click.echo(f"mounted on {request.mount_point}", err=True))
+    else:
+        _start(request)
+
+
+def _start(request: MountRequest) -> None:
+    """Start a daemon, and wait until it says that the mount answers, or why not."""
+    check_options(request.options)
+    check_mount_point(request)
+    home = open_home(request.pool_path)
+    try:
+        read_descriptor(home, request.pool_path)
+    finally:
+        home.close()
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "snapfs", "mount", request.pool_path, request.mount_point]
+    if request.options:
+        command += ["-o", ",".join(sorted(request.options))]
+    with open(os.path.join(request.pool_path, DAEMON_LOG_FILE), "ab") as log:
+        daemon = subprocess.Popen(
+            [*command, "--ready-fd", str(writer)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(writer,),
+            start_new_session=True,
+            cwd="/",
+        )
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        told = pipe.read()
+    if not told:
+        daemon.wait()
+        raise MountError(
+            f"the daemon ended with {daemon.returncode} before the mount answered",
+            f"See {request.pool_path}/{DAEMON_LOG_FILE}",
+        )
+    answer = json.loads(told)
+    if not answer["ok"]:
+        daemon.wait()
+        failed = SnapfsError(answer["reason"], answer["fix"])
+        failed.exit_code = answer["exit_code"]
+        raise failed
+
+
+def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
+    handler = logging.handlers.RotatingFileHandler(
+        os.path.join(request.pool_path, DAEMON_LOG_FILE), maxBytes=_LOG_BYTES_MAX, backupCount=1
+    )
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler]
+    )
+    is_ready = False
+
+    def tell(answer: dict[str, object]) -> None:
+        os.write(ready_fd, json.dumps(answer).encode())
+        os.close(ready_fd)
+
+    def ready() -> None:
+        nonlocal is_ready
+        is_ready = True
+        tell({"ok": True})
+
+    try:
+        trio.run(serve, request, ready)
+    except SnapfsError as error:
+        logging.error("%s", error)
+        if not is_ready:
+            tell({"ok": False, "reason": error.reason, "fix": error.fix, "exit_code": error.exit_code})
+        sys.exit(error.exit_code)
+    except OSError as error:
+        logging.error("%s", error)
+        if not is_ready:
+            tell({"ok": False, "reason": str(error), "fix": "", "exit_code": 1})
+        sys.exit(1)
+    except BaseException:
+        logging.exception("the daemon failed in an unforeseen way")
+        raise

@@ -1,0 +1,63 @@
+"""``snapfs status``."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from ..units import format_size
+from .control import control_path
+from .output import print_json, print_table
+
+
+@click.command()
+@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(mount_point: str, as_json: bool) -> None:
+    """Show health, space, devices and processors of MOUNT."""
+    folder = os.path.dirname(control_path(mount_point))
+    pool = _load(os.path.join(folder, "status.json"))
+    names = sorted(os.listdir(os.path.join(folder, "processors")), key=lambda name: int(name.split(".")[0]))
+    processors = [_load(os.path.join(folder, "processors", name)) for name in names]
+    if as_json:
+        print_json({**pool, "processors": processors})
+        return
+    space = pool["space"]
+    click.echo(f"pool {pool['pool_id']}: {pool['health']}, daemon {pool['pid']}")
+    click.echo(f"{pool['volume_count']} volumes, {pool['snapshot_count']} snapshots, last commit {pool['last_commit']}")
+    click.echo(
+        f"{format_size(space['mapped_bytes'])} mapped, {format_size(space['free_bytes'])}"
+        f" free of {format_size(space['total_bytes'])}"
+    )
+    for failed in pool["failed_volumes"]:
+        click.echo(f"volume {failed['volume']}: {failed['reason']}")
+    print_table(
+        [" DEVICE", "PATH", " FREE", " OF"],
+        [
+            [str(one["device_id"]), one["path"] or "", format_size(one["free_bytes"]), format_size(one["total_bytes"])]
+            for one in pool["devices"]
+        ],
+    )
+    print_table(
+        [" PROCESSOR", " VOLUMES", " OBJECTS", " MAPPED", " LOGS", " SNAPSHOTS", " DIRTY"],
+        [
+            [
+                str(one["processor"]),
+                str(one["volume_count"]),
+                str(one["object_count"]),
+                format_size(one["mapped_bytes"]),
+                str(one["change_log_count"]),
+                str(one["intermediate_snapshot_count"]),
+                str(one["dirty_object_count"]),
+            ]
+            for one in processors
+        ],
+    )
+
+
+def _load(path: str) -> Any:
+    with open(path) as file:
+        return json.load(file)

@@ -1,0 +1,236 @@
+"""The control file's commands: one a line, words quoted as in a shell, options as ``key=value``.
+
+A command is a function in :data:`COMMANDS`. It gives the fields of its answer, or raises.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import BadCommandError, SnapfsError
+from ..pool import Pool
+from ..status import snapshot_entry, snapshot_entry_with_space
+from ..units import parse_size, show_name
+
+LINE_BYTES_MAX = 65536
+Answer = dict[str, object]
+ResizeFile = Callable[[bytes, int], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class CommandContext:
+    """What commands work on. ``resize_file`` goes through the kernel, which keeps sizes of its own."""
+
+    pool: Pool
+    resize_file: ResizeFile
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A parsed line: its words as bytes, and its options."""
+
+    words: list[bytes]
+    options: list[tuple[str, bytes]]
+
+    def word_count(self, low: int, high: int, usage: str) -> None:
+        """Refuse too few or too many words."""
+        if not low <= len(self.words) <= high:
+            raise BadCommandError(f"the command takes {usage}", "Write help for all commands")
+
+    def known_options(self, *keys: str) -> None:
+        """Refuse options that the command does not have."""
+        for key, _ in self.options:
+            if key not in keys:
+                raise BadCommandError(f"there is no option {key!r} here", "Write help for all commands")
+
+    def all_of(self, key: str) -> list[bytes]:
+        """Every value given for an option."""
+        return [value for one, value in self.options if one == key]
+
+
+def parse(line: bytes) -> tuple[str, Command] | None:
+    """A line as name and command; None for an empty line or a comment. Raises BadCommandError."""
+    if len(line) > LINE_BYTES_MAX:
+        raise BadCommandError(f"a line of {len(line)} bytes", f"Lines go up to {LINE_BYTES_MAX}")
+    if b"\0" in line:
+        raise BadCommandError("the line has a NUL byte", "Write text: one command a line")
+    try:
+        parts = shlex.split(show_name(line), comments=True)
+    except ValueError as error:
+        raise BadCommandError(f"the line cannot be read: {error}", "Close each quote; quote as in a shell") from None
+    if not parts:
+        return None
+    words: list[bytes] = []
+    options: list[tuple[str, bytes]] = []
+    for part in parts[1:]:
+        key, equals, value = part.partition("=")
+        if equals and key.isidentifier():
+            options.append((key, value.encode("utf-8", "surrogateescape")))
+        else:
+            words.append(part.encode("utf-8", "surrogateescape"))
+    return parts[0], Command(words, options)
+
+
+async def run_line(context: CommandContext, line: bytes) -> Answer | None:
+    """Run one line; its answer, None for an empty line. Raises SnapfsError or OSError."""
+    parsed = parse(line)
+    if parsed is None:
+        return None
+    name, command = parsed
+    function = COMMANDS.get(name)
+    if function is None:
+        raise BadCommandError(
+            f"there is no command {name[:64]!r}", f"Commands: {' '.join(sorted(COMMANDS))}; write help for more"
+        )
+    return {"ok": True, "command": name, **await function(context, command)}
+
+
+def failure(line: bytes, error: SnapfsError | OSError) -> Answer:
+    """The answer of a line that failed."""
+    return {
+        "ok": False,
+        "line": show_name(line[:256]),
+        "errno": error.errno,
+        "error": error.reason if isinstance(error, SnapfsError) else str(error),
+        "fix": error.fix if isinstance(error, SnapfsError) else "",
+    }
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """An answer as a line of JSON."""
+    return json.dumps(answer).encode() + b"\n"
+
+
+async def _snapshot(context: CommandContext, command: Command) -> Answer:
+    """snapshot [NAME] [volume=V]... [note=TEXT]: make a snapshot of all volumes, or of those named."""
+    command.word_count(0, 1, "one name or none")
+    command.known_options("volume", "note")
+    volumes = command.all_of("volume")
+    notes = command.all_of("note")
+    snapshot = await context.pool.snapshots.create(
+        command.words[0] if command.words else None, volumes or None, show_name(b" ".join(notes))
+    )
+    return snapshot_entry(snapshot)
+
+
+async def _delete(context: CommandContext, command: Command) -> Answer:
+    """delete NAME: delete a snapshot; its space comes back in the background."""
+    command.word_count(1, 1, "the name of a snapshot")
+    command.known_options()
+    await context.pool.snapshots.delete(command.words[0])
+    return {"name": show_name(command.words[0])}
+
+
+async def _rename(context: CommandContext, command: Command) -> Answer:
+    """rename OLD NEW: give a snapshot another name."""
+    command.word_count(2, 2, "the old name and the new")
+    command.known_options()
+    await context.pool.snapshots.rename(*command.words)
+    return {"name": show_name(command.words[1])}
+
+
+async def _resize(context: CommandContext, command: Command) -> Answer:
+    """resize VOLUME SIZE: set a volume's size; what is gained reads as zeros."""
+    command.word_count(2, 2, "a volume and a size")
+    command.known_options()
+    name, size = command.words
+    context.pool.volumes.get(name)
+    size_bytes = parse_size(show_name(size))
+    await context.resize_file(name, size_bytes)
+    return {"volume": show_name(name), "size_bytes": size_bytes}
+
+
+async def _sync(context: CommandContext, command: Command) -> Answer:
+    """sync: make everything that was written durable."""
+    command.word_count(0, 0, "no words")
+    command.known_options()
+    await context.pool.snapshots.before_cut(context.pool.volumes.unsaved())
+    await context.pool.sync()
+    return {}
+
+
+async def _list(context: CommandContext, command: Command) -> Answer:
+    """list [NAME]... [space=no]: snapshots, with what each references and what only it holds."""
+    command.known_options("space")
+    snapshots = context.pool.snapshots
+    chosen = [snapshots.get(name) for name in command.words] or list(snapshots.by_name.values())
+    chosen.sort(key=lambda one: one.instant)
+    if command.all_of("space") == [b"no"]:
+        return {"snapshots": [snapshot_entry(one) for one in chosen]}
+    found = []
+    for snapshot in chosen:
+        if snapshot.snapshot_id in snapshots.by_id:
+            found.append(await snapshot_entry_with_space(context.pool, snapshot))
+    return {"snapshots": found}
+
+
+async def _help(context: CommandContext, command: Command) -> Answer:
+    """help: this list."""
+    return {"commands": [inspect.getdoc(function) for function in COMMANDS.values()]}
+
+
+CommandFunction = Callable[[CommandContext, Command], Awaitable[Answer]]
+COMMANDS: Mapping[str, CommandFunction] = {
+    "snapshot": _snapshot,
+    "delete": _delete,
+    "rename": _rename,
+    "resize": _resize,
+    "sync": _sync,
+    "list": _list,
+    "help": _help,
+}
+
+
+class ControlSession:
+    """One open control file: commands in, answers out.
+
+    A line counts when its newline has come, so half a line never runs as another command. Lines of
+    one write run in order up to the first that fails.
+    """
+
+    ANSWER_BYTES_MAX = 64 << 20
+
+    def __init__(self, context: CommandContext) -> None:
+        self._context = context
+        self._answers = bytearray()
+
+    async def write(self, data: bytes) -> int:
+        """Run the whole lines of ``data``; the count of bytes that were taken.
+
+        Raises the error of the first line if that fails; a later one stops the count before it, so
+        that the caller's next write begins with it.
+        """
+        taken = 0
+        while taken < len(data):
+            end = data.find(b"\n", taken)
+            line = data[taken:] if end < 0 else data[taken:end]
+            try:
+                if end < 0:
+                    raise BadCommandError("the line has no end", "End each command with a newline")
+                answer = await run_line(self._context, line)
+            except (SnapfsError, OSError) as error:
+                if taken:
+                    return taken
+                self._answer(failure(line, error))
+                raise
+            if answer is not None:
+                self._answer(answer)
+            taken = end + 1
+        return taken
+
+    def _answer(self, answer: Answer) -> None:
+        self._answers += encode_answer(answer)
+        if len(self._answers) > self.ANSWER_BYTES_MAX:
+            del self._answers[: self._answers.index(b"\n") + 1]
+
+    def read(self, length: int) -> bytes:
+        """Answers not read yet."""
+        part = bytes(self._answers[:length])
+        del self._answers[:length]
+        return part
+
+

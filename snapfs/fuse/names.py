@@ -1,0 +1,78 @@
+"""Inode numbers: what each names, in one 64-bit number. Pure.
+
+A number is ``snapshot_id << 32 | item``. Neither snapshot nor volume ids are ever used again, so no
+inode number ever names something else than it did, and the kernel's caches stay true.
+"""
+
+from __future__ import annotations
+
+from ..catalog import FIRST_VOLUME_ID
+from ..geometry import SnapshotId, VolumeId
+
+ROOT = 1
+SNAPSHOTS = 2
+META = 3
+CONTROL = 4
+STATUS = 5
+EVENTS = 6
+PROCESSORS = 7
+FIRST_PROCESSOR = 16
+_ITEM_BITS = 32
+_ITEM_MASK = (1 << _ITEM_BITS) - 1
+_SNAPSHOT_FOLDER = 0
+_MANIFEST = 1
+
+SNAPSHOTS_NAME = b".snapshots"
+META_NAME = b".snapfs"
+MANIFEST_NAME = b".manifest.json"
+
+
+def of_volume(volume_id: VolumeId) -> int:
+    """A live volume."""
+    return volume_id
+
+
+def of_snapshot(snapshot_id: SnapshotId) -> int:
+    """A snapshot's folder."""
+    return snapshot_id << _ITEM_BITS | _SNAPSHOT_FOLDER
+
+
+def of_manifest(snapshot_id: SnapshotId) -> int:
+    """A snapshot's manifest."""
+    return snapshot_id << _ITEM_BITS | _MANIFEST
+
+
+def of_snapshot_volume(snapshot_id: SnapshotId, volume_id: VolumeId) -> int:
+    """A volume in a snapshot."""
+    return snapshot_id << _ITEM_BITS | volume_id
+
+
+def of_processor(processor_index: int) -> int:
+    """A processor's status file."""
+    return FIRST_PROCESSOR + processor_index
+
+
+def snapshot_id_of(inode: int) -> SnapshotId:
+    """The snapshot that an inode lies in, 0 for none."""
+    return SnapshotId(inode >> _ITEM_BITS)
+
+
+def volume_id_of(inode: int) -> VolumeId | None:
+    """The volume that an inode is, live or in a snapshot; None for anything else."""
+    item = inode & _ITEM_MASK
+    return VolumeId(item) if item >= FIRST_VOLUME_ID else None
+
+
+def is_snapshot_folder(inode: int) -> bool:
+    """Whether it is a snapshot's folder."""
+    return inode > _ITEM_MASK and inode & _ITEM_MASK == _SNAPSHOT_FOLDER
+
+
+def is_manifest(inode: int) -> bool:
+    """Whether it is a snapshot's manifest."""
+    return inode > _ITEM_MASK and inode & _ITEM_MASK == _MANIFEST
+
+
+def processor_index_of(inode: int) -> int | None:
+    """The processor whose status file an inode is, None for anything else."""
+    return inode - FIRST_PROCESSOR if FIRST_PROCESSOR <= inode < FIRST_VOLUME_ID else None

@@ -1,0 +1,505 @@
+"""The tree that users see: names, inodes and attributes over a pool. Knows nothing of pyfuse3.
+
+::
+
+    MOUNT/VOLUME                          MOUNT/.snapshots/NAME/VOLUME
+    MOUNT/.snapfs/control                 MOUNT/.snapshots/NAME/.manifest.json
+    MOUNT/.snapfs/status.json  events     MOUNT/.snapfs/processors/N.json
+
+Errors are :class:`SnapfsError`; :class:`NoEntryError` for a name that is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ..backends import Space
+from ..errors import NotFoundError, ReadOnlyError, ReservedNameError, SnapfsError
+from ..formats import Attributes
+from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
+from ..manifest import manifest_of
+from ..pool import Pool
+from ..snapshot import Snapshot
+from ..status import pool_status, processor_status
+from ..volume import Volume
+from ..volumes import AttributeChange
+from . import names
+from .control import CommandContext, ControlSession
+from .handles import ControlHandle, EventsHandle, Handle, SnapshotHandle, TextHandle, VolumeHandle
+
+VOLUME_ATTR_TIMEOUT_S = 1.0
+FOREVER_S = 86400.0
+_MANIFESTS_KEPT = 4
+_SECTOR = 512
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+
+
+class NoEntryError(NotFoundError):
+    """There is no such name in the tree."""
+
+
+class IsFolderError(SnapfsError):
+    """What was asked for works on files."""
+
+    errno = errno.EISDIR
+
+
+class NotPermittedError(SnapfsError):
+    """The tree has no place for this."""
+
+    errno = errno.EPERM
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An inode's attributes. ``entry_timeout_s`` is for how long its name holds."""
+
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int = 0
+    block_count_512: int = 0
+    link_count: int = 1
+    atime_ns: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    attr_timeout_s: float = 0.0
+    entry_timeout_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, by process and user."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class Namespace:
+    """The tree of one mount. ``flusher_ids`` are the threads in which the daemon opens its own files."""
+
+    def __init__(self, pool: Pool, mount_point: str, resize_file: Callable[[bytes, int], Awaitable[None]]) -> None:
+        self.pool = pool
+        self.mount_point = mount_point
+        self.flusher_ids: set[int] = set()
+        self.writer_counts: dict[VolumeId, int] = {}
+        self._uid = os.getuid()
+        self._gid = os.getgid()
+        self._mounted_ns = time.time_ns()
+        self._control = CommandContext(pool, resize_file)
+        self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
+        self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
+        self._files: dict[int, tuple[bytes, int]] = {
+            names.CONTROL: (b"control", 0o600),
+            names.STATUS: (b"status.json", 0o444),
+            names.EVENTS: (b"events", 0o444),
+        }
+
+    # -- looking up --------------------------------------------------------------------------
+
+    async def lookup(self, parent: int, name: bytes, caller: Caller) -> Node:
+        """The node of a name in a folder. Raises NoEntryError."""
+        if parent == names.ROOT:
+            return self._lookup_in_root(name)
+        if parent == names.SNAPSHOTS:
+            if name in (b".", b".."):
+                return await self.node(names.SNAPSHOTS if name == b"." else names.ROOT)
+            snapshot = self.pool.snapshots.by_name.get(name)
+            if snapshot is None:
+                raise NoEntryError("there is no such snapshot")
+            return self._snapshot_node(snapshot)
+        if names.is_snapshot_folder(parent):
+            return await self._lookup_in_snapshot(parent, name)
+        return await self.node(self._lookup_in_meta(parent, name, caller))
+
+    def _lookup_in_root(self, name: bytes) -> Node:
+        volume = self.pool.volumes.by_name.get(name)
+        if volume is not None:
+            return self.volume_node(volume)
+        inode = {
+            names.SNAPSHOTS_NAME: names.SNAPSHOTS,
+            names.META_NAME: names.META,
+            b".": names.ROOT,
+            b"..": names.ROOT,
+        }.get(name)
+        if inode is None:
+            raise NoEntryError("there is no such volume")
+        return self._folder_node(inode)
+
+    async def _lookup_in_snapshot(self, parent: int, name: bytes) -> Node:
+        snapshot = self._snapshot(parent)
+        if name == names.MANIFEST_NAME:
+            return await self.node(names.of_manifest(snapshot.snapshot_id))
+        if name in (b".", b".."):
+            return await self.node(parent if name == b"." else names.SNAPSHOTS)
+        members = await self.pool.snapshots.members(snapshot)
+        volume_id = members.by_name.get(name)
+        if volume_id is None:
+            raise NoEntryError("the snapshot holds no such volume")
+        return await self.node(names.of_snapshot_volume(snapshot.snapshot_id, volume_id))
+
+    def _lookup_in_meta(self, parent: int, name: bytes, caller: Caller) -> int:
+        if parent == names.META:
+            for inode, (file_name, _) in self._files.items():
+                if name == file_name:
+                    return inode
+            special = {b"processors": names.PROCESSORS, b".": names.META, b"..": names.ROOT}.get(name)
+            if special is not None:
+                return special
+            if caller.pid in self.flusher_ids:
+                return self._alias(name)
+        if parent == names.PROCESSORS:
+            for processor in self.pool.processors:
+                if name == b"%d.json" % processor.index:
+                    return names.of_processor(processor.index)
+            special = {b".": names.PROCESSORS, b"..": names.META}.get(name)
+            if special is not None:
+                return special
+        raise NoEntryError("there is no such file")
+
+    def _alias(self, name: bytes) -> int:
+        """A volume by its id, for the daemon's own use: its name may change meanwhile."""
+        try:
+            volume_id = VolumeId(int(name))
+        except ValueError:
+            raise NoEntryError("there is no such file") from None
+        if volume_id not in self.pool.volumes.by_id:
+            raise NoEntryError("there is no such volume")
+        return names.of_volume(volume_id)
+
+    def _snapshot(self, inode: int) -> Snapshot:
+        snapshot = self.pool.snapshots.by_id.get(names.snapshot_id_of(inode))
+        if snapshot is None:
+            raise NoEntryError("the snapshot is deleted")
+        return snapshot
+
+    # -- nodes -------------------------------------------------------------------------------
+
+    async def node(self, inode: int) -> Node:
+        """The attributes of an inode. Raises NoEntryError."""
+        volume_id = names.volume_id_of(inode)
+        snapshot_id = names.snapshot_id_of(inode)
+        if snapshot_id:
+            return await self._node_in_snapshot(inode, volume_id)
+        if volume_id is not None:
+            volume = self.pool.volumes.by_id.get(volume_id)
+            if volume is None:
+                raise NoEntryError("the volume is removed")
+            return self.volume_node(volume)
+        if inode in self._files:
+            return self._file_node(inode, self._files[inode][1])
+        if names.processor_index_of(inode) is not None:
+            return self._file_node(inode, 0o444)
+        return self._folder_node(inode)
+
+    def volume_node(self, volume: Volume) -> Node:
+        """The attributes of a live volume."""
+        return Node(
+            names.of_volume(volume.volume_id),
+            stat.S_IFREG | volume.mode,
+            volume.uid,
+            volume.gid,
+            volume.size_bytes,
+            volume.block_count * (BLOCK_SIZE // _SECTOR),
+            0 if volume.is_removed else 1,
+            volume.atime_ns,
+            volume.mtime_ns,
+            volume.ctime_ns,
+            VOLUME_ATTR_TIMEOUT_S,
+            FOREVER_S,
+        )
+
+    async def _node_in_snapshot(self, inode: int, volume_id: VolumeId | None) -> Node:
+        if inode in self._open_snapshot_files:
+            # Perhaps of a snapshot that is deleted meanwhile; it stays until it is closed.
+            view = self._open_snapshot_files[inode][0].snapshot_volume
+            return self._snapshot_file_node(inode, view.attributes, 0)
+        snapshot = self._snapshot(inode)
+        if volume_id is not None:
+            members = await self.pool.snapshots.members(snapshot)
+            attributes = members.by_id.get(volume_id)
+            if attributes is None:
+                raise NoEntryError("the snapshot holds no such volume")
+            return self._snapshot_file_node(inode, attributes, members.block_counts.get(volume_id, 0))
+        if names.is_manifest(inode):
+            text = await self._manifest(snapshot)
+            when = snapshot.created_ns
+            return Node(
+                inode, stat.S_IFREG | 0o444, self._uid, self._gid, len(text), 0, 1, when, when, when, 0.0, FOREVER_S
+            )
+        return self._snapshot_node(snapshot)
+
+    def _snapshot_file_node(self, inode: int, attributes: Attributes, block_count: int) -> Node:
+        return Node(
+            inode,
+            stat.S_IFREG | attributes.mode,
+            attributes.uid,
+            attributes.gid,
+            attributes.size_bytes,
+            block_count * (BLOCK_SIZE // _SECTOR),
+            1,
+            attributes.atime_ns,
+            attributes.mtime_ns,
+            attributes.ctime_ns,
+            FOREVER_S,
+            FOREVER_S,
+        )
+
+    def _snapshot_node(self, snapshot: Snapshot) -> Node:
+        when = snapshot.created_ns
+        return Node(
+            names.of_snapshot(snapshot.snapshot_id),
+            stat.S_IFDIR | 0o555,
+            self._uid,
+            self._gid,
+            link_count=2,
+            atime_ns=when,
+            mtime_ns=when,
+            ctime_ns=when,
+            attr_timeout_s=FOREVER_S,
+            # Deleted and renamed by commands that do not pass through the kernel.
+            entry_timeout_s=0.0,
+        )
+
+    def _folder_node(self, inode: int) -> Node:
+        mode = {names.ROOT: 0o755, names.SNAPSHOTS: 0o755, names.META: 0o555, names.PROCESSORS: 0o555}.get(inode)
+        if mode is None:
+            raise NoEntryError("there is no such inode")
+        return Node(
+            inode,
+            stat.S_IFDIR | mode,
+            self._uid,
+            self._gid,
+            link_count=2,
+            atime_ns=self._mounted_ns,
+            mtime_ns=self._mounted_ns,
+            ctime_ns=self._mounted_ns,
+            attr_timeout_s=VOLUME_ATTR_TIMEOUT_S,
+            entry_timeout_s=FOREVER_S,
+        )
+
+    def _file_node(self, inode: int, mode: int) -> Node:
+        size = len(self.pool.events.contents) if inode == names.EVENTS else 0
+        now = time.time_ns()
+        return Node(
+            inode, stat.S_IFREG | mode, self._uid, self._gid, size, 0, 1, now, now, now, 0.0, FOREVER_S
+        )
+
+    async def _manifest(self, snapshot: Snapshot) -> bytes:
+        text = await manifest_of(self.pool, snapshot)
+        self._manifests[snapshot.snapshot_id] = text
+        while len(self._manifests) > _MANIFESTS_KEPT:
+            self._manifests.popitem(last=False)
+        return text
+
+    # -- folders -----------------------------------------------------------------------------
+
+    async def listing(self, inode: int) -> list[int]:
+        """Inodes of a folder's entries, in the order in which they are told."""
+        if inode == names.ROOT:
+            return [names.SNAPSHOTS, names.META, *sorted(self.pool.volumes.by_id)]
+        if inode == names.SNAPSHOTS:
+            return [names.of_snapshot(one) for one in sorted(self.pool.snapshots.by_id)]
+        if inode == names.META:
+            return [*self._files, names.PROCESSORS]
+        if inode == names.PROCESSORS:
+            return [names.of_processor(one.index) for one in self.pool.processors]
+        snapshot = self._snapshot(inode)
+        members = await self.pool.snapshots.members(snapshot)
+        found = [names.of_snapshot_volume(snapshot.snapshot_id, one) for one in members.ordered_ids]
+        return [names.of_manifest(snapshot.snapshot_id), *found]
+
+    async def entry(self, inode: int) -> tuple[bytes, Node] | None:
+        """Name and attributes of an inode in a listing; None if it has gone meanwhile."""
+        try:
+            name = await self._name_of(inode)
+            if name is None:
+                return None
+            if names.is_manifest(inode):
+                # Its size is told when it is asked for; making it for every listing would cost too much.
+                snapshot = self._snapshot(inode)
+                when = snapshot.created_ns
+                size = len(self._manifests.get(snapshot.snapshot_id, b""))
+                mode = stat.S_IFREG | 0o444
+                return name, Node(inode, mode, self._uid, self._gid, size, 0, 1, when, when, when)
+            return name, await self.node(inode)
+        except NotFoundError:
+            return None
+
+    async def _name_of(self, inode: int) -> bytes | None:
+        volume_id = names.volume_id_of(inode)
+        if names.snapshot_id_of(inode):
+            snapshot = self._snapshot(inode)
+            if names.is_snapshot_folder(inode):
+                return snapshot.name
+            if volume_id is None:
+                return names.MANIFEST_NAME
+            members = await self.pool.snapshots.members(snapshot)
+            return members.by_id[volume_id].name
+        if volume_id is not None:
+            volume = self.pool.volumes.by_id.get(volume_id)
+            return None if volume is None or volume.is_removed else volume.name
+        if inode in self._files:
+            return self._files[inode][0]
+        index = names.processor_index_of(inode)
+        if index is not None:
+            return b"%d.json" % index
+        return {
+            names.SNAPSHOTS: names.SNAPSHOTS_NAME,
+            names.META: names.META_NAME,
+            names.PROCESSORS: b"processors",
+        }.get(inode)
+
+    # -- opening -----------------------------------------------------------------------------
+
+    async def open(self, inode: int, flags: int, caller: Caller) -> Handle:
+        """Open a file. Raises ReadOnlyError for a snapshot's that is to be written."""
+        if names.snapshot_id_of(inode):
+            if flags & (_WRITE_FLAGS | os.O_TRUNC):
+                raise ReadOnlyError("a snapshot cannot be changed", "Copy the file, and change the copy")
+            return await self._open_in_snapshot(inode)
+        volume_id = names.volume_id_of(inode)
+        if volume_id is not None:
+            volume = self.pool.volumes.by_id.get(volume_id)
+            if volume is None:
+                raise NoEntryError("the volume is removed")
+            if flags & os.O_TRUNC:
+                await self.pool.volumes.truncate(volume, 0)
+            return self._open_volume(volume, flags, caller)
+        if inode == names.CONTROL:
+            return ControlHandle(ControlSession(self._control))
+        if inode == names.EVENTS:
+            return EventsHandle(self.pool.events)
+        if inode == names.STATUS:
+            return TextHandle(_json(await pool_status(self.pool, self.mount_point)))
+        index = names.processor_index_of(inode)
+        if index is not None:
+            return TextHandle(_json(await processor_status(self.pool.processors[index])))
+        raise IsFolderError("it is a folder")
+
+    def _open_volume(self, volume: Volume, flags: int, caller: Caller) -> VolumeHandle:
+        is_writer = bool(flags & _WRITE_FLAGS)
+        self.pool.volumes.open(volume)
+        if is_writer:
+            self.writer_counts[volume.volume_id] = self.writer_counts.get(volume.volume_id, 0) + 1
+        return VolumeHandle(volume, is_writer=is_writer, is_flusher=caller.pid in self.flusher_ids)
+
+    async def _open_in_snapshot(self, inode: int) -> Handle:
+        snapshot = self._snapshot(inode)
+        volume_id = names.volume_id_of(inode)
+        if volume_id is None:
+            text = self._manifests.pop(snapshot.snapshot_id, None)
+            return TextHandle(text if text is not None else await manifest_of(self.pool, snapshot))
+        handle = SnapshotHandle(await self.pool.snapshots.open_volume(snapshot, volume_id))
+        self._open_snapshot_files.setdefault(inode, []).append(handle)
+        return handle
+
+    def close(self, handle: Handle) -> None:
+        """Undo :meth:`open`."""
+        if isinstance(handle, VolumeHandle):
+            volume = handle.volume
+            if handle.is_writer:
+                self.writer_counts[volume.volume_id] -= 1
+                if not self.writer_counts[volume.volume_id]:
+                    del self.writer_counts[volume.volume_id]
+            self.pool.volumes.close(volume)
+        elif isinstance(handle, SnapshotHandle):
+            view = handle.snapshot_volume
+            inode = names.of_snapshot_volume(view.snapshot.snapshot_id, view.volume_id)
+            self._open_snapshot_files[inode].remove(handle)
+            if not self._open_snapshot_files[inode]:
+                del self._open_snapshot_files[inode]
+            self.pool.snapshots.close_volume(view)
+
+    # -- changing ----------------------------------------------------------------------------
+
+    async def create(self, parent: int, name: bytes, mode: int, caller: Caller) -> Volume:
+        """Make a volume."""
+        self._only_in_root(parent)
+        return await self.pool.volumes.create(name, mode & 0o777, caller.uid, caller.gid)
+
+    async def remove_file(self, parent: int, name: bytes) -> None:
+        """Remove a volume."""
+        self._only_in_root(parent)
+        if name in (names.SNAPSHOTS_NAME, names.META_NAME):
+            raise IsFolderError("it is a folder")
+        await self.pool.volumes.remove(name)
+
+    async def make_folder(self, parent: int, name: bytes) -> Node:
+        """Make a snapshot: a folder in ``.snapshots``."""
+        if parent != names.SNAPSHOTS:
+            self._refuse_in_snapshot(parent)
+            raise NotPermittedError("volumes lie in one folder", "To make a snapshot: mkdir .snapshots/NAME")
+        return self._snapshot_node(await self.pool.snapshots.create(name))
+
+    async def remove_folder(self, parent: int, name: bytes) -> None:
+        """Delete a snapshot."""
+        if parent != names.SNAPSHOTS:
+            self._refuse_in_snapshot(parent)
+            raise NotPermittedError("this folder is snapfs' own")
+        await self.pool.snapshots.delete(name)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool, exchange: bool
+    ) -> None:
+        """Rename a volume or a snapshot."""
+        for folder in (parent, new_parent):
+            self._refuse_in_snapshot(folder)
+        if parent == new_parent == names.ROOT:
+            if name in (names.SNAPSHOTS_NAME, names.META_NAME):
+                raise ReservedNameError("this folder is snapfs' own")
+            await self.pool.volumes.rename(name, new_name, replace=replace, exchange=exchange)
+        elif parent == new_parent == names.SNAPSHOTS:
+            await self.pool.snapshots.rename(name, new_name)
+        else:
+            raise NotPermittedError("a volume is not a snapshot", "To make a snapshot: mkdir .snapshots/NAME")
+
+    async def change(self, inode: int, change: AttributeChange, size_bytes: int | None) -> Node:
+        """Change attributes of a volume."""
+        if names.snapshot_id_of(inode):
+            raise ReadOnlyError("a snapshot cannot be changed")
+        volume_id = names.volume_id_of(inode)
+        if volume_id is None:
+            if inode == names.CONTROL:
+                # `echo command > control` truncates first.
+                return await self.node(inode)
+            raise NotPermittedError("this file is snapfs' own")
+        volume = self.pool.volumes.by_id.get(volume_id)
+        if volume is None:
+            raise NoEntryError("the volume is removed")
+        if size_bytes is not None:
+            await self.pool.volumes.truncate(volume, size_bytes)
+        if change != AttributeChange():
+            await self.pool.volumes.change(volume, change)
+        return self.volume_node(volume)
+
+    def refuse_link(self, parent: int) -> None:
+        """Links, device files and the like: none."""
+        self._refuse_in_snapshot(parent)
+        raise NotPermittedError("snapfs holds volumes and nothing else")
+
+    def _only_in_root(self, parent: int) -> None:
+        self._refuse_in_snapshot(parent)
+        if parent != names.ROOT:
+            raise NotPermittedError("volumes lie in the mount's own folder")
+
+    def _refuse_in_snapshot(self, parent: int) -> None:
+        if names.snapshot_id_of(parent):
+            raise ReadOnlyError("a snapshot cannot be changed", "Copy the file, and change the copy")
+
+    def space(self) -> tuple[Space, int]:
+        """Room on the devices, and how many files there are."""
+        return self.pool.space(), len(self.pool.volumes.by_name)
+
+
+def _json(document: dict[str, object]) -> bytes:
+    return json.dumps(document, indent=1).encode() + b"\n"

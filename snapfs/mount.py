@@ -1,0 +1,223 @@
+"""The composition root: a pool, a namespace, pyfuse3, signals. One mount a process, as pyfuse3 has it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pyfuse3
+import trio
+
+from .errors import MountError
+from .fuse import loop
+from .fuse.flusher import PageFlusher
+from .fuse.namespace import Namespace
+from .fuse.names import META_NAME
+from .fuse.operations import Operations
+from .geometry import VolumeId
+from .pool import Pool, open_pool
+
+_log = logging.getLogger("snapfs")
+_libc = ctypes.CDLL(None, use_errno=True)
+_PR_SET_IO_FLUSHER = 57
+_MNT_DETACH = 2
+_OOM_SCORE = b"-500"
+_OPEN_FILES_MAX = 65536
+WORKERS_MIN = 8
+WORKERS_MAX = 256
+READ_AHEAD_KIB = 1024
+DIRTY_RATIO_MAX = 40
+KNOWN_OPTIONS = frozenset({"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime"})
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What to mount where. ``options`` are those of ``-o``."""
+
+    pool_path: str
+    mount_point: str
+    options: frozenset[str] = field(default_factory=frozenset)
+
+
+def check_options(options: frozenset[str]) -> None:
+    """Raises MountError for options that snapfs does not have."""
+    unknown = sorted(options - KNOWN_OPTIONS)
+    if unknown:
+        raise MountError(
+            f"there is no mount option {unknown[0]!r}", f"Options: {', '.join(sorted(KNOWN_OPTIONS))}"
+        )
+
+
+def check_mount_point(request: MountRequest) -> None:
+    """Raises MountError when nothing can be mounted there. A dead mount that is there is taken away."""
+    path = request.mount_point
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise MountError(
+                f"{path} is not a directory to mount on: {error.strerror}", "Make it with mkdir"
+            ) from error
+        # Left by a daemon that was killed.
+        unmount(path, lazy=True)
+    if not os.path.isdir(path):
+        raise MountError(f"{path} is not a directory", "Mount on a directory")
+    if os.path.ismount(path):
+        raise MountError(f"something is mounted on {path} already", "Unmount it, or choose another directory")
+    if os.listdir(path):
+        raise MountError(f"{path} is not empty", "Mount on an empty directory, so that nothing is hidden")
+    inside = os.path.realpath(request.pool_path) + os.sep
+    if (os.path.realpath(path) + os.sep).startswith(inside):
+        raise MountError(f"{path} lies inside the pool", "Mount outside of it")
+
+
+def unmount(path: str, *, lazy: bool = False) -> None:
+    """Take a mount away. Raises MountError, with the errno of a busy one."""
+    path = os.path.abspath(path)
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) == 0:
+            return
+        code = ctypes.get_errno()
+        words = os.strerror(code)
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        words = done.stderr.strip() or f"fusermount3 exited with {done.returncode}"
+        code = errno.EBUSY if "busy" in words else errno.EINVAL
+    fix = "Close what uses it (see with: fuser -m), or unmount with --lazy" if code == errno.EBUSY else ""
+    failed = MountError(f"{path} cannot be unmounted: {words}", fix)
+    failed.errno = code
+    raise failed
+
+
+async def serve(request: MountRequest, ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted or told to stop. ``ready`` is called when the mount answers."""
+    check_options(request.options)
+    check_mount_point(request)
+    _prepare_process()
+    async with open_pool(request.pool_path, f"mounted on {request.mount_point}") as pool:
+        mount = _Mount(request, pool)
+        await mount.serve(ready)
+
+
+class _Mount:
+    """One mounted pool."""
+
+    def __init__(self, request: MountRequest, pool: Pool) -> None:
+        self._mount_point = request.mount_point
+        self._pool = pool
+        self._options = _fuse_options(request)
+        self._namespace = Namespace(pool, request.mount_point, self._resize)
+        self._operations = Operations(self._namespace)
+        self._flusher = PageFlusher(self._namespace, request.mount_point)
+        pool.snapshots.before_cut = self._flusher.flush
+
+    async def _resize(self, name: bytes, size_bytes: int) -> None:
+        await self._flusher.resize(name, size_bytes)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        loop.enable()
+        try:
+            pyfuse3.init(self._operations, self._mount_point, self._options)
+        except RuntimeError as error:
+            raise MountError(
+                f"{self._mount_point} cannot be mounted on ({error})",
+                "See above for what fusermount3 says; is /dev/fuse there, and user_allow_other set in /etc/fuse.conf?",
+            ) from error
+        self._pool.events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
+        gc.collect()
+        gc.freeze()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_on_signals)
+                nursery.start_soon(self._tell_when_ready, ready)
+                await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._operations.close_all()
+            pyfuse3.close(unmount=True)
+            self._pool.events.note("unmounted", mount_point=self._mount_point)
+
+    async def _tell_when_ready(self, ready: Callable[[], None]) -> None:
+        path = os.path.join(self._mount_point, os.fsdecode(META_NAME), "control")
+        await self._flusher.in_own_thread(os.stat, path)
+        if os.geteuid() == 0:
+            device = (await self._flusher.in_own_thread(os.stat, self._mount_point)).st_dev
+            _tune_mount(device)
+        ready()
+
+    async def _stop_on_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                _log.info("stopping on %s", signal.Signals(number).name)
+                await self._stop()
+
+    async def _stop(self) -> None:
+        """Unmount, with nothing of what was written left in the kernel.
+
+        A plain unmount has the kernel write all back; the session then ends by itself. While the
+        mount is busy: no new opens first, then each open volume is flushed, then the session ends.
+        """
+        try:
+            await self._flusher.in_own_thread(unmount, self._mount_point)
+        except MountError as error:
+            _log.warning("%s", error)
+            await self._flusher.in_own_thread(self._detach, list(self._namespace.writer_counts))
+            pyfuse3.terminate()
+
+    def _detach(self, volume_ids: list[VolumeId]) -> None:
+        fds = []
+        for volume_id in volume_ids:
+            with contextlib.suppress(OSError):
+                fds.append(os.open(self._flusher.path_of(volume_id), os.O_RDONLY | os.O_CLOEXEC))
+        unmount(self._mount_point, lazy=True)
+        for fd in fds:
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                _log.error("the kernel could not write a volume back: %s", error)
+            finally:
+                os.close(fd)
+
+
+def _fuse_options(request: MountRequest) -> set[str]:
+    options = {"default_permissions", "fsname=snapfs", "subtype=snapfs", "nosuid", "nodev"}
+    return options | (set(request.options) - {"rw"})
+
+
+def _prepare_process() -> None:
+    """What a storage daemon asks of the kernel; each is a help, none is needed."""
+    os.umask(0o077)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES_MAX)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if os.geteuid() == 0:
+        # Memory it allocates must not wait for pages that it would have to write back itself.
+        _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as score:
+            score.write(_OOM_SCORE)
+
+
+def _tune_mount(device: int) -> None:
+    """Read further ahead and let more pages be dirty than a FUSE mount does by default (needs root)."""
+    folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
+    for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", DIRTY_RATIO_MAX)):
+        try:
+            with open(f"{folder}/{name}", "w") as setting:
+                setting.write(str(value))
+        except OSError as error:
+            _log.info("%s/%s stays as it is: %s", folder, name, error)
+
+

@@ -1,0 +1,121 @@
+"""What the pool tells of itself, as plain values for JSON."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .geometry import BLOCK_SIZE
+from .pool import Pool
+from .processor import Processor
+from .snapshot import Snapshot
+from .units import iso_time, show_name
+
+
+def _moment(when_ns: int) -> str | None:
+    return iso_time(when_ns) if when_ns else None
+
+
+async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, object]:
+    """Health, devices, space, dirty data, last commit."""
+    space = pool.space()
+    processors = [one.status() for one in pool.processors]
+    failed = [
+        {"volume": show_name(volume.name), "reason": str(volume.failure)}
+        for volume in pool.volumes.unsaved()
+        if volume.failure is not None
+    ]
+    return {
+        "health": "failed" if failed else "ok",
+        "failed_volumes": failed,
+        "pool_id": pool.descriptor.pool_id,
+        "format_version": pool.descriptor.format_version,
+        "mount_point": mount_point,
+        "pid": os.getpid(),
+        "time": iso_time(time.time_ns()),
+        "volume_count": len(pool.volumes.by_name),
+        "snapshot_count": len(pool.snapshots.by_name),
+        "space": {
+            "total_bytes": space.total_bytes,
+            "free_bytes": space.free_bytes,
+            "mapped_bytes": sum(one.mapped_block_count for one in processors) * BLOCK_SIZE,
+            "reserve_spent": pool.reserve.is_spent,
+        },
+        "devices": [
+            {
+                "device_id": device_id,
+                "path": device.local_path(""),
+                "total_bytes": device.space().total_bytes,
+                "free_bytes": device.space().free_bytes,
+            }
+            for device_id, device in pool.devices.items()
+        ],
+        "dirty_object_count": sum(one.dirty_object_count for one in processors),
+        "last_commit": _moment(max(one.last_commit_ns for one in processors)),
+        "commit_count": sum(one.commit_count for one in processors),
+        "reclaim_waiting_count": pool.reclaimer.waiting_count,
+        "processor_count": len(processors),
+    }
+
+
+async def processor_status(processor: Processor) -> dict[str, object]:
+    """One processor: objects, change logs, intermediate snapshots, queue."""
+    counts = processor.status()
+    store = processor.access.store
+    logs = await processor.access.ask(store.log_count)
+    objects = await processor.access.ask(store.object_count)
+    parts = await processor.access.ask(store.intermediates)
+    return {
+        "processor": counts.processor_index,
+        "epoch": counts.epoch,
+        "generation": counts.generation,
+        "volume_count": counts.portion_count,
+        "object_count": objects,
+        "mapped_bytes": counts.mapped_block_count * BLOCK_SIZE,
+        "change_log_count": logs,
+        "current_change_logs": [
+            {
+                "volume_id": portion.volume_id,
+                "log_id": log.log_id,
+                "device_id": log.device_id,
+                "block_count": log.block_count,
+            }
+            for portion in processor.portions.values()
+            if (log := portion.current_log) is not None
+        ],
+        "intermediate_snapshot_count": len(parts),
+        "latest_intermediate_snapshots": [
+            {
+                "snapshot_id": part.snapshot_id,
+                "instant": part.instant,
+                "prepared": iso_time(part.prepared_ns),
+                "mapped_bytes": part.block_count * BLOCK_SIZE,
+            }
+            for part in parts[-16:]
+        ],
+        "dirty_object_count": counts.dirty_object_count,
+        "resident_object_count": counts.resident_object_count,
+        "queue": {"waiting_commits": counts.waiting_commit_count},
+        "commit_count": counts.commit_count,
+        "last_commit": _moment(counts.last_commit_ns),
+        "last_commit_ms": counts.last_commit_duration_ns / 1e6,
+    }
+
+
+def snapshot_entry(snapshot: Snapshot) -> dict[str, object]:
+    """A line of a list of snapshots."""
+    return {
+        "name": show_name(snapshot.name or b""),
+        "snapshot_id": snapshot.snapshot_id,
+        "instant": snapshot.instant,
+        "created": iso_time(snapshot.created_ns),
+        "of_all_volumes": snapshot.volume_ids is None,
+        "stall_us": snapshot.stall_ns / 1000,
+        "note": snapshot.note,
+    }
+
+
+async def snapshot_entry_with_space(pool: Pool, snapshot: Snapshot) -> dict[str, object]:
+    """The same, with what the snapshot references and what only it holds."""
+    referenced, exclusive = await pool.snapshots.space_of(snapshot)
+    return {**snapshot_entry(snapshot), "referenced_bytes": referenced, "exclusive_bytes": exclusive}

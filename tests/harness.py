@@ -1,0 +1,114 @@
+"""A pool on devices in memory that can lose power, with the verifier run whenever it is closed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from snapfs.backends import CrashPlan, Device, MemoryDevice
+from snapfs.check import Report, check_pool
+from snapfs.pool import Pool, create_pool
+from snapfs.snapshot import Snapshot
+
+WHERE = "memory"
+
+
+class World:
+    """The devices of one pool: its home, and where its data lies."""
+
+    def __init__(self, processor_count: int = 4, device_count: int = 1, capacity_bytes: int | None = None) -> None:
+        self.home = MemoryDevice()
+        self.devices = {str(number): MemoryDevice(capacity_bytes) for number in range(device_count)}
+        create_pool(self.home, dict(self.devices), processor_count)
+        for device in self.devices.values():
+            device.sync_names("")
+
+    def open_device(self, path: str) -> Device:
+        return self.devices[path]
+
+    def lose_power(self, plan: CrashPlan) -> None:
+        """What was not synced may be gone."""
+        self.home = self.home.crash(plan)
+        self.devices = {
+            path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn))
+            for path, device in self.devices.items()
+        }
+
+    def check(self) -> Report:
+        """The verifier's report; fails on damage."""
+        report = check_pool(self.home, WHERE, self.open_device)
+        self.home.close()
+        assert not report.is_damaged, report.findings
+        return report
+
+    def check_clean(self) -> None:
+        """The verifier finds neither damage nor leaked space."""
+        report = self.check()
+        assert report.is_clean, [finding for finding in report.findings if finding.severity != "note"]
+
+
+class Running:
+    """An open pool and its tasks, that can be closed, or left as by a crash."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pool: Pool
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        self.pool = Pool.open(self.world.home, WHERE, self.world.open_device)
+        await self.pool.recover()
+        self._ended = trio.Event()
+        self._scope: trio.CancelScope = await nursery.start(self._run)
+
+    async def _run(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        try:
+            with trio.CancelScope() as scope:
+                task_status.started(scope)
+                await self.pool.run()
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        self._scope.cancel()
+        await self._ended.wait()
+        await self.pool.close()
+        self.world.home.close()
+        self.world.check()
+
+    async def crash(self, plan: CrashPlan) -> None:
+        """Lose power now; what the old tasks still do goes nowhere."""
+        self.world.lose_power(plan)
+        self._scope.cancel()
+        await self._ended.wait()
+        for processor in self.pool.processors:
+            processor.access.store.database.abandon()
+        self.pool.catalog.catalog.database.abandon()
+
+
+@asynccontextmanager
+async def open_world(world: World) -> AsyncIterator[Pool]:
+    """An open pool with its tasks; closed and verified at the end."""
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        yield running.pool
+        await running.stop()
+
+
+async def read_snapshot(pool: Pool, snapshot: Snapshot, name: bytes) -> bytes:
+    """A volume's contents in a snapshot."""
+    members = await pool.snapshots.members(snapshot)
+    volume_id, _ = members.get(name)
+    volume = await pool.snapshots.open_volume(snapshot, volume_id)
+    try:
+        return bytes(await volume.read(0, volume.size_bytes))
+    finally:
+        pool.snapshots.close_volume(volume)
+
+
+async def read_volume(pool: Pool, name: bytes) -> bytes:
+    """A volume's contents."""
+    async with pool.volumes.opened(name) as volume:
+        return bytes(await volume.read(0, volume.size_bytes))

@@ -1,0 +1,218 @@
+"""The pool against a model of dictionaries: any sequence of operations, power cuts among them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from snapfs.backends import CrashPlan
+from snapfs.errors import SnapfsError
+
+from .harness import Running, World, read_snapshot, read_volume
+
+SECTOR = 512
+SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
+NAMES = [b"a", b"b"]
+SNAPSHOT_NAMES = [b"s0", b"s1", b"s2", b"s3"]
+
+
+@dataclass
+class ModelVolume:
+    """What a volume holds, and what it may hold after a power cut: every version since the last sync."""
+
+    data: bytearray = field(default_factory=bytearray)
+    versions: list[bytes] = field(default_factory=lambda: [b""])
+
+    def note(self) -> None:
+        self.versions.append(bytes(self.data))
+
+    def synced(self) -> None:
+        self.versions = [bytes(self.data)]
+
+    def adopt(self, found: bytes) -> None:
+        """After a power cut: each sector is one of its versions; what is found is the truth from now on."""
+        assert len(found) in {len(version) for version in self.versions}
+        for start in range(0, len(found), SECTOR):
+            piece = found[start : start + SECTOR]
+            allowed = {version[start : start + len(piece)].ljust(len(piece), b"\0") for version in self.versions}
+            assert piece in allowed, f"offset {start} is of no version"
+        self.data = bytearray(found)
+        self.synced()
+
+
+class Model:
+    def __init__(self) -> None:
+        self.volumes: dict[bytes, ModelVolume] = {}
+        self.snapshots: dict[bytes, dict[bytes, bytes]] = {}
+
+
+offsets = st.one_of(
+    st.integers(0, SPAN),
+    st.sampled_from([0, 4096, (4 << 20) - 1, 4 << 20, (8 << 20) - 4096, 100, 12 << 20]),
+)
+lengths = st.one_of(st.integers(1, 10000), st.sampled_from([1, 512, 4096, 8192, 70000, 5 << 20]))
+operations = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from(NAMES), offsets, lengths, st.integers(1, 255)),
+    st.tuples(st.just("write"), st.sampled_from(NAMES), st.integers(0, 40000), st.integers(1, 9000), st.integers(1, 255)),
+    st.tuples(st.just("truncate"), st.sampled_from(NAMES), offsets),
+    st.tuples(st.just("create"), st.sampled_from(NAMES)),
+    st.tuples(st.just("remove"), st.sampled_from(NAMES)),
+    st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("sync"), st.sampled_from(NAMES)),
+    st.tuples(st.just("snapshot"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from([None, [b"a"], [b"b"]])),
+    st.tuples(st.just("delete"), st.sampled_from(SNAPSHOT_NAMES)),
+    st.tuples(st.just("reclaim")),
+    st.tuples(st.just("pass-time")),
+    st.tuples(st.just("reopen")),
+    st.tuples(st.just("crash"), st.integers(0, 1 << 30), st.sampled_from([0.0, 0.5, 1.0])),
+)
+
+
+class Runner:
+    def __init__(self, nursery: trio.Nursery, clock: trio.testing.MockClock) -> None:
+        self.world = World(processor_count=2, device_count=2)
+        self.model = Model()
+        self.nursery = nursery
+        self.clock = clock
+        self.running = Running(self.world)
+
+    async def start(self) -> None:
+        self.running = Running(self.world)
+        await self.running.start(self.nursery)
+
+    async def step(self, operation: tuple) -> None:
+        kind, *arguments = operation
+        await getattr(self, "do_" + kind.replace("-", "_"))(*arguments)
+
+    async def do_write(self, name: bytes, offset: int, length: int, fill: int) -> None:
+        volume = self.model.volumes.get(name)
+        if volume is None:
+            return
+        data = bytes((fill + index) & 0xFF or 1 for index in range(251)) * (length // 251 + 1)
+        data = data[:length]
+        if len(volume.data) < offset + length:
+            volume.data.extend(bytes(offset + length - len(volume.data)))
+        volume.data[offset : offset + length] = data
+        volume.note()
+        async with self.running.pool.volumes.opened(name) as real:
+            await real.write(offset, data)
+
+    async def do_truncate(self, name: bytes, size: int) -> None:
+        volume = self.model.volumes.get(name)
+        if volume is None:
+            return
+        pool = self.running.pool
+        if size < len(volume.data) and pool.volumes.get(name).block_count:
+            # Durable at once: no version reaches behind it any more.
+            volume.versions = [version[:size] for version in volume.versions]
+        volume.data = volume.data[:size].ljust(size, b"\0")
+        volume.note()
+        await pool.volumes.truncate(pool.volumes.get(name), size)
+
+    async def do_create(self, name: bytes) -> None:
+        if name in self.model.volumes:
+            return
+        self.model.volumes[name] = ModelVolume()
+        await self.running.pool.volumes.create(name)
+
+    async def do_remove(self, name: bytes) -> None:
+        if self.model.volumes.pop(name, None) is not None:
+            await self.running.pool.volumes.remove(name)
+
+    async def do_rename(self, old: bytes, new: bytes) -> None:
+        if old in self.model.volumes and old != new:
+            self.model.volumes[new] = self.model.volumes.pop(old)
+            await self.running.pool.volumes.rename(old, new)
+
+    async def do_sync(self, name: bytes) -> None:
+        volume = self.model.volumes.get(name)
+        if volume is not None:
+            await self.running.pool.volumes.get(name).sync()
+            volume.synced()
+
+    async def do_snapshot(self, name: bytes, names: list[bytes] | None) -> None:
+        expected_error = name in self.model.snapshots or (
+            names is not None and any(one not in self.model.volumes for one in names)
+        )
+        try:
+            await self.running.pool.snapshots.create(name, names)
+        except SnapfsError:
+            assert expected_error
+            return
+        assert not expected_error
+        held = self.model.volumes if names is None else {one: self.model.volumes[one] for one in names}
+        self.model.snapshots[name] = {one: bytes(volume.data) for one, volume in held.items()}
+        for volume in held.values():
+            volume.synced()
+
+    async def do_delete(self, name: bytes) -> None:
+        if self.model.snapshots.pop(name, None) is not None:
+            await self.running.pool.snapshots.delete(name)
+
+    async def do_reclaim(self) -> None:
+        await self.running.pool.reclaimer.reclaim_all()
+
+    async def do_pass_time(self) -> None:
+        self.clock.jump(6)
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def do_reopen(self) -> None:
+        await self.running.stop()
+        for volume in self.model.volumes.values():
+            volume.synced()
+        await self.start()
+
+    async def do_crash(self, seed: int, keep: float) -> None:
+        await self.running.crash(CrashPlan(seed, keep))
+        self.world.check()
+        await self.start()
+        pool = self.running.pool
+        assert set(pool.volumes.by_name) == set(self.model.volumes)
+        for name, volume in self.model.volumes.items():
+            volume.adopt(await read_volume(pool, name))
+        await self.verify()
+
+    async def verify(self) -> None:
+        pool = self.running.pool
+        assert set(pool.volumes.by_name) == set(self.model.volumes)
+        for name, volume in self.model.volumes.items():
+            assert await read_volume(pool, name) == volume.data
+        assert set(pool.snapshots.by_name) == set(self.model.snapshots)
+        for name, contents in self.model.snapshots.items():
+            snapshot = pool.snapshots.get(name)
+            members = await pool.snapshots.members(snapshot)
+            assert set(members.by_name) == set(contents)
+            for volume_name, data in contents.items():
+                assert await read_snapshot(pool, snapshot, volume_name) == data
+
+    async def finish(self) -> None:
+        await self.verify()
+        await self.running.pool.reclaimer.reclaim_all()
+        await self.verify()
+        await self.running.stop()
+        self.world.check_clean()
+
+
+async def run_operations(ops: list[tuple], clock: trio.testing.MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        runner = Runner(nursery, clock)
+        await runner.start()
+        for operation in ops:
+            await runner.step(operation)
+        await runner.finish()
+
+
+@settings(
+    max_examples=int(os.environ.get("SNAPFS_MODEL_EXAMPLES", "300")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+@given(st.lists(operations, min_size=4, max_size=30))
+def test_any_operations_agree_with_the_model(ops: list[tuple]) -> None:
+    clock = trio.testing.MockClock()
+    trio.run(run_operations, [("create", b"a"), ("create", b"b"), *ops], clock, clock=clock)
