@@ -213,7 +213,7 @@ def _prepare_process() -> None:
 def _tune_mount(device: int) -> None:
     """Read further ahead and let more pages be dirty than a FUSE mount does by default (needs root)."""
     folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
-    for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", DIRTY_RATIO_MAX)):
+    for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", 100), ("strict_limit", 0), ("min_ratio", 20)):
         try:
             with open(f"{folder}/{name}", "w") as setting:
                 setting.write(str(value))

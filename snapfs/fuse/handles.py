@@ -63,6 +63,7 @@ class VolumeHandle(ViewHandle):
     def __init__(self, volume: Volume, *, is_writer: bool, is_flusher: bool) -> None:
         super().__init__(volume)
         self.volume = volume
+        self.told_block_count = volume.block_count
         self.is_writer = is_writer
         self.is_flusher = is_flusher
 
@@ -75,6 +76,11 @@ class VolumeHandle(ViewHandle):
         """See :meth:`Handle.fsync`."""
         if not self.is_flusher:
             await self.volume.sync(data_only=data_only)
+
+    def has_new_block_count(self) -> bool:
+        """Whether the blocks that ``du`` is told have changed since this was last asked."""
+        before, self.told_block_count = self.told_block_count, self.volume.block_count
+        return self.is_writer and before != self.told_block_count
 
     def flush(self) -> None:
         """See :meth:`Handle.flush`."""

@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..backends import Space
 from ..errors import NotFoundError, ReadOnlyError, ReservedNameError, SnapfsError
@@ -34,7 +35,9 @@ from . import names
 from .control import CommandContext, ControlSession
 from .handles import ControlHandle, EventsHandle, Handle, SnapshotHandle, TextHandle, VolumeHandle
 
-VOLUME_ATTR_TIMEOUT_S = 1.0
+# Long: once it is over, the kernel asks before every write, until one answer arrives with no write
+# in flight. The count of blocks, which it cannot know, is refreshed at fsync and close instead.
+VOLUME_ATTR_TIMEOUT_S = 60.0
 FOREVER_S = 86400.0
 _MANIFESTS_KEPT = 4
 _SECTOR = 512
@@ -57,8 +60,7 @@ class NotPermittedError(SnapfsError):
     errno = errno.EPERM
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """An inode's attributes. ``entry_timeout_s`` is for how long its name holds."""
 
     inode: int
@@ -283,7 +285,7 @@ class Namespace:
             atime_ns=self._mounted_ns,
             mtime_ns=self._mounted_ns,
             ctime_ns=self._mounted_ns,
-            attr_timeout_s=VOLUME_ATTR_TIMEOUT_S,
+            attr_timeout_s=1.0,
             entry_timeout_s=FOREVER_S,
         )
 

@@ -6,6 +6,7 @@ line in the log; an exception that went on would end the whole mount.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -20,7 +21,7 @@ from ..errors import SnapfsError
 from ..portion import NotResidentError
 from ..units import NAME_MAX_BYTES
 from ..volumes import AttributeChange
-from .handles import ControlHandle, Handle
+from .handles import ControlHandle, Handle, VolumeHandle
 from .namespace import Caller, Namespace, Node
 
 P = ParamSpec("P")
@@ -144,12 +145,22 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def flush(self, fh: int) -> None:
         """See pyfuse3."""
-        self._handles[fh].flush()
+        handle = self._handles[fh]
+        self._refresh_block_count(handle)
+        handle.flush()
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
         """See pyfuse3."""
-        await self._handles[fh].fsync(data_only=datasync)
+        handle = self._handles[fh]
+        await handle.fsync(data_only=datasync)
+        self._refresh_block_count(handle)
+
+    def _refresh_block_count(self, handle: Handle) -> None:
+        """Have the kernel ask again what ``du`` shows. Of attributes only, so it waits for no page."""
+        if isinstance(handle, VolumeHandle) and handle.has_new_block_count():
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(handle.volume.volume_id, attr_only=True)
 
     @_translated
     async def release(self, fh: int) -> None:
