@@ -6,6 +6,7 @@ objects or snapshots, and imports nothing of snapfs. Errors are plain :class:`OS
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
 from .directory import DirectoryDevice
+from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Device",
     "DeviceFile",
     "DirectoryDevice",
+    "FailNth",
+    "FaultyDevice",
     "LockHolder",
     "MemoryDevice",
     "Space",

@@ -121,9 +121,12 @@ class Database:
         self.rows(sql, bindings)
 
     def close(self) -> None:
-        """Close it; the write-ahead log is folded in."""
+        """Close it; the write-ahead log is folded in, or stays beside it when there is no room for that."""
         with translated(self.what):
-            self._connection.close()
+            try:
+                self._connection.close()
+            except apsw.FullError:
+                self._connection.close(True)
         if self._vfs is not None:
             self._vfs.unregister()
             self._vfs = None

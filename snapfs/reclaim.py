@@ -25,6 +25,7 @@ from .portion import NotResidentError, Portion
 from .processor import Processor
 
 _BATCH = 256
+_NO_INSTANT = 0
 _Place = tuple[int, int, int]
 _Freed = dict[int, tuple[ChangeLog, int]]  # by log id: how many of its blocks go
 
@@ -52,13 +53,21 @@ async def release_snapshot(processor: Processor, snapshot_id: SnapshotId, instan
 
     The snapshot has left the processor's index, so no copy is made for it any more.
     """
-    place: _Place | None = (instant - 1, 0, 0)
+    await drop_unneeded_copies(processor, instant, processor.snapshots.next_of_all(instant))
+    idle = await _idle_logs(processor)
+    await processor.commit([], ShardBatch(dropped_intermediates=[snapshot_id], dropped_logs=idle))
+    processor.wake()
+
+
+async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> None:
+    """Drop the copies with instants from ``low`` up to ``high`` that no snapshot in the index needs."""
+    place: _Place | None = (low - 1, 0, 0)
     while place is not None:
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 # What is pending goes to the store first, so that the store knows every copy.
                 await processor.commit_locked(_sound(processor))
-                step = await _find(processor, instant, None, place)
+                step = await _find(processor, _NO_INSTANT, None, place, high)
                 try:
                     for one in step.unneeded:
                         await _drop(one)
@@ -68,9 +77,6 @@ async def release_snapshot(processor: Processor, snapshot_id: SnapshotId, instan
                     _let_go(processor, step)
         place = step.place
         await trio.lowlevel.checkpoint()
-    idle = await _idle_logs(processor)
-    await processor.commit([], ShardBatch(dropped_intermediates=[snapshot_id], dropped_logs=idle))
-    processor.wake()
 
 
 async def exclusive_bytes(
@@ -78,12 +84,13 @@ async def exclusive_bytes(
 ) -> int:
     """What deleting a snapshot would free on one processor, in bytes. Changes nothing."""
     total = 0
+    high = processor.snapshots.next_of_all(instant)
     place: _Place | None = (instant - 1, 0, 0)
     while place is not None:
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 await processor.commit_locked(_sound(processor))
-                step = await _find(processor, instant, volume_ids, place)
+                step = await _find(processor, instant, volume_ids, place, high)
                 try:
                     for one in step.unneeded:
                         total += await _exclusive_bytes_of(one)
@@ -99,14 +106,16 @@ def _sound(processor: Processor) -> list[Portion]:
 
 
 async def _find(
-    processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None, place: _Place
+    processor: Processor,
+    besides: int,
+    volume_ids: Collection[VolumeId] | None,
+    place: _Place,
+    high: int,
 ) -> _Step:
-    """Copies from ``place`` on that no snapshot besides the one at ``instant`` needs."""
+    """Copies after ``place`` and below ``high`` that no snapshot needs, or only that of instant ``besides``."""
     index = processor.snapshots
     store = processor.access.store
-    rows = await processor.access.ask(
-        store.copies_between, instant, index.next_of_all(instant), place, _BATCH
-    )
+    rows = await processor.access.ask(store.copies_between, place, high, _BATCH)
     step = _Step()
     seen: set[tuple[int, int]] = set()
     wanted = []
@@ -123,7 +132,7 @@ async def _find(
         portion = processor.portions.get(row.volume_id)
         if portion is not None and portion.failure is not None:
             continue
-        if not index.holds_besides(row.volume_id, row.epoch, row.instant, instant):
+        if not index.holds_besides(row.volume_id, row.epoch, row.instant, besides):
             seen.add(key)
             wanted.append(row)
     if at_end:

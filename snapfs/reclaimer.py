@@ -17,7 +17,7 @@ from .geometry import Epoch, SnapshotId, VolumeId
 from .processor import Processor
 from .reserve import Reserve
 from .snapshot import Snapshot
-from .snapshotindex import SnapshotIndex
+from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
 from .tasks import Wakeup, side_by_side
 from .volumes import VolumeTable
@@ -94,18 +94,19 @@ class Reclaimer:
             snapshot.is_kept = False
             self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
         await self._release_parts(snapshot.snapshot_id, snapshot.instant)
-        high = self._index.next_of_all(snapshot.instant)
-        versions = await self._catalog.ask(
-            self._catalog.catalog.versions_between, snapshot.instant, high
-        )
-        idle = [
+        idle = await self._idle_versions(snapshot.instant, self._index.next_of_all(snapshot.instant))
+        batch = CatalogBatch(dropped_snapshots=[snapshot.snapshot_id], dropped_versions=idle)
+        await self._catalog.save([], lambda: batch)
+        self._snapshots.deleted.pop(snapshot.snapshot_id, None)
+
+    async def _idle_versions(self, low: int, high: int) -> list[tuple[VolumeId, Epoch]]:
+        """Kept attributes with instants from ``low`` up to ``high`` that no snapshot needs."""
+        versions = await self._catalog.ask(self._catalog.catalog.versions_between, low, high)
+        return [
             (row.volume_id, row.instant)
             for row in versions
             if not self._index.holds(row.volume_id, row.epoch, row.instant)
         ]
-        batch = CatalogBatch(dropped_snapshots=[snapshot.snapshot_id], dropped_versions=idle)
-        await self._catalog.save([], lambda: batch)
-        self._snapshots.deleted.pop(snapshot.snapshot_id, None)
 
     async def _dismantle(self, volume_id: VolumeId, epoch: Epoch) -> None:
         await side_by_side(
@@ -124,3 +125,5 @@ class Reclaimer:
                     await reclaim.release_snapshot(processor, part.snapshot_id, from_instant)
             if await processor.access.ask(processor.access.store.epoch_max) > from_instant:
                 await reclaim.release_snapshot(processor, SnapshotId(0), from_instant)
+        idle = await self._idle_versions(from_instant, NEVER)
+        await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))

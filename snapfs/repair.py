@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from . import blockmap, reclaim
-from .geometry import SnapshotId
 from .pool import Pool
 from .processor import Processor
+from .snapshotindex import NEVER
 from .unnamed import named_masks
 
 _EVERY_OBJECT = 1 << 60
@@ -22,7 +22,7 @@ async def repair_running(pool: Pool) -> list[str]:
         done.append(f"cleared what lay behind the size of volume {volume.volume_id}")
     await pool.reclaimer.reclaim_all()
     for processor in pool.processors:
-        await reclaim.release_snapshot(processor, SnapshotId(0), 1)
+        await reclaim.drop_unneeded_copies(processor, 0, NEVER)
         await processor.punch_freed()
         done += await processor.access.ask(partial(_recount, processor))
         freed = await processor.scrub_logs(await processor.access.ask(processor.access.store.all_logs))

@@ -110,18 +110,13 @@ class ShardStore:
         )
         return None if row is None else _copy(row)
 
-    def copies_between(
-        self, low: int, high: int, after: tuple[int, int, int], limit: int
-    ) -> list[CopyRow]:
-        """Copies with instants from ``low`` up to, not including, ``high``, in order.
-
-        ``after`` is the last ``(instant, volume_id, object_index)`` seen.
-        """
+    def copies_between(self, after: tuple[int, int, int], high: int, limit: int) -> list[CopyRow]:
+        """Copies after ``(instant, volume_id, object_index)`` with instants below ``high``, in that order."""
         rows = self.database.rows(
             "SELECT volume_id, object_index, instant, epoch, map FROM copies"
-            " WHERE instant >= ? AND instant < ? AND (instant, volume_id, object_index) > (?, ?, ?)"
+            " WHERE instant < ? AND (instant, volume_id, object_index) > (?, ?, ?)"
             " ORDER BY instant, volume_id, object_index LIMIT ?",
-            (low, high, *after, limit),
+            (high, *after, limit),
         )
         return [_copy(row) for row in rows]
 

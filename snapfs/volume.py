@@ -183,7 +183,7 @@ class Volume(VolumeView):
     @property
     def failure(self) -> SnapfsError | None:
         """Why it takes no more writes, None if it does."""
-        for portion in self.portions:
+        for _, portion in self._loaded_portions():
             if portion.failure is not None:
                 return portion.failure
         return None

@@ -1,0 +1,141 @@
+"""Any device with faults: calls that fail as they are told to. Stacks on every device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from .base import Buffer, Device, DeviceFile, Space
+
+Hook = Callable[[str, str], None]
+
+
+class FailNth:
+    """A hook that fails the ``nth`` call of a kind (``write``, ``sync``, …) with an errno, and those after it.
+
+    ``times`` bounds how many fail. ``only`` limits it to files whose name has this in it.
+    """
+
+    def __init__(self, kind: str, nth: int, code: int, *, times: int = 1, only: str = "") -> None:
+        self.kind = kind
+        self.remaining = nth
+        self.code = code
+        self.times = times
+        self.only = only
+        self.failed_count = 0
+
+    def __call__(self, kind: str, name: str) -> None:
+        if kind != self.kind or self.only not in name or self.failed_count >= self.times:
+            return
+        self.remaining -= 1
+        if self.remaining <= 0:
+            self.failed_count += 1
+            raise OSError(self.code, os.strerror(self.code), name)
+
+
+class FaultyDevice(Device):
+    """A device that asks ``hook(kind, name)`` before each call; what the hook raises, the call raises."""
+
+    def __init__(self, inner: Device, hook: Hook | None = None) -> None:
+        self.inner = inner
+        self.hook = hook
+
+    def ask(self, kind: str, name: str) -> None:
+        """Give the hook its say."""
+        if self.hook is not None:
+            self.hook(kind, name)
+
+    def open(self, name: str) -> DeviceFile:
+        """See :meth:`Device.open`."""
+        self.ask("open", name)
+        return _FaultyFile(self, name, self.inner.open(name))
+
+    def create(self, name: str) -> DeviceFile:
+        """See :meth:`Device.create`."""
+        self.ask("create", name)
+        return _FaultyFile(self, name, self.inner.create(name))
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Device.remove`."""
+        self.ask("remove", name)
+        self.inner.remove(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """See :meth:`Device.rename`."""
+        self.ask("rename", old)
+        self.inner.rename(old, new)
+
+    def names(self, folder: str) -> list[str]:
+        """See :meth:`Device.names`."""
+        self.ask("names", folder)
+        return self.inner.names(folder)
+
+    def sync_names(self, folder: str) -> None:
+        """See :meth:`Device.sync_names`."""
+        self.ask("sync_names", folder)
+        self.inner.sync_names(folder)
+
+    def space(self) -> Space:
+        """See :meth:`Device.space`."""
+        return self.inner.space()
+
+    def lock(self, name: str, holder: str) -> None:
+        """See :meth:`Device.lock`."""
+        self.inner.lock(name, holder)
+
+    def local_path(self, name: str) -> str | None:
+        """See :meth:`Device.local_path`; none, so that nothing goes round the faults."""
+        return None
+
+    def close(self) -> None:
+        """See :meth:`Device.close`."""
+        self.inner.close()
+
+
+class _FaultyFile(DeviceFile):
+    """A file of a :class:`FaultyDevice`."""
+
+    def __init__(self, device: FaultyDevice, name: str, inner: DeviceFile) -> None:
+        self._device = device
+        self._name = name
+        self._inner = inner
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        self._device.ask("read", self._name)
+        return self._inner.read_into(buffer, offset)
+
+    def try_read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        self._device.ask("try_read", self._name)
+        return self._inner.try_read_into(buffer, offset)
+
+    def write(self, data: Buffer, offset: int) -> None:
+        self._device.ask("write", self._name)
+        self._inner.write(data, offset)
+
+    def sync(self) -> None:
+        self._device.ask("sync", self._name)
+        self._inner.sync()
+
+    def punch(self, offset: int, length: int) -> None:
+        self._device.ask("punch", self._name)
+        self._inner.punch(offset, length)
+
+    def truncate(self, size_bytes: int) -> None:
+        self._device.ask("truncate", self._name)
+        self._inner.truncate(size_bytes)
+
+    def size(self) -> int:
+        return self._inner.size()
+
+    def allocated(self) -> int:
+        return self._inner.allocated()
+
+    def reserve(self, length: int) -> None:
+        self._device.ask("reserve", self._name)
+        self._inner.reserve(length)
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        return self._inner.data_extents()
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,304 @@
+"""Formats, maps, names and the layers: nothing here touches a device."""
+
+from __future__ import annotations
+
+import ast
+from array import array
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs import blockmap, geometry, units
+from snapfs.errors import BadCommandError, BadNameError, DamagedError, NotAPoolError, SnapfsError, TooNewError
+from snapfs.formats import DeviceDescriptor, PoolDescriptor
+from snapfs.fuse import names
+from snapfs.snapshotindex import NEVER, SnapshotIndex
+from snapfs.unnamed import mask_runs, objects_with_data
+
+BLOCKS = geometry.BLOCKS_PER_OBJECT
+SOURCE = Path(__file__).resolve().parent.parent
+
+maps = st.one_of(
+    st.integers(0, blockmap.LOG_ID_MAX),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 5)), min_size=1, max_size=60).map(
+        lambda runs: array("I", [log for count, log in runs for _ in range(count)][:BLOCKS]
+                           + [9] * max(0, BLOCKS - sum(count for count, _ in runs)))
+    ),
+    st.lists(st.integers(0, blockmap.LOG_ID_MAX), min_size=BLOCKS, max_size=BLOCKS).map(lambda ids: array("I", ids)),
+)
+ranges = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS)).map(
+    lambda pair: (pair[0], min(BLOCKS, pair[0] + pair[1]))
+)
+
+
+def as_list(block_map: blockmap.BlockMap) -> list[int]:
+    return list(blockmap.expanded(block_map))
+
+
+@given(maps)
+def test_a_map_survives_its_encoding(block_map: blockmap.BlockMap) -> None:
+    assert as_list(blockmap.decode(blockmap.encode(block_map))) == as_list(block_map)
+
+
+@given(maps, ranges, st.integers(0, 9))
+def test_setting_a_range_sets_it_and_nothing_else(
+    block_map: blockmap.BlockMap, span: tuple[int, int], log_id: int
+) -> None:
+    expected = as_list(block_map)
+    first, last = span
+    expected[first:last] = [log_id] * (last - first)
+    assert as_list(blockmap.with_range(blockmap.keep(block_map), first, last, log_id)) == expected
+
+
+@given(maps, ranges)
+def test_runs_tell_the_map(block_map: blockmap.BlockMap, span: tuple[int, int]) -> None:
+    first, last = span
+    told = [log_id for _, count, log_id in blockmap.runs(block_map, first, last) for _ in range(count)]
+    assert told == as_list(block_map)[first:last]
+    assert blockmap.mapped_count(block_map, first, last) == sum(1 for one in told if one)
+    assert blockmap.is_uniform(block_map, first, last, told[0]) == (len(set(told)) == 1)
+
+
+@given(maps, maps)
+def test_dropped_runs_are_what_the_later_map_does_not_name(
+    old: blockmap.BlockMap, new: blockmap.BlockMap
+) -> None:
+    expected = {
+        (block, one)
+        for block, (one, other) in enumerate(zip(as_list(old), as_list(new), strict=True))
+        if one and one != other
+    }
+    told = {
+        (block + step, log_id)
+        for block, count, log_id in blockmap.dropped_runs(old, new)
+        for step in range(count)
+    }
+    assert told == expected
+
+
+def test_the_encodings_are_the_documented_bytes() -> None:
+    entries = array("I", [7]) * BLOCKS
+    assert blockmap.encode(entries) == 7
+    entries[1] = 258
+    assert blockmap.encode(entries) == bytes.fromhex("52 0000 07000000 0000 02010000 fd03 07000000")
+    entries = array("I", range(BLOCKS))
+    encoded = blockmap.encode(entries)
+    assert isinstance(encoded, bytes)
+    assert encoded[:13] == bytes.fromhex("41 00000000 01000000 02000000")
+    assert len(encoded) == 1 + 4 * BLOCKS
+
+
+@pytest.mark.parametrize("stored", [-1, 1 << 32, None, "x", b"", b"Z", b"R", b"R12345", b"A123", b"R" + bytes(6)])
+def test_a_damaged_map_is_refused(stored: object) -> None:
+    with pytest.raises(DamagedError):
+        blockmap.decode(stored)
+
+
+@given(st.integers(0, 1 << 45), st.integers(1, 20 << 20))
+def test_pieces_cover_a_range_once(offset: int, length: int) -> None:
+    position = 0
+    for object_index, inside, step, at in geometry.pieces(offset, length):
+        assert at == position
+        assert object_index * geometry.OBJECT_SIZE + inside == offset + at
+        assert 0 < step <= geometry.OBJECT_SIZE - inside
+        position += step
+    assert position == length
+
+
+@given(st.integers(0, 1 << 200))
+def test_mask_runs_tell_the_mask(mask: int) -> None:
+    assert sum(((1 << count) - 1) << first for first, count in mask_runs(mask)) == mask
+
+
+def test_extents_are_told_by_object() -> None:
+    found = objects_with_data([(4096, 12288), ((4 << 20) - 4096, (4 << 20) + 1)], 1, 4)
+    assert found == [(1, 0b110 | 1 << 1023), (5, 1)]
+
+
+def test_the_index_knows_who_is_held_when() -> None:
+    index = SnapshotIndex()
+    one, two = geometry.VolumeId(256), geometry.VolumeId(257)
+    index.add(3, None)
+    index.add(5, [one])
+    assert index.holds(two, 1, 3) and not index.holds(two, 4, 9) and index.holds(one, 4, 9)
+    assert index.newest(one) == 5 and index.newest(two) == 3
+    assert not index.holds_besides(one, 4, 9, 5) and index.holds_besides(one, 3, 9, 5)
+    assert index.next_of_all(2) == 3 and index.next_of_all(3) == NEVER
+    index.remove(5, [one])
+    index.remove(3, None)
+    assert index.newest(one) == 0 and not index.holds(one, 0, NEVER)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), ("10G", 10 << 30), ("512m", 512 << 20), ("1 KiB", 1024), ("2TB", 2 << 40), ("7b", 7)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert units.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "1X", "9" * 50, "٣"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    if text == "٣":
+        assert units.parse_size(text) == 3
+        return
+    with pytest.raises(BadCommandError):
+        units.parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1536, 1 << 30, 5 << 40, 1 << 62])
+def test_sizes_are_shown(size: int) -> None:
+    assert units.format_size(size)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (b"", "volume"),
+        (b".", "volume"),
+        (b"..", "volume"),
+        (b"a/b", "volume"),
+        (b"a\nb", "volume"),
+        (b"a\x01", "snapshot"),
+        (b"a\x7f", "snapshot"),
+        (b"x" * 256, "volume"),
+        (b"@now", "snapshot"),
+        (b".hidden", "snapshot"),
+        (b".snapshots", "volume"),
+        (b".snapfs", "volume"),
+    ],
+)
+def test_bad_names_are_refused_with_words(name: bytes, kind: str) -> None:
+    with pytest.raises(BadNameError) as caught:
+        units.check_name(name, kind)
+    assert kind in str(caught.value) or "snapfs" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"a", b"\xff\xfe", b"x" * 255, b"a b", b".swp", b"@x", "é".encode()])
+def test_other_names_are_volumes(name: bytes) -> None:
+    assert units.check_name(name, "volume") == name
+
+
+def test_descriptors_survive_and_refuse() -> None:
+    pool = PoolDescriptor("id", 4, 5)
+    assert PoolDescriptor.from_json(pool.to_json(), "p") == pool
+    device = DeviceDescriptor("id", 2)
+    assert DeviceDescriptor.from_json(device.to_json(), "d") == device
+    with pytest.raises(TooNewError):
+        PoolDescriptor.from_json(pool.to_json().replace(b'"format_version": 1', b'"format_version": 2'), "p")
+    for contents, error in (
+        (b"", DamagedError),
+        (b"[]", NotAPoolError),
+        (b"{}", NotAPoolError),
+        (b"[" * 100000, DamagedError),
+        (device.to_json(), NotAPoolError),
+        (pool.to_json().replace(b": 4", b": 400"), DamagedError),
+        (pool.to_json().replace(b'"pool_id"', b'"x"'), DamagedError),
+        (pool.to_json().replace(b'"format_version": 1', b'"format_version": "1"'), DamagedError),
+    ):
+        with pytest.raises(error):
+            PoolDescriptor.from_json(contents, "p")
+
+
+def test_inode_numbers_name_one_thing() -> None:
+    snapshot, volume = geometry.SnapshotId(7), geometry.VolumeId(256)
+    inodes = {
+        names.of_volume(volume),
+        names.of_snapshot(snapshot),
+        names.of_manifest(snapshot),
+        names.of_snapshot_volume(snapshot, volume),
+        names.of_processor(0),
+        *range(1, 8),
+    }
+    assert len(inodes) == 12
+    inode = names.of_snapshot_volume(snapshot, volume)
+    assert (names.snapshot_id_of(inode), names.volume_id_of(inode)) == (7, 256)
+    assert names.is_snapshot_folder(names.of_snapshot(snapshot)) and names.is_manifest(names.of_manifest(snapshot))
+    assert names.processor_index_of(names.of_processor(63)) == 63
+
+
+def test_every_error_has_an_errno_an_exit_code_and_words() -> None:
+    def all_classes(kind: type[SnapfsError]) -> list[type[SnapfsError]]:
+        return [kind, *(one for sub in kind.__subclasses__() for one in all_classes(sub))]
+
+    for kind in all_classes(SnapfsError):
+        assert kind.errno > 0 and kind.exit_code in (1, 2, 4)
+        assert kind.__doc__, kind
+
+
+LAYERS = [
+    ["errors"],
+    ["units"],
+    ["geometry"],
+    ["blockmap", "snapshotindex", "tasks"],
+    ["formats", "events"],
+    ["database"],
+    ["catalog", "shardstore", "changelog", "reserve"],
+    ["catalogaccess", "unnamed", "portion"],
+    ["processor"],
+    ["reclaim", "volume"],
+    ["volumes", "snapshot"],
+    ["snapshots"],
+    ["reclaimer"],
+    ["pool"],
+    ["manifest", "status", "repair"],
+    ["check"],
+    ["fuse.loop", "fuse.names", "fuse.control"],
+    ["fuse.handles"],
+    ["fuse.namespace"],
+    ["fuse.flusher", "fuse.operations"],
+    ["mount"],
+    ["cli.control", "cli.output"],
+    ["cli"],
+]
+
+
+def imported_modules(path: Path, module: str) -> set[str]:
+    """What a file of snapfs imports of snapfs; imports for types only count too."""
+    found = set()
+    package = module.split(".")[:-1] if path.name != "__init__.py" else module.split(".")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found |= {f"{target}.{alias.name}" if not node.module else target for alias in node.names}
+    return found
+
+
+def test_imports_only_go_down() -> None:
+    rank = {f"snapfs.{name}": number for number, layer in enumerate(LAYERS) for name in layer}
+    seen = set()
+    for path in sorted((SOURCE / "snapfs").rglob("*.py")):
+        relative = path.relative_to(SOURCE).with_suffix("")
+        module = ".".join(relative.parts).removesuffix(".__init__")
+        if "backends" in relative.parts or module in ("snapfs", "snapfs.__main__", "snapfs.fuse"):
+            continue
+        own = "snapfs.cli" if module.startswith("snapfs.cli.") and module not in rank else module
+        assert own in rank, f"{module} has no layer: give it one in LAYERS"
+        seen.add(own)
+        for target in imported_modules(path, module):
+            if target.startswith("snapfs.backends") or target in ("snapfs.fuse", "snapfs"):
+                continue
+            other = "snapfs.cli" if target.startswith("snapfs.cli.") and target not in rank else target
+            assert rank[other] < rank[own] or other == own == "snapfs.cli", (
+                f"{module} imports {target}: a layer may only use those below it"
+            )
+    assert seen == set(rank), "a layer names a module that is not there"
+
+
+def test_devices_import_nothing_of_snapfs() -> None:
+    for path in (SOURCE / "backends").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1 and not (node.module or "").startswith("snapfs"), path
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("snapfs") for alias in node.names), path
+
+
+def test_only_the_fuse_layer_and_the_mount_know_pyfuse3() -> None:
+    allowed = {"fuse/operations.py", "fuse/loop.py", "mount.py"}
+    for path in (SOURCE / "snapfs").rglob("*.py"):
+        if "import pyfuse3" in path.read_text():
+            assert str(path.relative_to(SOURCE / "snapfs")) in allowed, path

@@ -1,0 +1,124 @@
+"""Every device through the conformance kit, and what a power cut does to one in memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, MemoryDevice
+from snapfs.backends.conformance import check_device, check_lock
+from snapfs.database import Database
+from snapfs.errors import NoSpaceError
+
+
+def fresh(folder: Path) -> DirectoryDevice:
+    path = folder / str(len(list(folder.iterdir())))
+    path.mkdir()
+    return DirectoryDevice(path)
+
+
+def test_a_directory_is_a_device(tmp_path: Path) -> None:
+    check_device(lambda: fresh(tmp_path))
+    check_lock(lambda: DirectoryDevice(tmp_path))
+
+
+def test_memory_is_a_device() -> None:
+    check_device(MemoryDevice)
+
+
+def test_a_faulty_device_without_faults_is_a_device() -> None:
+    check_device(lambda: FaultyDevice(MemoryDevice()))
+
+
+def test_faults_strike_when_told() -> None:
+    hook = FailNth("write", 2, errno.EIO, only="a")
+    device = FaultyDevice(MemoryDevice(), hook)
+    file = device.create("a")
+    file.write(b"1", 0)
+    with pytest.raises(OSError, match="Input/output"):
+        file.write(b"2", 0)
+    file.write(b"3", 0)
+    assert hook.failed_count == 1
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "device").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"secret")
+    (tmp_path / "device" / "file").symlink_to(tmp_path / "outside" / "secret")
+    (tmp_path / "device" / "logs").symlink_to(tmp_path / "outside")
+    device = DirectoryDevice(tmp_path / "device")
+    for name in ("file", "logs/secret"):
+        with pytest.raises(OSError) as caught:
+            device.open(name)
+        assert caught.value.errno in (errno.ELOOP, errno.ENOTDIR)
+    device.close()
+
+
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        device = DirectoryDevice(tmp_path)
+        device.create("logs/0/x").close()
+        device.close()
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "logs" / "0" / "x").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_a_power_cut_drops_what_was_not_synced(keep: float) -> None:
+    device = MemoryDevice()
+    file = device.create("f")
+    file.write(b"old" * 2000, 0)
+    file.sync()
+    device.sync_names("")
+    file.write(b"new" * 2000, 0)
+    device.create("g").write(b"x", 0)
+    after = device.crash(CrashPlan(seed=1, keep=keep, torn=0.0))
+    buffer = bytearray(6000)
+    after.open("f").read_into(buffer, 0)
+    assert bytes(buffer[:3]) == (b"new" if keep else b"old")
+    assert after.names("") == (["f", "g"] if keep else ["f"])
+
+
+def test_memory_has_a_capacity() -> None:
+    device = MemoryDevice(capacity_bytes=8192)
+    file = device.create("f")
+    with pytest.raises(OSError) as caught:
+        file.write(bytes(20000), 0)
+    assert caught.value.errno == errno.ENOSPC
+    file.truncate(0)
+    file.write(bytes(8192), 0)
+
+
+def test_sqlite_survives_power_cuts_on_a_device() -> None:
+    """A commit that returned is there after any cut; one that did not is there whole or not at all."""
+    for seed in range(150):
+        device = MemoryDevice()
+        database = Database(device, "db", "a test", create_schema="CREATE TABLE t (x INTEGER, y BLOB)")
+        device.sync_names("")
+        count = 0
+        for number in range(seed % 7 + 1):
+            with database.transaction():
+                database.each("INSERT INTO t VALUES (?, ?)", [(number, bytes(3000))] * 4)
+            count += 4
+        after = device.crash(CrashPlan(seed))
+        database.abandon()
+        reopened = Database(after, "db", "a test")
+        assert reopened.row("SELECT count(*) FROM t") == (count,), seed
+        assert reopened.row("PRAGMA integrity_check") == ("ok",)
+        reopened.close()
+
+
+def test_a_full_device_is_said_to_be_full() -> None:
+    device = MemoryDevice(capacity_bytes=128 << 10)
+    database = Database(device, "db", "a test", create_schema="CREATE TABLE t (y BLOB)")
+    with pytest.raises(NoSpaceError), database.transaction():
+        database.each("INSERT INTO t VALUES (?)", [(bytes(100000),)] * 4)
+    assert database.row("SELECT count(*) FROM t") == (0,)
+    database.close()
