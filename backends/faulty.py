@@ -25,6 +25,7 @@ class FailNth:
         self.failed_count = 0
 
     def __call__(self, kind: str, name: str) -> None:
+        """Be asked before a call; raise if it is one that is to fail."""
         if kind != self.kind or self.only not in name or self.failed_count >= self.times:
             return
         self.remaining -= 1

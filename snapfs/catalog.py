@@ -82,6 +82,15 @@ class Catalog:
             raise DamagedError(f"{_WHAT} lacks its {key}", "Restore it from a copy")
         return row[0]
 
+    def epoch_max(self) -> int:
+        """The largest epoch, or instant and one, that any row but a snapshot's speaks of."""
+        row = self.database.row(
+            "SELECT max(coalesce((SELECT max(max(birth_epoch, epoch, named_epoch)) FROM volumes), 0),"
+            " coalesce((SELECT max(epoch) FROM removed), 0),"
+            " coalesce((SELECT max(instant) + 1 FROM versions), 0))"
+        )
+        return 0 if row is None else int(row[0])
+
     def device_paths(self) -> dict[int, str]:
         """Path of each device by its id; empty for the one inside the pool."""
         return dict(cast("list[tuple[int, str]]", self.database.rows("SELECT * FROM devices ORDER BY device_id")))
@@ -151,7 +160,10 @@ class Catalog:
             # Drops come first: a name may pass from one volume or snapshot to another in one batch.
             for sql, rows in (
                 ("DELETE FROM volumes WHERE volume_id = ?", [(one,) for one in batch.dropped_volumes]),
-                ("UPDATE snapshots SET name = NULL WHERE snapshot_id = ?", [row[:1] for row in batch.renamed_snapshots]),
+                (
+                    "UPDATE snapshots SET name = NULL WHERE snapshot_id = ?",
+                    [row[:1] for row in batch.renamed_snapshots],
+                ),
                 ("DELETE FROM snapshots WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
                 ("DELETE FROM members WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
                 ("DELETE FROM versions WHERE volume_id = ? AND instant = ?", batch.dropped_versions),
@@ -168,10 +180,7 @@ class Catalog:
                 ("INSERT OR REPLACE INTO removed VALUES (?, ?)", batch.removed),
                 (
                     "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [
-                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note)
-                        for row in batch.snapshots
-                    ],
+                    [(*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note) for row in batch.snapshots],
                 ),
                 (
                     "INSERT INTO members VALUES (?, ?)",
@@ -185,6 +194,8 @@ class Catalog:
             ):
                 if rows:
                     database.each(sql, cast("list[Row]", rows))
+            if batch.trim_all:
+                database.execute("UPDATE volumes SET trim = 1")
             meta = {**batch.meta, "generation": self.generation + 1}
             database.each("UPDATE meta SET value = ?2 WHERE key = ?1", meta.items())
         self.generation += 1

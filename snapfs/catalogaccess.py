@@ -49,9 +49,7 @@ class CatalogAccess:
         async with self._lock:
             return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
-    async def save(
-        self, volumes: Iterable[Recorded], make_batch: Callable[[], CatalogBatch] = CatalogBatch
-    ) -> None:
+    async def save(self, volumes: Iterable[Recorded], make_batch: Callable[[], CatalogBatch] = CatalogBatch) -> None:
         """Commit what is unsaved of these volumes, with the rows of a batch.
 
         The batch is made when the catalog's turn has come. Raises NoSpaceError, UnreadableError or

@@ -36,6 +36,7 @@ class ChangeLog:
         "epoch",
         "file",
         "held",
+        "is_discarded",
         "live_before",
         "log_id",
         "sealed",
@@ -58,6 +59,13 @@ class ChangeLog:
         self.dirty = False
         self.unnamed = False
         self.held = 0
+        self.is_discarded = False
+
+    def close_if_discarded(self) -> None:
+        """Close the file of a log that is gone, once nobody reads from it any more."""
+        if self.is_discarded and not self.users and self.file is not None:
+            self.file.close()
+            self.file = None
 
     def row(self) -> LogRow:
         """The log as its store keeps it."""
@@ -156,10 +164,14 @@ class ChangeLogs:
                 del self.known[log_id]
 
     def sync(self, logs: list[ChangeLog]) -> None:
-        """Make what was written to these logs durable, and their names. Blocks; runs in a thread."""
+        """Make what was written to these logs durable, and their names.
+
+        Blocks; runs in a thread, so the caller counts as a user of each meanwhile: its file stays open.
+        """
         folders = set()
         for log in logs:
-            self.open_file(log).sync()
+            assert log.file is not None, "a dirty log's file is open"
+            log.file.sync()
             if log.unnamed:
                 folders.add(log.device_id)
         for device_id in folders:
@@ -169,10 +181,7 @@ class ChangeLogs:
 
     def punch(self, log_id: int, device_id: int, offset: int, length: int) -> None:
         """Give a range of a log's file back to its device. Blocks; runs in a thread."""
-        log = self.known.get(log_id)
-        if log is not None and log.file is not None:
-            log.file.punch(offset, length)
-            return
+        # A file of its own: the log's may be closed meanwhile, and its descriptor be another's.
         try:
             file = self._devices[device_id].open(self._name(log_id))
         except FileNotFoundError:
@@ -197,6 +206,8 @@ class ChangeLogs:
         """Forget a log that nothing names; its file goes by :meth:`remove_file`."""
         self.known.pop(log.log_id, None)
         self._open.pop(log.log_id, None)
+        log.is_discarded = True
+        log.close_if_discarded()
 
     def remove_file(self, log_id: int, device_id: int) -> None:
         """Remove a log's file, which may be gone already. Blocks; runs in a thread."""

@@ -248,9 +248,7 @@ class _ShardCheck:
             part = parts.pop(snapshot_id, None)  # type: ignore[call-overload]
             if part is None:
                 if instant in self.context.kept_instants:
-                    self.report.add(
-                        DAMAGE, self.where, f"snapshot {snapshot_id} has no intermediate snapshot here"
-                    )
+                    self.report.add(DAMAGE, self.where, f"snapshot {snapshot_id} has no intermediate snapshot here")
             elif part.instant != instant:
                 self.report.add(
                     DAMAGE,
@@ -258,9 +256,7 @@ class _ShardCheck:
                     f"snapshot {snapshot_id} is of instant {instant}, its intermediate of {part.instant}",
                 )
         for snapshot_id in parts:
-            self.report.add(
-                NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined"
-            )
+            self.report.add(NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined")
 
     def _check_volume(self, volume_id: VolumeId) -> None:
         self.logs.update({row.log_id: row for row in self.store.logs_of(volume_id)})
@@ -282,13 +278,9 @@ class _ShardCheck:
         self.report.object_count += len(live)
         counted = self.store.block_counts().get(volume_id, 0)
         if counted != mapped and volume_id not in self.context.removed:
-            self.report.add(
-                LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted"
-            )
+            self.report.add(LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted")
 
-    def _check_object(
-        self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None
-    ) -> None:
+    def _check_object(self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None) -> None:
         where = f"{self.where}: volume {volume_id}, object {object_index}"
         snapshots = self.context.snapshots
         if object_index % self.context.descriptor.processor_count != self.store.processor_index:
@@ -303,8 +295,7 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before instant {copy.epoch}")
             if not snapshots.holds(volume_id, copy.epoch, copy.instant):
                 is_due = copy.instant not in self.context.kept_instants and (
-                    copy.instant in self.context.snapshot_instants.values()
-                    or copy.instant >= self.context.next_instant
+                    copy.instant in self.context.snapshot_instants.values() or copy.instant >= self.context.next_instant
                 )
                 deleting = len(self.context.kept_instants) != len(self.context.snapshot_instants)
                 severity = NOTE if is_due or deleting else LEAK
@@ -352,7 +343,7 @@ class _ShardCheck:
 
     def _check_logs(self) -> None:
         pending: dict[int, int] = {}
-        for row in self.store.freed(1 << 40):
+        for _, row in self.store.freed(1 << 40):
             pending[row.log_id] = pending.get(row.log_id, 0) + 1
         if pending:
             self.report.add(NOTE, self.where, f"{len(pending)} change logs have freed ranges still to be punched")

@@ -396,4 +396,5 @@ class CatalogBatch:
     renamed_snapshots: list[tuple[SnapshotId, bytes | None]] = field(default_factory=list)
     dropped_snapshots: list[SnapshotId] = field(default_factory=list)
     shard_generations: list[tuple[int, int]] = field(default_factory=list)
+    trim_all: bool = False
     meta: dict[str, int] = field(default_factory=dict)

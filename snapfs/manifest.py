@@ -44,16 +44,12 @@ async def manifest_of(pool: Pool, snapshot: Snapshot) -> bytes:
             }
             for volume_id, attributes in members.by_id.items()
         ],
-        "intermediate_snapshots": [
-            await _intermediate(processor, snapshot, members) for processor in pool.processors
-        ],
+        "intermediate_snapshots": [await _intermediate(processor, snapshot, members) for processor in pool.processors],
     }
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
-async def _intermediate(
-    processor: Processor, snapshot: Snapshot, members: SnapshotMembers
-) -> dict[str, object]:
+async def _intermediate(processor: Processor, snapshot: Snapshot, members: SnapshotMembers) -> dict[str, object]:
     # What is pending goes to the store first, so that its rows tell all.
     await processor.commit([one for one in processor.portions.values() if one.failure is None])
     store = processor.access.store
@@ -84,11 +80,7 @@ async def _portion(processor: Processor, snapshot: Snapshot, volume_id: VolumeId
     previous: tuple[int, dict[str, object]] | None = None
     for row in found:
         told = _references(row)
-        if (
-            previous is not None
-            and previous[0] + processor.processor_count == row.object_index
-            and previous[1] == told
-        ):
+        if previous is not None and previous[0] + processor.processor_count == row.object_index and previous[1] == told:
             ranges[-1]["last_object"] = row.object_index
         else:
             ranges.append({"first_object": row.object_index, "last_object": row.object_index, **told})

@@ -18,13 +18,15 @@ import pyfuse3
 import trio
 
 from .errors import MountError
+from .events import EventLog
 from .fuse import loop
 from .fuse.flusher import PageFlusher
+from .fuse.names import EVENTS, META_NAME
 from .fuse.namespace import Namespace
-from .fuse.names import META_NAME
 from .fuse.operations import Operations
 from .geometry import VolumeId
 from .pool import Pool, open_pool
+from .tasks import Wakeup
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,16 +54,15 @@ def check_options(options: frozenset[str]) -> None:
     """Raises MountError for options that snapfs does not have."""
     unknown = sorted(options - KNOWN_OPTIONS)
     if unknown:
-        raise MountError(
-            f"there is no mount option {unknown[0]!r}", f"Options: {', '.join(sorted(KNOWN_OPTIONS))}"
-        )
+        raise MountError(f"there is no mount option {unknown[0]!r}", f"Options: {', '.join(sorted(KNOWN_OPTIONS))}")
 
 
 def check_mount_point(request: MountRequest) -> None:
     """Raises MountError when nothing can be mounted there. A dead mount that is there is taken away."""
     path = request.mount_point
     try:
-        os.stat(path)
+        # Asks the daemon, where a stat would be answered from the kernel's cache.
+        os.statvfs(path)
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise MountError(
@@ -122,6 +123,7 @@ class _Mount:
         self._operations = Operations(self._namespace)
         self._flusher = PageFlusher(self._namespace, request.mount_point)
         pool.snapshots.before_cut = self._flusher.flush
+        self._events_cut = Wakeup()
 
     async def _resize(self, name: bytes, size_bytes: int) -> None:
         await self._flusher.resize(name, size_bytes)
@@ -135,6 +137,8 @@ class _Mount:
                 f"{self._mount_point} cannot be mounted on ({error})",
                 "See above for what fusermount3 says; is /dev/fuse there, and user_allow_other set in /etc/fuse.conf?",
             ) from error
+        self._pool.events.on_line = _tell_line
+        self._pool.events.on_cut = self._events_cut.set
         self._pool.events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
         gc.collect()
         gc.freeze()
@@ -142,9 +146,11 @@ class _Mount:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(self._tell_when_ready, ready)
+                nursery.start_soon(self._tell_cuts)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
                 nursery.cancel_scope.cancel()
         finally:
+            self._pool.events.on_line, self._pool.events.on_cut = EventLog().on_line, EventLog().on_cut
             self._operations.close_all()
             pyfuse3.close(unmount=True)
             self._pool.events.note("unmounted", mount_point=self._mount_point)
@@ -156,6 +162,14 @@ class _Mount:
             device = (await self._flusher.in_own_thread(os.stat, self._mount_point)).st_dev
             _tune_mount(device)
         ready()
+
+    async def _tell_cuts(self) -> None:
+        """Have the kernel know when the events have become shorter: by truncating them through it."""
+        path = os.path.join(self._mount_point, os.fsdecode(META_NAME), "events")
+        while True:
+            await self._events_cut.wait()
+            with contextlib.suppress(OSError):
+                await self._flusher.in_own_thread(os.truncate, path, len(self._pool.events.contents))
 
     async def _stop_on_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -191,6 +205,12 @@ class _Mount:
                 os.close(fd)
 
 
+def _tell_line(offset: int, line: bytes) -> None:
+    """Have the kernel know that the events have grown: with the write-back cache it asks for no sizes."""
+    with contextlib.suppress(OSError):
+        pyfuse3.notify_store(EVENTS, offset, line)
+
+
 def _fuse_options(request: MountRequest) -> set[str]:
     options = {"default_permissions", "fsname=snapfs", "subtype=snapfs", "nosuid", "nodev"}
     return options | (set(request.options) - {"rw"})
@@ -219,5 +239,3 @@ def _tune_mount(device: int) -> None:
                 setting.write(str(value))
         except OSError as error:
             _log.info("%s/%s stays as it is: %s", folder, name, error)
-
-

@@ -28,7 +28,6 @@ from .errors import (
 )
 from .events import EventLog
 from .formats import (
-    CATALOG_FILE,
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
     LOCK_FILE,
@@ -36,7 +35,6 @@ from .formats import (
     CatalogBatch,
     DeviceDescriptor,
     PoolDescriptor,
-    shard_file,
 )
 from .geometry import PROCESSOR_COUNT_MAX
 from .portion import EpochClock
@@ -184,9 +182,10 @@ class Pool:
         self.catalog = CatalogAccess(catalog)
         self.reserve = Reserve(home)
         self.is_closing = False
+        self._is_recovered = False
         self._after_crash = not catalog.meta("clean")
         self._published_instant = catalog.meta("next_instant")
-        seen = max((store.epoch_max() for store in stores), default=0)
+        seen = max(catalog.epoch_max(), *(store.epoch_max() for store in stores))
         # An unpublished cut may have begun an epoch; then all begin one after it.
         epoch = seen if seen > self._published_instant else catalog.meta("epoch")
         index = SnapshotIndex()
@@ -247,14 +246,21 @@ class Pool:
         """Finish what a crash left: unpublished snapshots, and files of logs that no store knows.
 
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
-        await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 0}))
-        await self.reclaimer.drop_unpublished(self._published_instant)
+        await self.reserve.helped(self._recover_rows)
         for processor in self.processors:
-            if self._after_crash:
-                await processor.recover_from_crash()
             count = await processor.remove_strays()
             if count:
                 self.events.note("strays-removed", processor=processor.index, file_count=count)
+
+    async def _recover_rows(self) -> None:
+        # What lies behind the volumes' sizes is cleared later; that it is due must outlive this run.
+        marks = CatalogBatch(meta={"clean": 0}, trim_all=self._after_crash)
+        await self.catalog.save([], lambda: marks)
+        await self.reclaimer.drop_unpublished(self._published_instant)
+        if self._after_crash:
+            for processor in self.processors:
+                await processor.recover_from_crash()
+        self._is_recovered = True
 
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
@@ -283,9 +289,7 @@ class Pool:
             path = device.local_path("")
             key: object = device_id if path is None else os.stat(path).st_dev
             seen[key] = device.space()
-        return Space(
-            *(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True))
-        )
+        return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
 
     async def close(self) -> None:
         """Make everything durable and close. What fails is raised, when all else is closed."""
@@ -296,13 +300,10 @@ class Pool:
             try:
                 await self.volumes.sync_all()
                 for processor in self.processors:
-                    await processor.commit(
-                        [one for one in processor.portions.values() if one.failure is None]
-                    )
+                    await processor.commit([one for one in processor.portions.values() if one.failure is None])
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
-                await self.catalog.save(
-                    [], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations)
-                )
+                if self._is_recovered:
+                    await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
             finally:
                 await side_by_side([processor.close for processor in self.processors])
                 await self.catalog.close()
@@ -315,9 +316,7 @@ def _as_tuple(space: Space) -> tuple[int, int, int, int]:
 
 
 @asynccontextmanager
-async def running_pool(
-    home: Device, where: str, open_device: OpenDevice, purpose: str = "open"
-) -> AsyncIterator[Pool]:
+async def running_pool(home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> AsyncIterator[Pool]:
     """A pool over any devices, open and with its tasks running. ``home`` is closed with it."""
     try:
         pool = await trio.to_thread.run_sync(Pool.open, home, where, open_device, purpose)
@@ -371,5 +370,3 @@ def open_home(where: str) -> DirectoryDevice:
         raise NotAPoolError(f"there is no directory {where}", "Make a pool with snapfs init") from None
     except OSError as error:
         raise UnreadableError(f"{where} cannot be opened: {error.strerror}") from error
-
-

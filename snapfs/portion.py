@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -40,6 +40,7 @@ Segment = tuple[ChangeLog | None, int, int, int]
 T = TypeVar("T")
 
 LOAD_WINDOW = 64
+_WAS_MISSING = -1
 RESIDENT_OBJECTS_MAX = 12288
 _BLOCK_MASK = BLOCK_SIZE - 1
 _ZEROS = memoryview(bytes(OBJECT_SIZE))
@@ -176,7 +177,8 @@ class Portion:
     """One volume on one processor.
 
     ``last_instant`` bounds the instants that can hold the volume: NEVER for a live one, the one
-    before its removal for a removed one. ``users`` counts who has it open. ``failure`` is set when a
+    before its removal for a removed one. ``is_gone``: it has no live maps any more, only copies that
+    snapshots need. ``users`` counts who has it open. ``failure`` is set when a
     sync failed; then it takes no more writes.
     """
 
@@ -194,11 +196,13 @@ class Portion:
         birth_epoch: int,
         named_epoch: int,
         last_instant: int = NEVER,
+        is_gone: bool = False,
     ) -> None:
         self.volume_id = volume_id
         self.birth_epoch = birth_epoch
         self.named_epoch = named_epoch
         self.last_instant = last_instant
+        self.is_gone = is_gone
         self.users = 0
         self.failure: SyncFailedError | None = None
         self.objects: dict[int, ObjectState] = {}
@@ -264,9 +268,7 @@ class Portion:
                 assert log.file is not None
                 log.file.try_read_into(part, offset)
 
-    def segments(
-        self, block_map: BlockMap, object_index: int, inside: int, length: int, at: int
-    ) -> list[Segment]:
+    def segments(self, block_map: BlockMap, object_index: int, inside: int, length: int, at: int) -> list[Segment]:
         """Where a range of an object lies: ``(log or None for zeros, file offset, length, buffer offset)``.
 
         Raises NotResidentError for a log that is not open.
@@ -274,9 +276,7 @@ class Portion:
         base = log_offset(object_index, self._processor_count)
         found: list[Segment] = []
         end = inside + length
-        for block, count, log_id in blockmap.runs(
-            block_map, inside >> BLOCK_SHIFT, (end + _BLOCK_MASK) >> BLOCK_SHIFT
-        ):
+        for block, count, log_id in blockmap.runs(block_map, inside >> BLOCK_SHIFT, (end + _BLOCK_MASK) >> BLOCK_SHIFT):
             low = max(block << BLOCK_SHIFT, inside)
             high = min((block + count) << BLOCK_SHIFT, end)
             log = None
@@ -317,12 +317,11 @@ class Portion:
                 return copy.block_map
             if self.commits == commits:
                 # Nothing moved from memory to the store meanwhile, so there is none. A volume that
-                # was removed has no live map to fall back on: what has no copy was a hole.
-                if self.last_instant != NEVER:
+                # is gone has no live map to fall back on: what has no copy was a hole.
+                if self.is_gone:
                     return HOLE
                 raise DamagedError(
-                    f"object {object_index} of volume {self.volume_id} has no point-in-time copy for"
-                    f" instant {instant}",
+                    f"object {object_index} of volume {self.volume_id} has no point-in-time copy for instant {instant}",
                     "Unmount and run snapfs check",
                 )
 
@@ -628,20 +627,23 @@ class Portion:
             if index in self.objects:
                 continue
             row = found.get(index)
-            if row is None:
-                # Never written: a hole since the volume was made; of a removed one nothing is left.
-                gone = self.last_instant != NEVER
-                state = ObjectState(HOLE, NEVER if gone else self.birth_epoch, None if gone else 0)
-            else:
-                state = ObjectState(row.block_map, row.epoch, None)
+            state = self._unwritten() if row is None else ObjectState(row.block_map, row.epoch, None)
             self.objects[index] = state
             self._residency.admit(self, index)
 
+    def _unwritten(self) -> ObjectState:
+        """An object without a live map: one that was never written, or of a volume that is gone."""
+        return ObjectState(HOLE, NEVER, None) if self.is_gone else ObjectState(HOLE, self.birth_epoch, 0)
+
+    def forget_live_maps(self, object_indexes: Iterable[int]) -> None:
+        """The live maps of these objects were taken apart."""
+        for object_index in object_indexes:
+            if object_index in self.objects:
+                self.objects[object_index] = self._unwritten()
+
     async def _look_up_copied(self, object_index: int, old_blocks: OldBlocks) -> None:
         """Learn the instant of an object's latest copy."""
-        newest = await self._access.ask(
-            self._access.store.latest_copy_instant, self.volume_id, object_index
-        )
+        newest = await self._access.ask(self._access.store.latest_copy_instant, self.volume_id, object_index)
         state = self.objects.get(object_index)
         if state is not None and state.copied is None:
             pending = self.pending.get(object_index)
@@ -650,6 +652,10 @@ class Portion:
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
         """Bring a log's row into memory."""
         row = await self._access.ask(self._access.store.log, log_id)
+        if row is None and (log_id, _WAS_MISSING) not in old_blocks:
+            # It may have died since its map was looked at; the caller looks again, once.
+            old_blocks[(log_id, _WAS_MISSING)] = b""
+            return
         if row is None:
             raise DamagedError(
                 f"a map of volume {self.volume_id} names change log {log_id}, which does not exist",
@@ -663,8 +669,14 @@ class Portion:
         if log is None:
             await self._look_at_log(log_id, old_blocks)
             log = self._logs.known.get(log_id)
-        if log is not None:
+        if log is None:
+            return
+        try:
             self._logs.open_file(log)
+        except DamagedError:
+            if (log_id, _WAS_MISSING) in old_blocks:
+                raise
+            old_blocks[(log_id, _WAS_MISSING)] = b""
 
     async def _look_up_log(self, epoch: int, old_blocks: OldBlocks) -> None:
         """Learn whether the store has a log that takes this volume's writes."""
@@ -680,23 +692,28 @@ class Portion:
         old_blocks[(log.log_id, offset)] = bytes(buffer)
 
     async def read_segments(self, segments: list[Segment], view: memoryview) -> None:
-        """Read segments of this processor's logs in a thread."""
-        files: list[tuple[DeviceFile, int, memoryview]] = []
-        used = []
-        for log, offset, length, at in segments:
-            part = view[at : at + length]
-            if log is None:
-                part[:] = _ZEROS[:length]
-            else:
-                files.append((self._logs.open_file(log), offset, part))
-                used.append(log)
-        for log in used:
-            log.users += 1
+        """Read segments of this processor's logs in a thread.
+
+        Raises NotResidentError when one of them has gone since the segments were worked out.
+        """
+        used = [log for log, _, _, _ in segments if log is not None]
+        if any(log.is_discarded for log in used):
+            raise NotResidentError(_look_again)
+        for user in used:
+            user.users += 1
         try:
+            files: list[tuple[DeviceFile, int, memoryview]] = []
+            for log, offset, length, at in segments:
+                part = view[at : at + length]
+                if log is None:
+                    part[:] = _ZEROS[:length]
+                else:
+                    files.append((self._logs.open_file(log), offset, part))
             await self._access.in_thread(_read_all, files)
         finally:
-            for log in used:
-                log.users -= 1
+            for user in used:
+                user.users -= 1
+                user.close_if_discarded()
 
     # -- committing --------------------------------------------------------------------------
 
@@ -810,6 +827,11 @@ class Portion:
         self._dropped_copies.clear()
         self._freed.clear()
         self._count_changed = False
+
+
+async def _look_again(old_blocks: OldBlocks) -> None:
+    """Nothing to fetch: the maps point elsewhere by now."""
+    await trio.lowlevel.checkpoint()
 
 
 def _read_all(files: list[tuple[DeviceFile, int, memoryview]]) -> None:

@@ -59,6 +59,7 @@ class PortionFacts:
     birth_epoch: int
     named_epoch: int
     last_instant: int = NEVER
+    is_gone: bool = False
 
 
 @dataclass(slots=True)
@@ -125,12 +126,15 @@ class Processor:
                 birth_epoch=facts.birth_epoch,
                 named_epoch=facts.named_epoch,
                 last_instant=facts.last_instant,
+                is_gone=facts.is_gone,
             )
         return portion
 
     def let_go(self, portion: Portion) -> None:
         """Forget a portion that nobody uses, if it is clean and sound."""
-        if portion.users == 0 and not portion.is_dirty and not portion.pending and portion.failure is None:
+        is_lost = portion.failure is not None and portion.last_instant != NEVER
+        is_clean = portion.failure is None and not portion.is_dirty and not portion.pending
+        if portion.users == 0 and (is_clean or is_lost):
             portion.release()
             if self.portions.get(portion.volume_id) is portion:
                 del self.portions[portion.volume_id]
@@ -157,9 +161,7 @@ class Processor:
 
     # -- snapshots ---------------------------------------------------------------------------
 
-    def cut(
-        self, snapshot_id: SnapshotId, instant: int, volume_ids: Collection[VolumeId] | None
-    ) -> IntermediateRow:
+    def cut(self, snapshot_id: SnapshotId, instant: int, volume_ids: Collection[VolumeId] | None) -> IntermediateRow:
         """Begin a new epoch after ``instant``. Runs without an await; costs the same at every size.
 
         Gives the intermediate snapshot, still to be prepared.
@@ -225,6 +227,9 @@ class Processor:
         if not commit.taken and not commit.batch:
             return
         started = time.perf_counter_ns()
+        syncing = [log for _, changes in commit.taken for log in changes.logs_to_sync]
+        for log in syncing:
+            log.users += 1
         try:
             if commit.batch:
                 await self.access.ask(self._write, commit)
@@ -236,6 +241,10 @@ class Processor:
         except BaseException as error:
             self._fail_commit(commit, error, None)
             raise
+        finally:
+            for log in syncing:
+                log.users -= 1
+                log.close_if_discarded()
         self._end_commit(commit)
         self.commit_count += 1
         self.last_commit_ns = time.time_ns()
@@ -252,10 +261,10 @@ class Processor:
             catalog_generation = store.catalog_generation
         commit = _Commit(rows, [], catalog_generation)
         for portion in list(self.portions.values()) if portions is None else list(portions):
-            if portion.failure is not None:
+            if portion.failure is not None and portion.last_instant == NEVER:
                 raise type(portion.failure)(portion.failure.reason, portion.failure.fix)
         for portion in list(self.portions.values()) if portions is None else list(portions):
-            if not portion.is_dirty:
+            if not portion.is_dirty or portion.failure is not None:
                 continue
             changes = portion.take_changes()
             commit.taken.append((portion, changes))
@@ -273,8 +282,6 @@ class Processor:
             rows.freed += [row for row in changes.freed if row.log_id not in dead]
             if changes.count_changed:
                 rows.portions.append((portion.volume_id, self.tally.counts.get(portion.volume_id, 0)))
-        if rows.freed:
-            self._has_freed = True
         if rows:
             rows.next_log_id = LogId(self.logs.next_log_id)
         return commit
@@ -304,6 +311,8 @@ class Processor:
         for portion, changes in commit.taken:
             portion.changes_done(changes)
             self.let_go(portion)
+        if commit.batch.freed:
+            self._has_freed = True
 
     async def remove_logs(self, logs: list[ChangeLog]) -> None:
         """Remove the files of logs that nothing names, now that this is durable."""
@@ -311,8 +320,6 @@ class Processor:
             self.logs.discard(log)
             try:
                 await self.access.in_thread(self.logs.remove_file, log.log_id, log.device_id)
-                if log.file is not None and not log.users:
-                    log.file.close()
             except OSError:
                 # Left over; it is found again at the next opening of the pool.
                 continue
@@ -335,7 +342,7 @@ class Processor:
         store = self.access.store
         rows = store.freed(_PUNCH_BATCH)
         devices: dict[int, int | None] = {}
-        for row in rows:
+        for _, row in rows:
             if row.log_id not in devices:
                 log = store.log(row.log_id)
                 devices[row.log_id] = None if log is None else log.device_id
@@ -343,7 +350,7 @@ class Processor:
             if device_id is not None:
                 self.logs.punch(row.log_id, device_id, row.offset, row.length)
         if rows:
-            store.forget_freed(rows)
+            store.forget_freed(number for number, _ in rows)
         return len(rows)
 
     async def remove_strays(self) -> int:

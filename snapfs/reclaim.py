@@ -79,9 +79,7 @@ async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> Non
         await trio.lowlevel.checkpoint()
 
 
-async def exclusive_bytes(
-    processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None
-) -> int:
+async def exclusive_bytes(processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None) -> int:
     """What deleting a snapshot would free on one processor, in bytes. Changes nothing."""
     total = 0
     high = processor.snapshots.next_of_all(instant)
@@ -175,8 +173,7 @@ async def _idle_logs(processor: Processor) -> list[LogId]:
     return [
         row.log_id
         for row in rows
-        if row.log_id not in processor.logs.known
-        and not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)
+        if row.log_id not in processor.logs.known and not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)
     ]
 
 
@@ -193,6 +190,8 @@ async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_insta
     if portion is not None and portion.failure is None:
         await processor.commit([portion])
     await _note_removal(processor, volume_id, last_instant)
+    if portion is not None:
+        portion.is_gone = True
     place: int | None = 0
     while place is not None:
         with trio.CancelScope(shield=True):
@@ -212,9 +211,7 @@ async def _note_removal(processor: Processor, volume_id: VolumeId, last_instant:
         await processor.commit([], ShardBatch(logs=[row]))
 
 
-async def _dismantle_some(
-    processor: Processor, volume_id: VolumeId, last_instant: int, from_object: int
-) -> int | None:
+async def _dismantle_some(processor: Processor, volume_id: VolumeId, last_instant: int, from_object: int) -> int | None:
     store = processor.access.store
     rows = await processor.access.ask(store.some_maps, volume_id, from_object, _BATCH)
     if not rows:
@@ -224,9 +221,7 @@ async def _dismantle_some(
     for row in rows:
         batch.dropped_maps.append((volume_id, row.object_index))
         if processor.snapshots.holds(volume_id, row.epoch, last_instant):
-            batch.copies.append(
-                CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map)
-            )
+            batch.copies.append(CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map))
         else:
             await _free_map(processor, row, batch, changed)
     dead = []
@@ -244,13 +239,15 @@ async def _dismantle_some(
     for log, block_count in changed.values():
         log.block_count -= block_count
         log.sealed = True
+    portion = processor.portions.get(volume_id)
+    if portion is not None:
+        # A snapshot's reader may have it open; its maps are copies now.
+        portion.forget_live_maps(row.object_index for row in rows)
     await processor.remove_logs(dead)
     return rows[-1].object_index + 1
 
 
-async def _free_map(
-    processor: Processor, row: MapRow, batch: ShardBatch, changed: _Freed
-) -> None:
+async def _free_map(processor: Processor, row: MapRow, batch: ShardBatch, changed: _Freed) -> None:
     """Free the blocks of a live map that goes, but those that the latest copy names."""
     store = processor.access.store
     latest = await processor.access.ask(store.latest_copy_instant, row.volume_id, row.object_index)

@@ -85,9 +85,7 @@ class Reclaimer:
             await self._reserve.refill()
 
     async def _release_parts(self, snapshot_id: SnapshotId, instant: int) -> None:
-        await side_by_side(
-            [partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors]
-        )
+        await side_by_side([partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors])
 
     async def _release(self, snapshot: Snapshot) -> None:
         if snapshot.is_kept:
@@ -109,21 +107,21 @@ class Reclaimer:
         ]
 
     async def _dismantle(self, volume_id: VolumeId, epoch: Epoch) -> None:
-        await side_by_side(
-            [partial(reclaim.dismantle_volume, one, volume_id, epoch - 1) for one in self._processors]
-        )
+        await side_by_side([partial(reclaim.dismantle_volume, one, volume_id, epoch - 1) for one in self._processors])
         await self._catalog.save([], lambda: CatalogBatch(dropped_removed=[volume_id]))
         self._volumes.removed.pop(volume_id, None)
 
     async def drop_unpublished(self, from_instant: int) -> None:
         """After opening: give back what was kept for a snapshot that was cut and never published."""
+        lowest = from_instant
         known = set(self._snapshots.by_id) | set(self._snapshots.deleted)
         for processor in self._processors:
             parts = await processor.access.ask(processor.access.store.intermediates)
             for part in parts:
                 if part.snapshot_id not in known:
-                    await reclaim.release_snapshot(processor, part.snapshot_id, from_instant)
+                    lowest = min(lowest, part.instant)
+                    await reclaim.release_snapshot(processor, part.snapshot_id, part.instant)
             if await processor.access.ask(processor.access.store.epoch_max) > from_instant:
                 await reclaim.release_snapshot(processor, SnapshotId(0), from_instant)
-        idle = await self._idle_versions(from_instant, NEVER)
+        idle = await self._idle_versions(lowest, NEVER)
         await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))

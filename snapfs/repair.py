@@ -40,9 +40,7 @@ def _recount(processor: Processor) -> list[str]:
         for masks in named_masks(store, volume_id, 0, _EVERY_OBJECT).values():
             for log_id, mask in masks.items():
                 counts[log_id] = counts.get(log_id, 0) + mask.bit_count()
-        mapped = sum(
-            blockmap.mapped_count(row.block_map) for row in store.some_maps(volume_id, 0, _EVERY_OBJECT)
-        )
+        mapped = sum(blockmap.mapped_count(row.block_map) for row in store.some_maps(volume_id, 0, _EVERY_OBJECT))
         with store.database.transaction():
             if store.block_counts().get(volume_id, 0) != mapped:
                 store.set_block_count(volume_id, mapped)
@@ -51,7 +49,5 @@ def _recount(processor: Processor) -> list[str]:
                 count = counts.get(log.log_id, 0)
                 if count != log.block_count:
                     store.set_log_count(log.log_id, count)
-                    done.append(
-                        f"processor {processor.index}: counted {count} blocks of change log {log.log_id}"
-                    )
+                    done.append(f"processor {processor.index}: counted {count} blocks of change log {log.log_id}")
     return done

@@ -22,14 +22,26 @@ class Reserve:
 
     def __init__(self, home: Device) -> None:
         self._home = home
-        self.is_spent = False
+        self.is_spent = not self._is_full()
+
+    def _wanted_bytes(self) -> int:
+        return min(RESERVE_BYTES_MAX, self._home.space().total_bytes // _SHARE) & ~4095
+
+    def _is_full(self) -> bool:
+        try:
+            file = self._home.open(RESERVE_FILE)
+        except FileNotFoundError:
+            return False
+        try:
+            return file.allocated() >= self._wanted_bytes()
+        finally:
+            file.close()
 
     def fill(self) -> None:
         """Set the room aside, in a new pool or again. Raises OSError when there is none. Blocks."""
-        wanted = min(RESERVE_BYTES_MAX, self._home.space().total_bytes // _SHARE) & ~4095
         file = self._home.create(RESERVE_FILE)
         try:
-            file.reserve(wanted)
+            file.reserve(self._wanted_bytes())
             file.sync()
         finally:
             file.close()

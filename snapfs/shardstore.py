@@ -38,9 +38,7 @@ class ShardStore:
     @classmethod
     def create(cls, device: Device, processor_index: int, pool_id: str) -> None:
         """Make an empty store."""
-        database = Database(
-            device, shard_file(processor_index), _what(processor_index), create_schema=SHARD_SCHEMA
-        )
+        database = Database(device, shard_file(processor_index), _what(processor_index), create_schema=SHARD_SCHEMA)
         meta: dict[str, int | str] = {
             "pool_id": pool_id,
             "processor_index": processor_index,
@@ -140,9 +138,7 @@ class ShardStore:
             " WHERE volume_id = ? AND instant >= ? AND epoch <= ?",
             (volume_id, instant, instant),
         )
-        found: list[MapRow | CopyRow] = [
-            MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in live
-        ]
+        found: list[MapRow | CopyRow] = [MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in live]
         found += [_copy(row) for row in copies]
         return sorted(found, key=lambda row: row.object_index)
 
@@ -150,8 +146,7 @@ class ShardStore:
         """The map of the object's next copy, None if there is none, and the instant of the one before, else 0."""
         key = (copy.volume_id, copy.object_index, copy.instant)
         later = self.database.row(
-            "SELECT map FROM copies WHERE volume_id = ? AND object_index = ? AND instant > ?"
-            " ORDER BY instant LIMIT 1",
+            "SELECT map FROM copies WHERE volume_id = ? AND object_index = ? AND instant > ? ORDER BY instant LIMIT 1",
             key,
         )
         earlier = self.database.row(
@@ -178,8 +173,7 @@ class ShardStore:
     def open_log(self, volume_id: VolumeId, epoch: int) -> LogRow | None:
         """The log that takes a volume's writes in an epoch, if it was begun."""
         row = self.database.row(
-            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0"
-            " ORDER BY log_id DESC LIMIT 1",
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0 ORDER BY log_id DESC LIMIT 1",
             (volume_id, epoch),
         )
         return None if row is None else LogRow(*row)
@@ -279,9 +273,7 @@ class ShardStore:
 
     def intermediates(self) -> list[IntermediateRow]:
         """All intermediate snapshots, oldest first."""
-        return [
-            IntermediateRow(*row) for row in self.database.rows("SELECT * FROM intermediates ORDER BY instant")
-        ]
+        return [IntermediateRow(*row) for row in self.database.rows("SELECT * FROM intermediates ORDER BY instant")]
 
     def intermediate(self, snapshot_id: SnapshotId) -> IntermediateRow | None:
         """One intermediate snapshot."""
@@ -297,14 +289,15 @@ class ShardStore:
         )
         return 0 if row is None else int(row[0])
 
-    def freed(self, limit: int) -> list[FreedRow]:
-        """Ranges still to be punched."""
-        return [FreedRow(*row) for row in self.database.rows("SELECT * FROM freed LIMIT ?", (limit,))]
+    def freed(self, limit: int) -> list[tuple[int, FreedRow]]:
+        """Ranges still to be punched, each with the number of its row."""
+        rows = self.database.rows("SELECT rowid, log_id, offset, length FROM freed LIMIT ?", (limit,))
+        return [(row[0], FreedRow(*row[1:])) for row in rows]
 
-    def forget_freed(self, rows: Iterable[FreedRow]) -> None:
+    def forget_freed(self, row_numbers: Iterable[int]) -> None:
         """Take ranges off the list once they are punched, durably enough: punching twice does no harm."""
         with self.database.transaction():
-            self.database.each("DELETE FROM freed WHERE log_id = ? AND offset = ? AND length = ?", rows)
+            self.database.each("DELETE FROM freed WHERE rowid = ?", [(number,) for number in row_numbers])
 
     def commit(self, batch: ShardBatch, catalog_generation: int) -> None:
         """Make a batch durable, all or nothing.

@@ -48,9 +48,7 @@ class SnapshotIndex:
 
     def holds_besides(self, volume_id: VolumeId, low: int, high: int, instant: int) -> bool:
         """Like :meth:`holds`, leaving one instant out."""
-        return self.holds(volume_id, low, min(high, instant - 1)) or self.holds(
-            volume_id, max(low, instant + 1), high
-        )
+        return self.holds(volume_id, low, min(high, instant - 1)) or self.holds(volume_id, max(low, instant + 1), high)
 
     def newest(self, volume_id: VolumeId) -> int:
         """The latest instant that holds the volume, 0 for none."""

@@ -119,9 +119,7 @@ class SnapshotTable:
             self._check_free(name)
             chosen = self._chosen(volume_names)
             await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
-            with trio.CancelScope(shield=True):
-                snapshot = await self._create(name, volume_names, note)
-            return snapshot
+            return await self._create(name, volume_names, note)
 
     def _check_free(self, name: bytes | None) -> None:
         if name is not None and name in self.by_name:
@@ -135,31 +133,29 @@ class SnapshotTable:
             raise NotFoundError("a snapshot of no volume was asked for", "Name at least one, or none for all")
         return list(chosen.values())
 
-    async def _create(
-        self, name: bytes | None, volume_names: Iterable[bytes] | None, note: str
-    ) -> Snapshot:
-        async with self._volumes.lock:
-            chosen = self._chosen(volume_names)
-            sizes = {volume: volume.size_bytes for volume in self._volumes.unsaved()}
-            row, parts = self._cut(name, chosen, note)
-        try:
-            await side_by_side(
-                [
-                    partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
-                    for processor, part in zip(self.processors, parts, strict=True)
-                ]
-            )
-            await self._publish(row, sizes, chosen)
-        except (SnapfsError, OSError) as error:
-            self._abort(row, error)
-            raise
+    async def _create(self, name: bytes | None, volume_names: Iterable[bytes] | None, note: str) -> Snapshot:
+        """Cut, and see it through: cancelled in between, it would be neither there nor not there."""
+        with trio.CancelScope(shield=True):
+            async with self._volumes.lock:
+                chosen = self._chosen(volume_names)
+                marks = {volume: volume.size_mark() for volume in self._volumes.unsaved()}
+                row, parts = self._cut(name, chosen, note)
+            try:
+                await side_by_side(
+                    [
+                        partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
+                        for processor, part in zip(self.processors, parts, strict=True)
+                    ]
+                )
+                await self._publish(row, marks, chosen)
+            except (SnapfsError, OSError) as error:
+                self._abort(row, error)
+                raise
         snapshot = Snapshot(row)
         assert row.name is not None
         self.by_name[row.name] = snapshot
         self.by_id[row.snapshot_id] = snapshot
-        self._events.note(
-            "snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000
-        )
+        self._events.note("snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000)
         return snapshot
 
     def _cut(
@@ -199,11 +195,13 @@ class SnapshotTable:
             number += 1
         return name
 
-    async def _publish(self, row: SnapshotRow, sizes: dict[Volume, int], chosen: list[Volume] | None) -> None:
-        covered = set(sizes) if chosen is None else {*chosen}
+    async def _publish(
+        self, row: SnapshotRow, marks: dict[Volume, tuple[int, int]], chosen: list[Volume] | None
+    ) -> None:
+        covered = set(marks) if chosen is None else {*chosen}
         for volume in covered:
-            if not volume.is_removed and volume in sizes:
-                volume.data_synced(sizes[volume])
+            if not volume.is_removed and volume in marks:
+                volume.data_synced(marks[volume])
         await self._catalog.save(
             covered,
             lambda: CatalogBatch(
@@ -222,9 +220,7 @@ class SnapshotTable:
         self.keep_no_more(row.instant, row.volume_ids)
         self.aborted.append((row.snapshot_id, row.instant))
         self._reclaim_wakeup.set()
-        self._events.note(
-            "snapshot-failed", logging.WARNING, name=show_name(row.name or b""), reason=str(error)
-        )
+        self._events.note("snapshot-failed", logging.WARNING, name=show_name(row.name or b""), reason=str(error))
 
     # -- looking into one --------------------------------------------------------------------
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-from .errors import BadCommandError, BadNameError, NameTooLongError, ReservedNameError
+from .errors import BadCommandError, BadNameError, NameTooLongError, ReservedNameError, TooLargeError
 
 NAME_MAX_BYTES = 255
+OFFSET_MAX = (1 << 63) - 1
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SIZE = re.compile(r"\s*(\d{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
 _POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
@@ -15,25 +17,24 @@ _POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 def parse_size(text: str) -> int:
     """Bytes of ``10G``, ``512M``, ``4096``; units are powers of 1024.
 
-    Raises BadCommandError.
+    Raises BadCommandError, or TooLargeError above 8 EiB.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise BadCommandError(f"{text!r} is not a size", "Write bytes, or a number with K, M, G or T: 10G")
     number, unit, _ = match.groups()
-    return int(number) << _POWERS.get((unit or "").lower(), 0)
+    size_bytes = int(number) << _POWERS.get((unit or "").lower(), 0)
+    if size_bytes > OFFSET_MAX:
+        raise TooLargeError(f"{text.strip()} is more than any file can hold", "Give a smaller size")
+    return size_bytes
 
 
 def format_size(size_bytes: int) -> str:
     """A size for people: ``0``, ``512 B``, ``1.5 GiB``."""
     if abs(size_bytes) < 1024:
         return f"{size_bytes} B" if size_bytes else "0"
-    size = float(size_bytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        size /= 1024
-        if abs(size) < 1024:
-            break
-    return f"{size:.1f} {unit}"
+    power = min((abs(size_bytes).bit_length() - 1) // 10, len(_UNITS))
+    return f"{size_bytes / (1 << 10 * power):.1f} {_UNITS[power - 1]}"
 
 
 def utc_name(when_ns: int) -> str:
@@ -63,9 +64,7 @@ def check_name(name: bytes, kind: str) -> bytes:
     if not name:
         raise BadNameError(f"a {kind} needs a name", "Give it one of 1 to 255 bytes")
     if len(name) > NAME_MAX_BYTES:
-        raise NameTooLongError(
-            f"the {kind} name {shown!r}... has {len(name)} bytes", f"Use at most {NAME_MAX_BYTES}"
-        )
+        raise NameTooLongError(f"the {kind} name {shown!r}... has {len(name)} bytes", f"Use at most {NAME_MAX_BYTES}")
     if b"/" in name:
         raise BadNameError(f"the {kind} name {shown!r} has a slash", "Volumes and snapshots lie in one folder")
     if any(byte < 0x20 or byte == 0x7F for byte in name):

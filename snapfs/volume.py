@@ -76,12 +76,13 @@ class VolumeView(ABC):
         length = max(0, min(length, self.size_bytes - offset))
         buffer = bytearray(length)
         view = memoryview(buffer)
+        old_blocks: OldBlocks = {}
         while True:
             try:
                 filled = self.read_now(offset, view)
                 return buffer if len(filled) == length else buffer[: len(filled)]
             except NotResidentError as missing:
-                await missing.fetch({})
+                await missing.fetch(old_blocks)
                 continue
             except BlockingIOError:
                 pass
@@ -93,7 +94,7 @@ class VolumeView(ABC):
                 if self._segments(offset, length) == plan:
                     return buffer
             except NotResidentError as missing:
-                await missing.fetch({})
+                await missing.fetch(old_blocks)
 
     def _segments(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
         found = []
@@ -145,6 +146,7 @@ class Volume(VolumeView):
         self._synced_size_bytes = attributes.size_bytes
         self._trim = _TRIM_DUE if row.trim or needs_trim else _TRIM_NONE
         self._trim_turn = trio.Lock()
+        self._shrink_count = 0
         self._catalog = catalog
         self._snapshots = snapshots
         self._clock = clock
@@ -240,8 +242,14 @@ class Volume(VolumeView):
         ]
         for portion, object_index, inside, part in parts:
             portion.ready_to_write_now(object_index, inside, part, old_blocks)
-        for portion, object_index, inside, part in parts:
-            portion.write_now(object_index, inside, part, old_blocks)
+        try:
+            for portion, object_index, inside, part in parts:
+                portion.write_now(object_index, inside, part, old_blocks)
+        except OSError:
+            if offset + len(view) > self.size_bytes:
+                # A part of it may lie behind the size, which stays as it was.
+                self._trim = _TRIM_DUE
+            raise
 
     def _check_growth(self, size_bytes: int) -> None:
         if size_bytes > volume_size_bytes_max(self.processor_count):
@@ -293,10 +301,8 @@ class Volume(VolumeView):
         epoch = max(self._clock.epoch, self.named_epoch)
         if self.epoch >= epoch:
             return
-        if self._snapshots.holds(self.volume_id, self.epoch, epoch - 1):
-            self.versions.append(
-                VersionRow(self.volume_id, Epoch(self.epoch), Epoch(epoch - 1), self.attributes())
-            )
+        if not self.is_removed and self._snapshots.holds(self.volume_id, self.epoch, epoch - 1):
+            self.versions.append(VersionRow(self.volume_id, Epoch(self.epoch), Epoch(epoch - 1), self.attributes()))
         self.epoch = Epoch(epoch)
 
     def row(self) -> VolumeRow:
@@ -318,6 +324,8 @@ class Volume(VolumeView):
 
     def needed_versions(self) -> list[VersionRow]:
         """See :class:`Recorded`."""
+        if self.is_removed:
+            return []
         return [one for one in self.versions if self._snapshots.holds(self.volume_id, one.epoch, one.instant)]
 
     def saved(self, row: VolumeRow | None, version_count: int) -> None:
@@ -340,7 +348,7 @@ class Volume(VolumeView):
 
         ``data_only`` leaves times unsaved, as fdatasync may. Raises SyncFailedError, NoSpaceError.
         """
-        size_bytes = self.size_bytes
+        mark = self.size_mark()
         trimmed = self._trim == _TRIM_DONE
         await side_by_side(
             [
@@ -349,7 +357,7 @@ class Volume(VolumeView):
                 if portion.is_dirty or portion.failure is not None
             ]
         )
-        self.data_synced(size_bytes)
+        self.data_synced(mark)
         if trimmed and self._trim == _TRIM_DONE:
             self._trim = _TRIM_NONE
         if not (data_only and self._only_times_unsaved()):
@@ -363,9 +371,15 @@ class Volume(VolumeView):
                 found.append((processor, portion))
         return found
 
-    def data_synced(self, size_bytes: int) -> None:
-        """All data up to a size that the volume had is durable."""
-        self._synced_size_bytes = min(size_bytes, self.size_bytes)
+    def size_mark(self) -> tuple[int, int]:
+        """The size now, for :meth:`data_synced` once the data of now is durable."""
+        return self.size_bytes, self._shrink_count
+
+    def data_synced(self, mark: tuple[int, int]) -> None:
+        """All data of when the mark was taken is durable; more may be by now, and stays so."""
+        size_bytes, shrink_count = mark
+        if shrink_count == self._shrink_count:
+            self._synced_size_bytes = min(max(size_bytes, self._synced_size_bytes), self.size_bytes)
 
     # -- changing the size -------------------------------------------------------------------
 
@@ -399,6 +413,7 @@ class Volume(VolumeView):
         before = (self.size_bytes, self._synced_size_bytes, self._trim)
         self.before_change()
         self.size_bytes = size_bytes
+        self._shrink_count += 1
         self._synced_size_bytes = min(self._synced_size_bytes, size_bytes)
         if self.block_count == 0:
             return
@@ -445,9 +460,7 @@ class Volume(VolumeView):
         while True:
             try:
                 block_map = portion.map_now(object_index)
-                is_hole = not (
-                    block_map if isinstance(block_map, int) else block_map[inside >> BLOCK_SHIFT]
-                )
+                is_hole = not (block_map if isinstance(block_map, int) else block_map[inside >> BLOCK_SHIFT])
                 if not is_hole:
                     portion.write_now(object_index, inside, bytes(length), old_blocks)
             except NotResidentError as missing:
@@ -484,5 +497,3 @@ class Volume(VolumeView):
                 await missing.fetch({})
             else:
                 return
-
-

@@ -102,7 +102,7 @@ class VolumeTable:
             return PortionFacts(volume.birth_epoch, volume.named_epoch, volume.last_instant)
         removed_epoch = self.removed.get(volume_id)
         # One that is in snapshots only: nothing of it changes, and it has no live maps.
-        return PortionFacts(0, 0, NEVER - 1 if removed_epoch is None else removed_epoch - 1)
+        return PortionFacts(0, 0, NEVER - 1 if removed_epoch is None else removed_epoch - 1, is_gone=True)
 
     def get(self, name: bytes) -> Volume:
         """The volume of that name. Raises NotFoundError."""
@@ -271,6 +271,10 @@ class VolumeTable:
 
     def to_dismantle(self) -> list[tuple[VolumeId, Epoch]]:
         """Removed volumes that nobody has open."""
+        for volume_id in self.removed:
+            volume = self.by_id.get(volume_id)
+            if volume is not None and volume.opens == 0:
+                del self.by_id[volume_id]
         return [(one, epoch) for one, epoch in self.removed.items() if one not in self.by_id]
 
     def to_trim(self) -> list[Volume]:

@@ -32,8 +32,7 @@ class World:
         """What was not synced may be gone."""
         self.home = self.home.crash(plan)
         self.devices = {
-            path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn))
-            for path, device in self.devices.items()
+            path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn)) for path, device in self.devices.items()
         }
 
     def check(self) -> Report:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs import blockmap, geometry, units
-from snapfs.errors import BadCommandError, BadNameError, DamagedError, NotAPoolError, SnapfsError, TooNewError
+from snapfs.errors import (
+    BadCommandError,
+    BadNameError,
+    DamagedError,
+    NotAPoolError,
+    SnapfsError,
+    TooLargeError,
+    TooNewError,
+)
 from snapfs.formats import DeviceDescriptor, PoolDescriptor
 from snapfs.fuse import names
 from snapfs.snapshotindex import NEVER, SnapshotIndex
@@ -23,8 +31,11 @@ SOURCE = Path(__file__).resolve().parent.parent
 maps = st.one_of(
     st.integers(0, blockmap.LOG_ID_MAX),
     st.lists(st.tuples(st.integers(1, 300), st.integers(0, 5)), min_size=1, max_size=60).map(
-        lambda runs: array("I", [log for count, log in runs for _ in range(count)][:BLOCKS]
-                           + [9] * max(0, BLOCKS - sum(count for count, _ in runs)))
+        lambda runs: array(
+            "I",
+            [log for count, log in runs for _ in range(count)][:BLOCKS]
+            + [9] * max(0, BLOCKS - sum(count for count, _ in runs)),
+        )
     ),
     st.lists(st.integers(0, blockmap.LOG_ID_MAX), min_size=BLOCKS, max_size=BLOCKS).map(lambda ids: array("I", ids)),
 )
@@ -62,19 +73,13 @@ def test_runs_tell_the_map(block_map: blockmap.BlockMap, span: tuple[int, int]) 
 
 
 @given(maps, maps)
-def test_dropped_runs_are_what_the_later_map_does_not_name(
-    old: blockmap.BlockMap, new: blockmap.BlockMap
-) -> None:
+def test_dropped_runs_are_what_the_later_map_does_not_name(old: blockmap.BlockMap, new: blockmap.BlockMap) -> None:
     expected = {
         (block, one)
         for block, (one, other) in enumerate(zip(as_list(old), as_list(new), strict=True))
         if one and one != other
     }
-    told = {
-        (block + step, log_id)
-        for block, count, log_id in blockmap.dropped_runs(old, new)
-        for step in range(count)
-    }
+    told = {(block + step, log_id) for block, count, log_id in blockmap.dropped_runs(old, new) for step in range(count)}
     assert told == expected
 
 
@@ -139,12 +144,12 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert units.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "1X", "9" * 50, "٣"])
+@pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "1X", "9" * 50, "9E", "٣"])
 def test_bad_sizes_are_refused(text: str) -> None:
     if text == "٣":
         assert units.parse_size(text) == 3
         return
-    with pytest.raises(BadCommandError):
+    with pytest.raises(TooLargeError if text == "9E" else BadCommandError):
         units.parse_size(text)
 
 

@@ -58,7 +58,9 @@ offsets = st.one_of(
 lengths = st.one_of(st.integers(1, 10000), st.sampled_from([1, 512, 4096, 8192, 70000, 5 << 20]))
 operations = st.one_of(
     st.tuples(st.just("write"), st.sampled_from(NAMES), offsets, lengths, st.integers(1, 255)),
-    st.tuples(st.just("write"), st.sampled_from(NAMES), st.integers(0, 40000), st.integers(1, 9000), st.integers(1, 255)),
+    st.tuples(
+        st.just("write"), st.sampled_from(NAMES), st.integers(0, 40000), st.integers(1, 9000), st.integers(1, 255)
+    ),
     st.tuples(st.just("truncate"), st.sampled_from(NAMES), offsets),
     st.tuples(st.just("create"), st.sampled_from(NAMES)),
     st.tuples(st.just("remove"), st.sampled_from(NAMES)),

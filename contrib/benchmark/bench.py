@@ -44,8 +44,16 @@ DIRECT = ("--direct=1", "--ioengine=libaio")
 ROWS = (
     Row("4K random read, O_DIRECT, QD1", "null", 0.85, (*DIRECT, "--rw=randread", "--bs=4k", "--iodepth=1"), "IOPS"),
     Row("4K random read, O_DIRECT, QD16", "null", 0.85, (*DIRECT, "--rw=randread", "--bs=4k", "--iodepth=16"), "IOPS"),
-    Row("4K random overwrite, O_DIRECT, QD1", "null", 0.0, (*DIRECT, "--rw=randwrite", "--bs=4k", "--iodepth=1"), "IOPS"),
-    Row("4K random overwrite, O_DIRECT, QD16", "null", 0.0, (*DIRECT, "--rw=randwrite", "--bs=4k", "--iodepth=16"), "IOPS"),
+    Row(
+        "4K random overwrite, O_DIRECT, QD1", "null", 0.0, (*DIRECT, "--rw=randwrite", "--bs=4k", "--iodepth=1"), "IOPS"
+    ),
+    Row(
+        "4K random overwrite, O_DIRECT, QD16",
+        "null",
+        0.0,
+        (*DIRECT, "--rw=randwrite", "--bs=4k", "--iodepth=16"),
+        "IOPS",
+    ),
     Row("1M sequential read, O_DIRECT, QD4", "null", 0.75, (*DIRECT, "--rw=read", "--bs=1m", "--iodepth=4"), "MB/s"),
     Row("1M sequential write, O_DIRECT, QD4", "null", 0.75, (*DIRECT, "--rw=write", "--bs=1m", "--iodepth=4"), "MB/s"),
     Row(

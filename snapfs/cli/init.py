@@ -18,7 +18,9 @@ _OWN_LEFTOVERS |= {RESERVE_FILE, "shards", EMBEDDED_DEVICE_FOLDER, POOL_FILE + "
 
 @click.command()
 @click.argument("pool", type=click.Path())
-@click.option("--device", "devices", multiple=True, type=click.Path(), help="A directory to put data on; may be given again.")
+@click.option(
+    "--device", "devices", multiple=True, type=click.Path(), help="A directory to put data on; may be given again."
+)
 @click.option(
     "--processors",
     default=PROCESSOR_COUNT_DEFAULT,
@@ -61,7 +63,9 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         for device in opened.values():
             device.close()
         home.close()
-    click.echo(f"pool {descriptor.pool_id} in {os.path.abspath(pool)}, {processors} processors, {len(opened)} device(s)")
+    click.echo(
+        f"pool {descriptor.pool_id} in {os.path.abspath(pool)}, {processors} processors, {len(opened)} device(s)"
+    )
 
 
 def _make_home(pool: str) -> bool:

@@ -26,9 +26,7 @@ _LOG_BYTES_MAX = 1 << 20
 @click.option("-o", "option_lists", multiple=True, metavar="OPTION,…", help="allow_other, ro, auto_unmount, …")
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to stderr.")
 @click.option("--ready-fd", type=int, hidden=True)
-def mount(
-    pool: str, mount_point: str, option_lists: tuple[str, ...], foreground: bool, ready_fd: int | None
-) -> None:
+def mount(pool: str, mount_point: str, option_lists: tuple[str, ...], foreground: bool, ready_fd: int | None) -> None:
     """Mount the pool in the directory POOL on the empty directory MOUNT.
 
     Returns when the mount answers; the daemon goes on in the background and logs to POOL/daemon.log.
@@ -57,6 +55,7 @@ def _start(request: MountRequest) -> None:
     command = [sys.executable, "-m", "snapfs", "mount", request.pool_path, request.mount_point]
     if request.options:
         command += ["-o", ",".join(sorted(request.options))]
+    os.umask(0o077)
     with open(os.path.join(request.pool_path, DAEMON_LOG_FILE), "ab") as log:
         daemon = subprocess.Popen(
             [*command, "--ready-fd", str(writer)],
@@ -88,9 +87,7 @@ def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
     handler = logging.handlers.RotatingFileHandler(
         os.path.join(request.pool_path, DAEMON_LOG_FILE), maxBytes=_LOG_BYTES_MAX, backupCount=1
     )
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler]
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     is_ready = False
 
     def tell(answer: dict[str, object]) -> None:

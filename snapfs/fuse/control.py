@@ -232,5 +232,3 @@ class ControlSession:
         part = bytes(self._answers[:length])
         del self._answers[:length]
         return part
-
-

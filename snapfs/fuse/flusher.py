@@ -18,8 +18,8 @@ import trio
 from ..errors import NotFoundError
 from ..geometry import VolumeId
 from ..volume import Volume
-from .namespace import Namespace
 from .names import META_NAME
+from .namespace import Namespace
 
 T = TypeVar("T")
 

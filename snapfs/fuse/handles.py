@@ -29,10 +29,10 @@ class Handle(ABC):
         """Write; how much was taken."""
         raise ReadOnlyError("this file cannot be written", "Copy it, and change the copy")
 
-    async def fsync(self, *, data_only: bool) -> None:
+    async def fsync(self, *, data_only: bool) -> None:  # noqa: B027 - most kinds have nothing to sync
         """Make what was written durable."""
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - nor anything to tell
         """A descriptor is being closed; raise what its user must still hear of."""
 
 

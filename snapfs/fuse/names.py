@@ -20,7 +20,7 @@ FIRST_PROCESSOR = 16
 _ITEM_BITS = 32
 _ITEM_MASK = (1 << _ITEM_BITS) - 1
 _SNAPSHOT_FOLDER = 0
-_MANIFEST = 1
+MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 1
 
 SNAPSHOTS_NAME = b".snapshots"
 META_NAME = b".snapfs"
@@ -37,9 +37,13 @@ def of_snapshot(snapshot_id: SnapshotId) -> int:
     return snapshot_id << _ITEM_BITS | _SNAPSHOT_FOLDER
 
 
-def of_manifest(snapshot_id: SnapshotId) -> int:
-    """A snapshot's manifest."""
-    return snapshot_id << _ITEM_BITS | _MANIFEST
+def of_manifest(snapshot_id: SnapshotId, variant: int = 1) -> int:
+    """A snapshot's manifest.
+
+    A variant is 1 to MANIFEST_VARIANT_MAX: with the write-back cache the kernel takes a file's size
+    only with a new inode, so a manifest of another size gets another number.
+    """
+    return snapshot_id << _ITEM_BITS | variant
 
 
 def of_snapshot_volume(snapshot_id: SnapshotId, volume_id: VolumeId) -> int:
@@ -70,7 +74,7 @@ def is_snapshot_folder(inode: int) -> bool:
 
 def is_manifest(inode: int) -> bool:
     """Whether it is a snapshot's manifest."""
-    return inode > _ITEM_MASK and inode & _ITEM_MASK == _MANIFEST
+    return inode > _ITEM_MASK and 1 <= inode & _ITEM_MASK <= MANIFEST_VARIANT_MAX
 
 
 def processor_index_of(inode: int) -> int | None:

@@ -99,11 +99,12 @@ class Namespace:
         self._mounted_ns = time.time_ns()
         self._control = CommandContext(pool, resize_file)
         self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
+        self._manifest_sizes: dict[SnapshotId, tuple[int, int]] = {}
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
         self._files: dict[int, tuple[bytes, int]] = {
             names.CONTROL: (b"control", 0o600),
             names.STATUS: (b"status.json", 0o444),
-            names.EVENTS: (b"events", 0o444),
+            names.EVENTS: (b"events", 0o644),
         }
 
     # -- looking up --------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class Namespace:
     async def _lookup_in_snapshot(self, parent: int, name: bytes) -> Node:
         snapshot = self._snapshot(parent)
         if name == names.MANIFEST_NAME:
-            return await self.node(names.of_manifest(snapshot.snapshot_id))
+            return await self._lookup_manifest(snapshot)
         if name in (b".", b".."):
             return await self.node(parent if name == b"." else names.SNAPSHOTS)
         members = await self.pool.snapshots.members(snapshot)
@@ -148,6 +149,23 @@ class Namespace:
         if volume_id is None:
             raise NoEntryError("the snapshot holds no such volume")
         return await self.node(names.of_snapshot_volume(snapshot.snapshot_id, volume_id))
+
+    async def _lookup_manifest(self, snapshot: Snapshot) -> Node:
+        text = await manifest_of(self.pool, snapshot)
+        variant, size_bytes = self._manifest_sizes.get(snapshot.snapshot_id, (1, -1))
+        if size_bytes != len(text):
+            variant = variant % (names.MANIFEST_VARIANT_MAX - 1) + 2
+            self._manifest_sizes[snapshot.snapshot_id] = (variant, len(text))
+        self._manifests[snapshot.snapshot_id] = text
+        while len(self._manifests) > _MANIFESTS_KEPT:
+            self._manifests.popitem(last=False)
+        return self._manifest_node(snapshot, names.of_manifest(snapshot.snapshot_id, variant))
+
+    def _manifest_node(self, snapshot: Snapshot, inode: int) -> Node:
+        _, size_bytes = self._manifest_sizes.get(snapshot.snapshot_id, (1, 0))
+        when = snapshot.created_ns
+        mode = stat.S_IFREG | 0o444
+        return Node(inode, mode, self._uid, self._gid, max(0, size_bytes), 0, 1, when, when, when)
 
     def _lookup_in_meta(self, parent: int, name: bytes, caller: Caller) -> int:
         if parent == names.META:
@@ -233,11 +251,7 @@ class Namespace:
                 raise NoEntryError("the snapshot holds no such volume")
             return self._snapshot_file_node(inode, attributes, members.block_counts.get(volume_id, 0))
         if names.is_manifest(inode):
-            text = await self._manifest(snapshot)
-            when = snapshot.created_ns
-            return Node(
-                inode, stat.S_IFREG | 0o444, self._uid, self._gid, len(text), 0, 1, when, when, when, 0.0, FOREVER_S
-            )
+            return self._manifest_node(snapshot, inode)
         return self._snapshot_node(snapshot)
 
     def _snapshot_file_node(self, inode: int, attributes: Attributes, block_count: int) -> Node:
@@ -292,16 +306,7 @@ class Namespace:
     def _file_node(self, inode: int, mode: int) -> Node:
         size = len(self.pool.events.contents) if inode == names.EVENTS else 0
         now = time.time_ns()
-        return Node(
-            inode, stat.S_IFREG | mode, self._uid, self._gid, size, 0, 1, now, now, now, 0.0, FOREVER_S
-        )
-
-    async def _manifest(self, snapshot: Snapshot) -> bytes:
-        text = await manifest_of(self.pool, snapshot)
-        self._manifests[snapshot.snapshot_id] = text
-        while len(self._manifests) > _MANIFESTS_KEPT:
-            self._manifests.popitem(last=False)
-        return text
+        return Node(inode, stat.S_IFREG | mode, self._uid, self._gid, size, 0, 1, now, now, now, 0.0, FOREVER_S)
 
     # -- folders -----------------------------------------------------------------------------
 
@@ -326,13 +331,6 @@ class Namespace:
             name = await self._name_of(inode)
             if name is None:
                 return None
-            if names.is_manifest(inode):
-                # Its size is told when it is asked for; making it for every listing would cost too much.
-                snapshot = self._snapshot(inode)
-                when = snapshot.created_ns
-                size = len(self._manifests.get(snapshot.snapshot_id, b""))
-                mode = stat.S_IFREG | 0o444
-                return name, Node(inode, mode, self._uid, self._gid, size, 0, 1, when, when, when)
             return name, await self.node(inode)
         except NotFoundError:
             return None
@@ -380,6 +378,8 @@ class Namespace:
         if inode == names.CONTROL:
             return ControlHandle(ControlSession(self._control))
         if inode == names.EVENTS:
+            if flags & (_WRITE_FLAGS | os.O_TRUNC):
+                raise NotPermittedError("events are told by the daemon alone")
             return EventsHandle(self.pool.events)
         if inode == names.STATUS:
             return TextHandle(_json(await pool_status(self.pool, self.mount_point)))
@@ -471,8 +471,8 @@ class Namespace:
             raise ReadOnlyError("a snapshot cannot be changed")
         volume_id = names.volume_id_of(inode)
         if volume_id is None:
-            if inode == names.CONTROL:
-                # `echo command > control` truncates first.
+            if inode in (names.CONTROL, names.EVENTS):
+                # `echo command > control` truncates first; the events are cut by the daemon itself.
                 return await self.node(inode)
             raise NotPermittedError("this file is snapfs' own")
         volume = self.pool.volumes.by_id.get(volume_id)

@@ -133,9 +133,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         return self._admit(handle), _attributes(self._namespace.volume_node(volume))
 
     @_translated
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
         if mode & 0o170000 != 0o100000:
             self._namespace.refuse_link(parent_inode)
@@ -236,17 +234,13 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         )
 
     @_translated
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
         self._namespace.refuse_link(parent_inode)
         raise FUSEError(errno.EPERM)
 
     @_translated
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
         self._namespace.refuse_link(new_parent_inode)
         raise FUSEError(errno.EPERM)

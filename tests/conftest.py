@@ -1,0 +1,183 @@
+"""Fixtures for tests on real mounts. Whatever a test leaves mounted, attached or running is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SNAPFS = [sys.executable, "-m", "snapfs"]
+
+
+def can_mount() -> str:
+    """Why this machine cannot mount; empty if it can."""
+    if not os.path.exists("/dev/fuse"):
+        return "there is no /dev/fuse"
+    if os.geteuid() != 0:
+        return "mount tests run as root, on loop devices and with other users"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = can_mount()
+    if reason:
+        for item in items:
+            if "mount" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def run(*command: object, expect: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command; fails with its output when it ends otherwise than expected."""
+    words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    assert done.returncode == expect, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def snapfs(*words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    return run(*SNAPFS, *words, expect=expect)
+
+
+class Mounted:
+    """A pool, and where it is mounted."""
+
+    def __init__(self, folder: Path, *init_options: object, mount_options: tuple[str, ...] = ()) -> None:
+        self.pool = folder / "pool"
+        self.path = folder / "mount"
+        self.path.mkdir()
+        self.mount_options = mount_options
+        snapfs("init", self.pool, *init_options)
+        self.mount()
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / ".snapshots"
+
+    @property
+    def control_path(self) -> Path:
+        return self.path / ".snapfs" / "control"
+
+    def status(self) -> dict:
+        return json.loads((self.path / ".snapfs" / "status.json").read_text())
+
+    def mount(self) -> None:
+        options = ["-o", ",".join(self.mount_options)] if self.mount_options else []
+        snapfs("mount", self.pool, self.path, *options)
+
+    def unmount(self) -> None:
+        snapfs("umount", self.path)
+
+    def remount(self) -> None:
+        self.unmount()
+        self.mount()
+
+    def kill(self) -> None:
+        """kill -9 the daemon, and wait until it is gone."""
+        pid = int(self.status()["pid"])
+        fd = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        wait_for_end(fd)
+
+    def ask(self, line: str) -> dict:
+        """A command to the control file; its answer, also when it failed."""
+        fd = os.open(self.control_path, os.O_RDWR)
+        try:
+            with contextlib.suppress(OSError):
+                os.write(fd, line.encode("utf-8", "surrogateescape") + b"\n")
+            return json.loads(os.read(fd, 1 << 20))
+        finally:
+            os.close(fd)
+
+    def snapshot(self, name: str) -> Path:
+        os.mkdir(self.snapshots / name)
+        return self.snapshots / name
+
+    def check(self) -> None:
+        """The verifier finds nothing; the pool must not be mounted."""
+        snapfs("check", self.pool)
+
+
+def wait_for_end(pidfd: int) -> None:
+    import select
+
+    select.select([pidfd], [], [], 60)
+    os.close(pidfd)
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
+    """Makes mounted pools; at the end each is unmounted and verified."""
+    made: list[Mounted] = []
+
+    def make(*init_options: object, mount_options: tuple[str, ...] = ()) -> Mounted:
+        folder = tmp_path / f"pool-{len(made)}"
+        folder.mkdir()
+        mounted = Mounted(folder, *init_options, mount_options=mount_options)
+        made.append(mounted)
+        return mounted
+
+    try:
+        yield make
+        for mounted in made:
+            if os.path.ismount(mounted.path):
+                mounted.unmount()
+            mounted.check()
+    finally:
+        for mounted in made:
+            _clear_away(mounted)
+
+
+@pytest.fixture
+def mounted(mounts: Callable[..., Mounted]) -> Mounted:
+    """One mounted pool."""
+    return mounts()
+
+
+def _clear_away(mounted: Mounted) -> None:
+    pid = None
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(mounted.status()["pid"])
+    while b" %s " % os.fsencode(mounted.path) in Path("/proc/mounts").read_bytes():
+        subprocess.run(["umount", "--lazy", str(mounted.path)], check=False, capture_output=True)
+    if pid is not None:
+        with contextlib.suppress(OSError):
+            wait_for_end(os.pidfd_open(pid))
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that happens in another process."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def loop_device(image: Path, *options: str) -> Iterator[str]:
+    """An image attached as a loop device."""
+    device = run("losetup", "--find", "--show", *options, image).stdout.strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextlib.contextmanager
+def mounted_filesystem(device: object, folder: Path, *options: str) -> Iterator[Path]:
+    """A filesystem mounted on a folder."""
+    folder.mkdir(exist_ok=True)
+    run("mount", *options, device, folder)
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
