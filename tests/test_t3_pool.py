@@ -27,6 +27,7 @@ from snapfs.errors import (
 )
 from snapfs.manifest import manifest_of
 from snapfs.pool import Pool, create_pool
+from snapfs.portion import NotResidentError
 from snapfs.status import pool_status, processor_status
 
 from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
@@ -645,3 +646,230 @@ async def test_a_script_uses_the_same_pool(tmp_path: Path) -> None:
         async with snapfs.open_pool(tmp_path / "nothing"):
             pass
     assert issubclass(SnapfsError, Exception)
+
+
+# -- found by review, each with the sequence that failed -----------------------------------------
+
+
+async def test_a_publication_does_not_take_back_a_synced_size() -> None:
+    """An append that was synced while a snapshot was being prepared lost its size to the snapshot's."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 4096)
+        mark = volume.size_mark()
+        await put(pool, b"v", 4096, b"2" * 4096)
+        await volume.sync()
+        volume.data_synced(mark)
+        assert volume.row().attributes.size_bytes == 8192
+        mark = volume.size_mark()
+        await pool.volumes.truncate(volume, 100)
+        await pool.volumes.truncate(volume, 8192)
+        volume.data_synced(mark)
+        assert volume.row().attributes.size_bytes == 100
+
+
+async def test_an_instant_is_not_used_twice_after_a_failed_snapshot() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 4096)
+        used = world.home._used_pages
+        with pytest.raises(NoSpaceError):
+            world.home.capacity_bytes = used * 4096
+            for number in range(2000):
+                await pool.snapshots.create(b"s%d" % number, [b"v"])
+        world.home.capacity_bytes = None
+        for name in list(pool.snapshots.by_name):
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        await pool.volumes.create(b"w")
+    async with open_world(world) as pool:
+        await put(pool, b"v", 0, b"2" * 4096)
+        snapshot = await pool.snapshots.create(b"all")
+        await put(pool, b"v", 0, b"3" * 4096)
+        assert await read_snapshot(pool, snapshot, b"v") == b"2" * 4096
+        assert await read_snapshot(pool, snapshot, b"w") == b""
+    world.check_clean()
+
+
+async def test_what_is_removed_while_open_does_not_haunt_later_snapshots() -> None:
+    """As a log is rotated: the removed file showed in a later snapshot under the name of the new one."""
+    world = World()
+    async with open_world(world) as pool:
+        old = await pool.volumes.create(b"log")
+        pool.volumes.open(old)
+        await old.write(0, b"old")
+        await pool.volumes.remove(b"log")
+        await pool.volumes.create(b"log")
+        await put(pool, b"log", 0, b"new")
+        snapshot = await pool.snapshots.create(b"s")
+        await put(pool, b"log", 0, b"NEW")
+        await pool.snapshots.create(b"s2")
+        await old.write(0, b"older")
+        await old.sync()
+        assert await read_snapshot(pool, snapshot, b"log") == b"new"
+        pool.volumes.close(old)
+    async with open_world(world) as pool:
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"log") == b"new"
+    world.check_clean()
+
+
+async def test_a_removed_open_volume_keeps_objects_that_memory_lets_go_of() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await volume.write(0, b"1")
+        await pool.volumes.remove(b"v")
+        await volume.write(500 * OBJECT, b"2")
+        await volume.sync()
+        portion = volume.portions[0]
+        for index in list(portion.objects):
+            assert portion.let_go(index)
+        assert await volume.read(500 * OBJECT, 1) == b"2"
+        pool.volumes.close(volume)
+        await pool.reclaimer.reclaim_all()
+        assert log_bytes(world) == 0
+    world.check_clean()
+
+
+async def test_a_stop_soon_after_a_crash_forgets_nothing_of_its_recovery() -> None:
+    world = World(processor_count=1)
+    async with trio.open_nursery() as nursery:
+        running = Running(world)
+        await running.start(nursery)
+        await running.pool.volumes.create(b"v")
+        await put(running.pool, b"v", 0, b"a" * 100)
+        await running.pool.sync()
+        await put(running.pool, b"v", 100, b"b" * 9000)
+        await running.pool.processors[0].commit()
+        await running.crash(CrashPlan(1, 1.0, torn=0.0))
+        pool = Pool.open(world.home, WHERE, world.open_device)
+        await pool.recover()
+        await pool.close()
+        world.home.close()
+        running = Running(world)
+        await running.start(nursery)
+        volume = running.pool.volumes.get(b"v")
+        await running.pool.volumes.truncate(volume, 9100)
+        assert await read_volume(running.pool, b"v") == b"a" * 100 + bytes(9000)
+        await running.stop()
+
+
+async def test_a_pool_on_a_full_device_opens_and_its_reserve_is_known() -> None:
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(10):
+            await put(pool, b"v", 0, b"%d" % number * 9000)
+            await pool.snapshots.create(b"s%d" % number)
+    world.home.capacity_bytes = world.home._used_pages * 4096
+    async with open_world(world) as pool:
+        assert pool.reserve.is_spent
+        for number in range(10):
+            await pool.snapshots.delete(b"s%d" % number)
+        await pool.reclaimer.reclaim_all()
+        assert not pool.snapshots.deleted
+    world.home.capacity_bytes = None
+    async with open_world(world) as pool:
+        assert pool.reserve.is_spent
+        await pool.reclaimer.reclaim_all()
+        assert not pool.reserve.is_spent
+    world.check_clean()
+
+
+async def test_dismantling_under_a_snapshots_reader_frees_everything() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 409600)
+        first = await pool.snapshots.create(b"s1")
+        await put(pool, b"v", 0, b"2" * 409600)
+        await pool.snapshots.create(b"s2")
+        members = await pool.snapshots.members(first)
+        view = await pool.snapshots.open_volume(first, members.by_name[b"v"])
+        assert await view.read(0, 10) == b"1" * 10
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        await pool.snapshots.delete(b"s2")
+        await pool.reclaimer.reclaim_all()
+        assert await view.read(0, 409600) == b"1" * 409600
+        pool.snapshots.close_volume(view)
+        assert log_bytes(world) == 409600
+        await pool.snapshots.delete(b"s1")
+        await pool.reclaimer.reclaim_all()
+        assert log_bytes(world) == 0
+    world.check_clean()
+
+
+async def test_a_failed_write_over_two_objects_shows_nothing_behind_the_end() -> None:
+    world = World(processor_count=2, capacity_bytes=3 * MIB)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.volumes.truncate(volume, OBJECT - MIB)
+        with pytest.raises(OSError) as caught:
+            await put(pool, b"v", OBJECT - MIB, b"X" * 4 * MIB)
+        assert caught.value.errno == errno.ENOSPC
+        assert volume.size_bytes == OBJECT - MIB
+        await pool.volumes.truncate(volume, OBJECT)
+        assert not any(await read_volume(pool, b"v"))
+    world.check_clean()
+
+
+async def test_a_log_that_dies_under_a_reader_is_closed_and_read_around() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await volume.write(0, b"1" * 8192)
+        portion = volume.portions[0]
+        old = portion.segments(portion.map_now(0), 0, 0, 8192, 0)
+        log = old[0][0]
+        assert log is not None
+        log.users += 1
+        await pool.snapshots.create(b"s")
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        await volume.write(0, b"2" * 8192)
+        await volume.sync()
+        assert log.is_discarded and log.file is not None, "its reader still has it"
+        log.users -= 1
+        log.close_if_discarded()
+        assert log.file is None
+        with pytest.raises(NotResidentError):
+            await portion.read_segments(old, memoryview(bytearray(8192)))
+        assert await volume.read(0, 8192) == b"2" * 8192
+        pool.volumes.close(volume)
+    world.check_clean()
+
+
+async def test_a_failed_volume_that_is_removed_holds_nobody_up() -> None:
+    world = World(processor_count=1)
+    faulty = FaultyDevice(world.devices["0"])
+    world.devices["0"] = faulty  # type: ignore[assignment]
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 4096)
+        await pool.snapshots.create(b"old")
+        await put(pool, b"v", 0, b"2" * 4096)
+        faulty.hook = FailNth("sync", 1, errno.EIO)
+        with pytest.raises(SyncFailedError):
+            await pool.volumes.get(b"v").sync()
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        await pool.snapshots.create(b"new")
+        assert await read_snapshot(pool, pool.snapshots.get(b"old"), b"v") == b"1" * 4096
+
+
+async def test_a_volume_removed_during_its_trim_is_taken_apart() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 40960)
+        volume.open()
+        await pool.volumes.remove(b"v")
+        volume.close()
+        await pool.reclaimer.reclaim_all()
+        assert log_bytes(world) == 0 and not pool.volumes.removed
+    world.check_clean()
