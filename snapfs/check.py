@@ -7,14 +7,14 @@ the shard stores, the maps against the logs, the logs against the space they tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from . import blockmap
 from .backends import Device
 from .catalog import Catalog
 from .database import Database, read_copy
-from .errors import SnapfsError
+from .errors import DamagedError, SnapfsError
 from .formats import (
     CATALOG_FILE,
     CopyRow,
@@ -106,12 +106,12 @@ def check_pool(home: Device, where: str, open_device: OpenDevice) -> Report:
     report = Report()
     with contextlib.ExitStack() as stack:
         try:
-            database = stack.enter_context(_verified(home, CATALOG_FILE, "the catalog", report))
+            database = _verified(stack, home, CATALOG_FILE, "the catalog", report)
             catalog = Catalog.over(database, descriptor.pool_id)
-            devices = open_devices(home, catalog, descriptor, open_device)
-        except (FileNotFoundError, _TooDamagedError):
+        except (FileNotFoundError, _TooDamagedError, DamagedError):
             report.add(DAMAGE, CATALOG_FILE, "the catalog is missing or unreadable; restore the pool from a copy")
             return report
+        devices = open_devices(home, catalog, descriptor, open_device)
         stack.callback(lambda: [device.close() for device in devices.values()])
         _check_catalog(catalog, descriptor, devices, report, home, stack)
     return report
@@ -121,17 +121,17 @@ class _TooDamagedError(Exception):
     """A database cannot be looked into."""
 
 
-@contextlib.contextmanager
-def _verified(home: Device, name: str, what: str, report: Report) -> Iterator[Database]:
+def _verified(stack: contextlib.ExitStack, home: Device, name: str, what: str, report: Report) -> Database:
+    """A copy of a database, until the stack is closed. Raises FileNotFoundError or _TooDamagedError."""
     try:
-        with read_copy(home, name, what) as database:
-            for (line,) in database.rows("PRAGMA integrity_check(20)"):
-                if line != "ok":
-                    report.add(DAMAGE, name, f"SQLite says: {line}")
-            yield database
+        database = stack.enter_context(read_copy(home, name, what))
+        for (line,) in database.rows("PRAGMA integrity_check(20)"):
+            if line != "ok":
+                report.add(DAMAGE, name, f"SQLite says: {line}")
     except SnapfsError as error:
         report.add(DAMAGE, name, str(error))
         raise _TooDamagedError from error
+    return database
 
 
 def _check_catalog(
@@ -172,12 +172,14 @@ def _check_catalog(
     for processor_index in range(descriptor.processor_count):
         name = shard_file(processor_index)
         try:
-            database = stack.enter_context(_verified(home, name, f"shard store {processor_index}", report))
+            database = _verified(stack, home, name, f"shard store {processor_index}", report)
             stores.append(ShardStore.over(database, processor_index, descriptor.pool_id))
         except FileNotFoundError:
             report.add(DAMAGE, name, "the shard store is missing; restore the pool from a copy")
-        except (_TooDamagedError, SnapfsError):
+        except _TooDamagedError:
             continue
+        except SnapfsError as error:
+            report.add(DAMAGE, name, str(error))
     try:
         check_generations(catalog, stores)
     except SnapfsError as error:

@@ -52,8 +52,14 @@ class Database:
             flags |= apsw.SQLITE_OPEN_CREATE
             device.create(name).close()
         else:
-            # Opened once without SQLite: a missing or locked file is told apart from a damaged one.
-            device.open(name).close()
+            # Looked at without SQLite, which takes an empty file for a new database and writes to it.
+            file = device.open(name)
+            try:
+                is_empty = file.size() == 0
+            finally:
+                file.close()
+            if is_empty:
+                raise DamagedError(f"{what} is empty", "Restore it from a copy")
         with translated(what):
             path = device.local_path(name)
             if path is None:
@@ -83,7 +89,9 @@ class Database:
             with self._connection:
                 self._connection.execute(create_schema).fetchall()
         else:
-            self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+            tables = self._connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'meta'").fetchall()
+            if tables != [(1,)]:
+                raise DamagedError(f"{self.what} is empty or not one of snapfs'", "Restore it from a copy")
 
     def rows(self, sql: str, bindings: Sequence[SqlValue] = ()) -> list[Row]:
         """All rows of a query."""

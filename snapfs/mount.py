@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import signal
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,19 +18,17 @@ import trio
 
 from .errors import MountError
 from .events import EventLog
-from .fuse import loop
-from .fuse.flusher import PageFlusher
-from .fuse.names import EVENTS, META_NAME
+from .fuse import helper, loop
+from .fuse.names import EVENTS
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
-from .geometry import VolumeId
+from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
 from .tasks import Wakeup
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_IO_FLUSHER = 57
-_MNT_DETACH = 2
 _OOM_SCORE = b"-500"
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
@@ -84,22 +81,14 @@ def check_mount_point(request: MountRequest) -> None:
 def unmount(path: str, *, lazy: bool = False) -> None:
     """Take a mount away. Raises MountError, with the errno of a busy one."""
     path = os.path.abspath(path)
-    if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) == 0:
-            return
-        code = ctypes.get_errno()
-        words = os.strerror(code)
-    else:
-        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return
-        words = done.stderr.strip() or f"fusermount3 exited with {done.returncode}"
-        code = errno.EBUSY if "busy" in words else errno.EINVAL
-    fix = "Close what uses it (see with: fuser -m), or unmount with --lazy" if code == errno.EBUSY else ""
-    failed = MountError(f"{path} cannot be unmounted: {words}", fix)
-    failed.errno = code
-    raise failed
+    try:
+        helper.unmount(path, lazy)
+    except OSError as error:
+        busy = error.errno == errno.EBUSY
+        fix = "Close what uses it (see with: fuser -m), or unmount with --lazy" if busy else ""
+        failed = MountError(f"{path} cannot be unmounted: {error.strerror}", fix)
+        failed.errno = error.errno or failed.errno
+        raise failed from error
 
 
 async def serve(request: MountRequest, ready: Callable[[], None]) -> None:
@@ -121,15 +110,22 @@ class _Mount:
         self._options = _fuse_options(request)
         self._namespace = Namespace(pool, request.mount_point, self._resize)
         self._operations = Operations(self._namespace)
-        self._flusher = PageFlusher(self._namespace, request.mount_point)
-        pool.snapshots.before_cut = self._flusher.flush
+        self._own_mount = OwnMount(self._namespace, request.mount_point)
+        pool.snapshots.before_cut = self._own_mount.flush
         self._events_cut = Wakeup()
 
     async def _resize(self, name: bytes, size_bytes: int) -> None:
-        await self._flusher.resize(name, size_bytes)
+        await self._own_mount.resize(name, size_bytes)
 
     async def serve(self, ready: Callable[[], None]) -> None:
         loop.enable()
+        await self._own_mount.start()
+        try:
+            await self._serve(ready)
+        finally:
+            await self._own_mount.stop()
+
+    async def _serve(self, ready: Callable[[], None]) -> None:
         try:
             pyfuse3.init(self._operations, self._mount_point, self._options)
         except RuntimeError as error:
@@ -137,9 +133,10 @@ class _Mount:
                 f"{self._mount_point} cannot be mounted on ({error})",
                 "See above for what fusermount3 says; is /dev/fuse there, and user_allow_other set in /etc/fuse.conf?",
             ) from error
-        self._pool.events.on_line = _tell_line
-        self._pool.events.on_cut = self._events_cut.set
-        self._pool.events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
+        events = self._pool.events
+        events.on_line = _tell_line
+        events.on_cut = self._events_cut.set
+        events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
         gc.collect()
         gc.freeze()
         try:
@@ -150,26 +147,23 @@ class _Mount:
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
                 nursery.cancel_scope.cancel()
         finally:
-            self._pool.events.on_line, self._pool.events.on_cut = EventLog().on_line, EventLog().on_cut
+            events.on_line, events.on_cut = EventLog().on_line, EventLog().on_cut
             self._operations.close_all()
             pyfuse3.close(unmount=True)
-            self._pool.events.note("unmounted", mount_point=self._mount_point)
+            events.note("unmounted", mount_point=self._mount_point)
 
     async def _tell_when_ready(self, ready: Callable[[], None]) -> None:
-        path = os.path.join(self._mount_point, os.fsdecode(META_NAME), "control")
-        await self._flusher.in_own_thread(os.stat, path)
+        device = await self._own_mount.device_number()
         if os.geteuid() == 0:
-            device = (await self._flusher.in_own_thread(os.stat, self._mount_point)).st_dev
             _tune_mount(device)
         ready()
 
     async def _tell_cuts(self) -> None:
         """Have the kernel know when the events have become shorter: by truncating them through it."""
-        path = os.path.join(self._mount_point, os.fsdecode(META_NAME), "events")
         while True:
             await self._events_cut.wait()
             with contextlib.suppress(OSError):
-                await self._flusher.in_own_thread(os.truncate, path, len(self._pool.events.contents))
+                await self._own_mount.cut_events(len(self._pool.events.contents))
 
     async def _stop_on_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -184,25 +178,14 @@ class _Mount:
         mount is busy: no new opens first, then each open volume is flushed, then the session ends.
         """
         try:
-            await self._flusher.in_own_thread(unmount, self._mount_point)
-        except MountError as error:
-            _log.warning("%s", error)
-            await self._flusher.in_own_thread(self._detach, list(self._namespace.writer_counts))
-            pyfuse3.terminate()
-
-    def _detach(self, volume_ids: list[VolumeId]) -> None:
-        fds = []
-        for volume_id in volume_ids:
-            with contextlib.suppress(OSError):
-                fds.append(os.open(self._flusher.path_of(volume_id), os.O_RDONLY | os.O_CLOEXEC))
-        unmount(self._mount_point, lazy=True)
-        for fd in fds:
+            await self._own_mount.unmount()
+        except OSError as error:
+            _log.warning("the mount is taken away although it cannot be unmounted: %s", error)
             try:
-                os.fsync(fd)
-            except OSError as error:
-                _log.error("the kernel could not write a volume back: %s", error)
-            finally:
-                os.close(fd)
+                await self._own_mount.detach()
+            except OSError as failed:
+                _log.error("the kernel could not write all back: %s", failed)
+            pyfuse3.terminate()
 
 
 def _tell_line(offset: int, line: bytes) -> None:

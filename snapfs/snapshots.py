@@ -19,7 +19,7 @@ import trio
 
 from . import reclaim
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, NotFoundError, SnapfsError
+from .errors import ExistsError, NotFoundError
 from .events import EventLog
 from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
@@ -148,7 +148,7 @@ class SnapshotTable:
                     ]
                 )
                 await self._publish(row, marks, chosen)
-            except (SnapfsError, OSError) as error:
+            except BaseException as error:
                 self._abort(row, error)
                 raise
         snapshot = Snapshot(row)
@@ -215,7 +215,7 @@ class SnapshotTable:
             ),
         )
 
-    def _abort(self, row: SnapshotRow, error: Exception) -> None:
+    def _abort(self, row: SnapshotRow, error: BaseException) -> None:
         """Forget a snapshot that could not be made durable; give back what was kept for it."""
         self.keep_no_more(row.instant, row.volume_ids)
         self.aborted.append((row.snapshot_id, row.instant))

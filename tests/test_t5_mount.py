@@ -242,6 +242,7 @@ def test_two_devices_hold_the_data(mounts: Callable[..., Mounted], tmp_path: Pat
     os.rename(devices[1], tmp_path / "away")
     failed = snapfs("mount", mounted.pool, mounted.path, expect=1)
     assert "device 1" in failed.stderr and str(devices[1]) in failed.stderr
+    assert "device 1" in snapfs("check", mounted.pool, expect=1).stderr
     os.rename(tmp_path / "away", devices[1])
 
 
@@ -355,6 +356,10 @@ def test_the_control_file_answers(mounted: Mounted) -> None:
         ("frobnicate", errno.EINVAL),
         ("snapshot a b", errno.EINVAL),
         ("snapshot a frob=1", errno.EINVAL),
+        ("snapshot a note=\udcff", errno.EINVAL),
+        ("delete taken volume=v", errno.EINVAL),
+        ("resize v 99999999999999999999", errno.EFBIG),
+        ("resize v 1152921504606846976", errno.EFBIG),
         ("snapshot a volume=nothing", errno.ENOENT),
         ("snapshot .", errno.EINVAL),
         ("snapshot ..", errno.EINVAL),
@@ -478,6 +483,8 @@ def test_bad_uses_of_the_command_line(shared_mount: Mounted, tmp_path: Path) -> 
         (("create", shared_mount.path / "v", "--size", "1G"), 1, "already"),
         (("create", shared_mount.path / "w", "--size", "1X"), 2, "is not a size"),
         (("create", shared_mount.path / "w", "--size", "1000P"), 1, "File too large"),
+        (("create", shared_mount.path / "w", "--size", "20000000000G"), 1, "more than any file"),
+        (("snapshot", shared_mount.path, "a", "--note", "b\nc"), 2, "line break"),
         (("create", empty / "w", "--size", "1G"), 1, "no snapfs is mounted"),
         (("list", empty), 1, "no snapfs is mounted"),
         (("status", empty), 1, "no snapfs is mounted"),
@@ -503,6 +510,42 @@ def test_a_killed_daemon_leaves_a_mount_that_can_be_used_again(mounted: Mounted)
     snapfs("umount", mounted.path)
     assert os.listdir(mounted.path) == []
     mounted.mount()
+
+
+def test_auto_unmount_returns_and_unmounts(mounted: Mounted) -> None:
+    mounted.unmount()
+    mounted.mount_options = ("auto_unmount",)
+    mounted.mount()
+    (mounted.path / "v").write_bytes(b"x")
+    run("sync", mounted.path / "v")
+    mounted.kill()
+    wait_until(lambda: not os.path.ismount(mounted.path), "fusermount3 takes the dead mount away")
+    mounted.mount_options = ()
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes() == b"x"
+
+
+def test_a_kill_while_the_kernel_hands_pages_over(mounted: Mounted) -> None:
+    """A daemon that flushed its own mount from a thread waited for itself when killed, for ever."""
+    for _ in range(5):
+        fd = os.open(mounted.path / "v", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.write(fd, os.urandom(64 * MIB))
+        maker = subprocess.Popen(["mkdir", mounted.snapshots / "s"], stderr=subprocess.DEVNULL)
+        mounted.kill()
+        maker.wait(60)
+        run("umount", "--lazy", mounted.path)
+        failing(errno.ENOTCONN, os.close, fd)
+        mounted.mount()
+        if (mounted.snapshots / "s").exists():
+            os.rmdir(mounted.snapshots / "s")
+
+
+def test_a_program_that_writes_behind_the_largest_size_is_named(mounted: Mounted) -> None:
+    with open(mounted.path / "far", "wb", buffering=0) as file:
+        os.pwrite(file.fileno(), b"x", 1 << 46)
+        answer = mounted.ask("snapshot s")
+        assert answer["errno"] == errno.EFBIG and "'far'" in answer["error"]
+        assert mounted.ask("snapshot s")["ok"]
 
 
 def test_in_the_foreground(mounted: Mounted) -> None:
@@ -556,5 +599,12 @@ def test_damage_is_refused_and_found(mounted: Mounted) -> None:
     shard.write_bytes(b"garbage" * 1000)
     for command in (("mount", mounted.pool, mounted.path), ("check", mounted.pool)):
         assert snapfs(*command, expect=4)
-    shard.write_bytes(kept)
+    for name in ("shards/1.sqlite", "catalog.sqlite"):
+        whole_file = (mounted.pool / name).read_bytes()
+        (mounted.pool / name).write_bytes(b"")
+        shard.write_bytes(kept)
+        for command in (("mount", mounted.pool, mounted.path), ("check", mounted.pool)):
+            assert snapfs(*command, expect=4)
+        assert (mounted.pool / name).read_bytes() == b"", "what is damaged was left as it is"
+        (mounted.pool / name).write_bytes(whole_file)
     assert "clean" in snapfs("check", mounted.pool, "--repair").stdout

@@ -31,7 +31,7 @@ def control_path(mount_point: str) -> str:
 
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
-    if any("\n" in word for word in words):
+    if any("\n" in word for word in [*words, *(value for _, value in options or [])]):
         raise BadCommandError("a word has a line break", "Leave it out")
     line = " ".join(
         [words[0], *(shlex.quote(word) for word in words[1:]), *(shlex.quote(f"{k}={v}") for k, v in options or [])]

@@ -88,6 +88,8 @@ def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
         os.path.join(request.pool_path, DAEMON_LOG_FILE), maxBytes=_LOG_BYTES_MAX, backupCount=1
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
+    # Not for fusermount3, which may outlive the daemon.
+    os.set_inheritable(ready_fd, False)
     is_ready = False
 
     def tell(answer: dict[str, object]) -> None:

@@ -20,8 +20,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", no_wrap=True)
+        table.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
+    widest = 0
     for row in rows:
         table.add_row(*row)
-    console = Console(soft_wrap=True)
+        widest = max(widest, sum(len(cell) + 2 for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        # A program reads it: a row a line, whatever its length.
+        console = Console(width=max(widest, 200))
     console.print(table)

@@ -11,12 +11,14 @@ import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import BadCommandError, SnapfsError
+from ..errors import BadCommandError, SnapfsError, TooLargeError
+from ..geometry import volume_size_bytes_max
 from ..pool import Pool
 from ..status import snapshot_entry, snapshot_entry_with_space
-from ..units import parse_size, show_name
+from ..units import format_size, parse_size, show_name
 
 LINE_BYTES_MAX = 65536
+OPTION_KEYS = frozenset({"volume", "note", "space"})
 Answer = dict[str, object]
 ResizeFile = Callable[[bytes, int], Awaitable[None]]
 
@@ -68,7 +70,7 @@ def parse(line: bytes) -> tuple[str, Command] | None:
     options: list[tuple[str, bytes]] = []
     for part in parts[1:]:
         key, equals, value = part.partition("=")
-        if equals and key.isidentifier():
+        if equals and key in OPTION_KEYS:
             options.append((key, value.encode("utf-8", "surrogateescape")))
         else:
             words.append(part.encode("utf-8", "surrogateescape"))
@@ -110,10 +112,11 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
     command.word_count(0, 1, "one name or none")
     command.known_options("volume", "note")
     volumes = command.all_of("volume")
-    notes = command.all_of("note")
-    snapshot = await context.pool.snapshots.create(
-        command.words[0] if command.words else None, volumes or None, show_name(b" ".join(notes))
-    )
+    try:
+        note = b" ".join(command.all_of("note")).decode()
+    except UnicodeDecodeError:
+        raise BadCommandError("the note is not text in UTF-8", "Write it in UTF-8") from None
+    snapshot = await context.pool.snapshots.create(command.words[0] if command.words else None, volumes or None, note)
     return snapshot_entry(snapshot)
 
 
@@ -140,6 +143,9 @@ async def _resize(context: CommandContext, command: Command) -> Answer:
     name, size = command.words
     context.pool.volumes.get(name)
     size_bytes = parse_size(show_name(size))
+    size_bytes_max = volume_size_bytes_max(len(context.pool.processors))
+    if size_bytes > size_bytes_max:
+        raise TooLargeError(f"volumes of this pool go up to {format_size(size_bytes_max)}", "Give a smaller size")
     await context.resize_file(name, size_bytes)
     return {"volume": show_name(name), "size_bytes": size_bytes}
 

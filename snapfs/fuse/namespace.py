@@ -87,12 +87,16 @@ class Caller:
 
 
 class Namespace:
-    """The tree of one mount. ``flusher_ids`` are the threads in which the daemon opens its own files."""
+    """The tree of one mount.
+
+    ``helper_pid`` is the process through which the daemon uses its own mount, 0 while there is none.
+    ``writer_counts`` counts the open files that can leave dirty pages in the kernel.
+    """
 
     def __init__(self, pool: Pool, mount_point: str, resize_file: Callable[[bytes, int], Awaitable[None]]) -> None:
         self.pool = pool
         self.mount_point = mount_point
-        self.flusher_ids: set[int] = set()
+        self.helper_pid = 0
         self.writer_counts: dict[VolumeId, int] = {}
         self._uid = os.getuid()
         self._gid = os.getgid()
@@ -122,7 +126,10 @@ class Namespace:
             return self._snapshot_node(snapshot)
         if names.is_snapshot_folder(parent):
             return await self._lookup_in_snapshot(parent, name)
-        return await self.node(self._lookup_in_meta(parent, name, caller))
+        inode = self._lookup_in_meta(parent, name, caller)
+        node = await self.node(inode)
+        # A volume under its number is for the helper alone: the kernel must ask each time.
+        return node._replace(entry_timeout_s=0.0) if names.volume_id_of(inode) is not None else node
 
     def _lookup_in_root(self, name: bytes) -> Node:
         volume = self.pool.volumes.by_name.get(name)
@@ -175,7 +182,7 @@ class Namespace:
             special = {b"processors": names.PROCESSORS, b".": names.META, b"..": names.ROOT}.get(name)
             if special is not None:
                 return special
-            if caller.pid in self.flusher_ids:
+            if self._is_helper(caller):
                 return self._alias(name)
         if parent == names.PROCESSORS:
             for processor in self.pool.processors:
@@ -185,6 +192,9 @@ class Namespace:
             if special is not None:
                 return special
         raise NoEntryError("there is no such file")
+
+    def _is_helper(self, caller: Caller) -> bool:
+        return caller.pid == self.helper_pid != 0
 
     def _alias(self, name: bytes) -> int:
         """A volume by its id, for the daemon's own use: its name may change meanwhile."""
@@ -393,7 +403,7 @@ class Namespace:
         self.pool.volumes.open(volume)
         if is_writer:
             self.writer_counts[volume.volume_id] = self.writer_counts.get(volume.volume_id, 0) + 1
-        return VolumeHandle(volume, is_writer=is_writer, is_flusher=caller.pid in self.flusher_ids)
+        return VolumeHandle(volume, is_writer=is_writer, is_flusher=self._is_helper(caller))
 
     async def _open_in_snapshot(self, inode: int) -> Handle:
         snapshot = self._snapshot(inode)
@@ -471,7 +481,7 @@ class Namespace:
             raise ReadOnlyError("a snapshot cannot be changed")
         volume_id = names.volume_id_of(inode)
         if volume_id is None:
-            if inode in (names.CONTROL, names.EVENTS):
+            if inode in (names.CONTROL, names.EVENTS) and change.only_times:
                 # `echo command > control` truncates first; the events are cut by the daemon itself.
                 return await self.node(inode)
             raise NotPermittedError("this file is snapfs' own")

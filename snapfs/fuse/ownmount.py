@@ -1,0 +1,137 @@
+"""The daemon's own use of its mount, through the helper process; see helper.py for why.
+
+With the write-back cache a write that returned may be in the kernel only. Before a snapshot's cut an
+fsync has it hand over its dirty pages, while the daemon goes on serving. Only volumes that are open
+for writing can have any. The helper opens them by id, and its fsync is not taken for a wish that data
+be durable: the snapshot does that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from ..errors import NotFoundError, SnapfsError
+from ..geometry import VolumeId
+from ..units import show_name
+from ..volume import Volume
+from . import helper
+from .names import META_NAME
+from .namespace import Namespace
+
+_HELPER_FILE = os.path.abspath(helper.__file__)
+
+
+class FlushError(SnapfsError):
+    """The kernel could not write a volume's pages back: there is no snapshot. The pages may be lost.
+
+    With EFBIG a program wrote through the page cache behind the largest size of a volume.
+    """
+
+
+class OwnMount:
+    """Calls on the daemon's own mount, one at a time. To be started before the mount is made."""
+
+    def __init__(self, namespace: Namespace, mount_point: str) -> None:
+        self._namespace = namespace
+        self._mount_point = mount_point
+        self._folder = os.path.join(mount_point, os.fsdecode(META_NAME))
+        self._turn = trio.Lock()
+        self._process: trio.Process | None = None
+        self._unread = bytearray()
+
+    async def start(self) -> None:
+        """Start the helper."""
+        self._process = await trio.lowlevel.open_process(
+            [sys.executable, "-I", "-S", _HELPER_FILE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            start_new_session=True,
+        )
+        self._namespace.helper_pid = self._process.pid
+
+    async def stop(self) -> None:
+        """Let the helper end."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            return
+        with trio.CancelScope(shield=True):
+            await process.stdin.aclose()
+            await process.stdout.aclose()
+            await process.wait()
+
+    async def _call(self, call: str, *arguments: object) -> object:
+        """One call; OSError as the helper met it."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                request = json.dumps({"call": call, "arguments": arguments}).encode() + b"\n"
+                await process.stdin.send_all(request)
+                while b"\n" not in self._unread:
+                    part = await process.stdout.receive_some(65536)
+                    if not part:
+                        raise OSError(errno.EIO, "the helper process is gone")
+                    self._unread += part
+                line, _, rest = bytes(self._unread).partition(b"\n")
+                self._unread[:] = rest
+        answer = json.loads(line)
+        if "errno" in answer:
+            raise OSError(answer["errno"], answer["words"], answer["path"])
+        return answer["result"]
+
+    def _path_of(self, volume_id: VolumeId) -> str:
+        """Where the helper finds a volume whatever its name is."""
+        return os.path.join(self._folder, str(volume_id))
+
+    async def flush(self, volumes: Sequence[Volume]) -> None:
+        """Have the kernel write back the pages of those volumes that have a writer. Raises FlushError."""
+        wanted = {
+            self._path_of(one.volume_id): one for one in volumes if one.volume_id in self._namespace.writer_counts
+        }
+        if not wanted:
+            return
+        try:
+            await self._call("fsync", list(wanted))
+        except OSError as error:
+            volume = wanted.get(str(error.filename))
+            name = show_name(volume.name) if volume is not None else "?"
+            failed = FlushError(
+                f"the kernel could not write back what was written to volume {name!r} ({error.strerror})",
+                "Mend or truncate that volume, or name others for the snapshot",
+            )
+            failed.errno = error.errno or errno.EIO
+            raise failed from error
+
+    async def resize(self, name: bytes, size_bytes: int) -> None:
+        """Set a volume's size through the kernel, which trusts its own idea of it. Raises OSError."""
+        volume = self._namespace.pool.volumes.by_name.get(name)
+        if volume is None:
+            raise NotFoundError("the volume is gone")
+        await self._call("truncate", self._path_of(volume.volume_id), size_bytes)
+
+    async def cut_events(self, size_bytes: int) -> None:
+        """Tell the kernel that the events have become shorter. Raises OSError."""
+        await self._call("truncate", os.path.join(self._folder, "events"), size_bytes)
+
+    async def device_number(self) -> int:
+        """The mount's device number; the mount answers when this returns. Raises OSError."""
+        await self._call("device_of", os.path.join(self._folder, "control"))
+        found = await self._call("device_of", self._mount_point)
+        assert isinstance(found, int)
+        return found
+
+    async def unmount(self) -> None:
+        """Unmount; the kernel writes all pages back. Raises OSError, EBUSY while something is open."""
+        await self._call("unmount", self._mount_point, False)
+
+    async def detach(self) -> None:
+        """Unmount although files are open, and write back what they hold. Raises OSError."""
+        await self._call("detach", self._mount_point, [self._path_of(one) for one in self._namespace.writer_counts])
