@@ -35,7 +35,8 @@ def translated(what: str) -> Iterator[None]:
         raise NoSpaceError(
             f"the device that holds {what} is full", "Delete snapshots or free space on it, then try again"
         ) from error
-    except (apsw.CorruptError, apsw.NotADBError, apsw.SchemaChangeError) as error:
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError) as error:
+        # An SQLError is a table or a column that is not there.
         raise DamagedError(f"{what} is damaged: {error}", "Unmount and run snapfs check") from error
     except apsw.Error as error:
         raise UnreadableError(f"{what} cannot be read or written: {error}", "See the system's log") from error
@@ -89,9 +90,7 @@ class Database:
             with self._connection:
                 self._connection.execute(create_schema).fetchall()
         else:
-            tables = self._connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'meta'").fetchall()
-            if tables != [(1,)]:
-                raise DamagedError(f"{self.what} is empty or not one of snapfs'", "Restore it from a copy")
+            self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
     def rows(self, sql: str, bindings: Sequence[SqlValue] = ()) -> list[Row]:
         """All rows of a query."""
