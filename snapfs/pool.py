@@ -37,10 +37,10 @@ from .formats import (
     PoolDescriptor,
 )
 from .geometry import PROCESSOR_COUNT_MAX
-from .portion import EpochClock
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
+from .shardstate import EpochClock
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
 from .snapshots import SnapshotTable

@@ -22,7 +22,8 @@ from .changelog import ChangeLog, ChangeLogs
 from .errors import SnapfsError
 from .formats import IntermediateRow, LogRow, ShardBatch
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
-from .portion import EpochClock, Portion, PortionChanges, Residency, ShardAccess, Tally
+from .portion import Portion, PortionChanges
+from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup

@@ -21,8 +21,9 @@ from .blockmap import BlockMap
 from .changelog import ChangeLog
 from .formats import CopyRow, FreedRow, LogRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
-from .portion import NotResidentError, Portion
+from .portion import Portion
 from .processor import Processor
+from .shardstate import NotResidentError
 
 _BATCH = 256
 _NO_INSTANT = 0

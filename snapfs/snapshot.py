@@ -9,8 +9,8 @@ from .blockmap import BlockMap
 from .errors import NotFoundError
 from .formats import Attributes, SnapshotRow
 from .geometry import SnapshotId, VolumeId
-from .portion import NotResidentError, OldBlocks
 from .processor import Processor
+from .shardstate import NotResidentError, OldBlocks
 from .units import show_name
 from .volume import VolumeView
 

@@ -23,9 +23,9 @@ from .errors import ExistsError, NotFoundError
 from .events import EventLog
 from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
-from .portion import EpochClock
 from .processor import Processor
 from .reserve import Reserve
+from .shardstate import EpochClock
 from .snapshot import Snapshot, SnapshotMembers, SnapshotVolume
 from .snapshotindex import SnapshotIndex
 from .tasks import Wakeup, side_by_side

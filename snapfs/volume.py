@@ -25,8 +25,9 @@ from .geometry import (
     pieces,
     volume_size_bytes_max,
 )
-from .portion import EpochClock, NotResidentError, OldBlocks, Portion, Segment
+from .portion import Portion, Segment
 from .processor import Processor
+from .shardstate import EpochClock, NotResidentError, OldBlocks
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import side_by_side
 from .units import format_size, show_name

@@ -19,9 +19,9 @@ from .catalogaccess import CatalogAccess
 from .errors import ExistsError, NotFoundError, SnapfsError
 from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow
 from .geometry import Epoch, VolumeId
-from .portion import EpochClock
 from .processor import PortionFacts, Processor
 from .reserve import Reserve
+from .shardstate import EpochClock
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
 from .units import check_name, show_name

@@ -27,7 +27,7 @@ from snapfs.errors import (
 )
 from snapfs.manifest import manifest_of
 from snapfs.pool import Pool, create_pool
-from snapfs.portion import NotResidentError
+from snapfs.shardstate import NotResidentError
 from snapfs.status import pool_status, processor_status
 
 from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume

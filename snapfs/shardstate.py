@@ -1,0 +1,130 @@
+"""What the portions of one processor share: access to its store, its epoch, counts, and a bound on memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import trio
+
+from .blockmap import BlockMap
+from .geometry import VolumeId
+from .shardstore import ShardStore
+
+OldBlocks = dict[tuple[int, int], bytes]
+T = TypeVar("T")
+
+RESIDENT_OBJECTS_MAX = 12288
+
+
+class NotResidentError(Exception):
+    """Something a ``_now`` call needs is not in memory. Await ``fetch``, then call again.
+
+    ``fetch`` puts old contents of blocks into the dictionary it is given.
+    """
+
+    def __init__(self, fetch: Callable[[OldBlocks], Awaitable[None]]) -> None:
+        super().__init__()
+        self.fetch = fetch
+
+
+class ShardAccess:
+    """A shard store, and the locks around it.
+
+    ``store_lock``: one thread at a time uses the store; held for one query or one transaction.
+    ``commit_lock``: commits and reclaiming steps follow one another; taken before the other, and
+    never by a fetch, so its holder may fetch.
+    """
+
+    def __init__(self, store: ShardStore) -> None:
+        self.store = store
+        self.store_lock = trio.Lock()
+        self.commit_lock = trio.Lock()
+        self._limiter = trio.CapacityLimiter(8)
+
+    async def in_thread(self, call: Callable[..., T], *args: object) -> T:
+        """Run a blocking call in a thread. It is not cancelled halfway."""
+        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+
+    async def ask(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call of the store in a thread, when it is free."""
+        async with self.store_lock:
+            return await self.in_thread(call, *args)
+
+
+class EpochClock:
+    """The epoch of all volumes on one processor: one more than the last instant of all."""
+
+    __slots__ = ("epoch",)
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Tally:
+    """Mapped blocks of each volume on one processor, and of all that are not removed."""
+
+    def __init__(self, counts: dict[VolumeId, int]) -> None:
+        self.counts = counts
+        self.total = sum(counts.values())
+        self._hidden: set[VolumeId] = set()
+
+    def add(self, volume_id: VolumeId, count: int) -> None:
+        """Count blocks in, or out when negative."""
+        self.counts[volume_id] = self.counts.get(volume_id, 0) + count
+        if volume_id not in self._hidden:
+            self.total += count
+
+    def hide(self, volume_id: VolumeId) -> None:
+        """Leave a removed volume out of the total."""
+        if volume_id not in self._hidden:
+            self._hidden.add(volume_id)
+            self.total -= self.counts.get(volume_id, 0)
+
+    def drop(self, volume_id: VolumeId) -> None:
+        """Forget a volume."""
+        self.hide(volume_id)
+        self._hidden.discard(volume_id)
+        self.counts.pop(volume_id, None)
+
+
+class ObjectState:
+    """An object in memory.
+
+    ``epoch`` is the one in which the map last changed. ``copied`` is the instant of the object's
+    latest point-in-time copy, 0 for none, None while that is not known.
+    """
+
+    __slots__ = ("block_map", "copied", "epoch")
+
+    def __init__(self, block_map: BlockMap, epoch: int, copied: int | None) -> None:
+        self.block_map = block_map
+        self.epoch = epoch
+        self.copied = copied
+
+
+class Lender(Protocol):
+    """Who keeps objects in memory."""
+
+    def let_go(self, object_index: int) -> bool:
+        """Forget an object if it is clean; whether it is no longer kept."""
+        ...
+
+
+class Residency:
+    """Bounds the objects in memory of one processor: those loaded first go first, if clean."""
+
+    def __init__(self, object_count_max: int = RESIDENT_OBJECTS_MAX) -> None:
+        self._object_count_max = object_count_max
+        self._queue: deque[tuple[Lender, int]] = deque()
+
+    def admit(self, portion: Lender, object_index: int) -> None:
+        """An object was loaded."""
+        self._queue.append((portion, object_index))
+        for _ in range(4):
+            if len(self._queue) <= self._object_count_max:
+                return
+            other, index = self._queue.popleft()
+            if not other.let_go(index):
+                self._queue.append((other, index))
