@@ -55,6 +55,10 @@ class DeviceFile(ABC):
     def write(self, data: Buffer, offset: int) -> None:
         """Write all of ``data``; after an error any part of it may have been written."""
 
+    def write_new(self, data: Buffer, offset: int) -> None:
+        """Write where nothing was before; a device may lay that out for the overwrites to come."""
+        self.write(data, offset)
+
     @abstractmethod
     def sync(self) -> None:
         """Make contents and size durable (fdatasync).

@@ -58,6 +58,11 @@ def _files_read_back(device: Device) -> None:
     file = device.create("logs/0/a")
     file.write(b"0123456789", 5000)
     file.write(memoryview(b"AB"), 5003)
+    large = bytes(range(256)) * 2000
+    file.write_new(large, 1 << 20)
+    found = bytearray(len(large))
+    _expect(file.read_into(found, 1 << 20) == len(large) and found == large, "a large new write is whole")
+    file.truncate(5010)
     buffer = bytearray(10)
     _expect(file.read_into(buffer, 5000) == 10, "a read is as long as the data")
     _expect(buffer == b"012AB56789", "the later write wins")

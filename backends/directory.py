@@ -13,7 +13,7 @@ from .base import Buffer, Device, DeviceFile, LockHolder, Space
 
 # ext4 takes page cache folios as large as the write, and a later write of 4 KiB walks every block
 # of its folio: after 1 MiB writes 22,000 of them a second, after 128 KiB writes 47,000 (Linux 6.18).
-_WRITE_BYTES_MAX = 128 << 10
+_NEW_WRITE_BYTES_MAX = 128 << 10
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _O_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -69,17 +69,24 @@ class DirectoryFile(DeviceFile):
 
     def write(self, data: Buffer, offset: int) -> None:
         """See :meth:`DeviceFile.write`."""
-        count = 0
-        if len(data) <= _WRITE_BYTES_MAX:
-            count = os.pwrite(self.fd, data, offset)
-            if count == len(data):
-                return
+        count = os.pwrite(self.fd, data, offset)
+        if count == len(data):
+            return
         view = memoryview(data)
         while count < len(view):
-            more = os.pwrite(self.fd, view[count : count + _WRITE_BYTES_MAX], offset + count)
+            more = os.pwrite(self.fd, view[count:], offset + count)
             if more == 0:
                 raise OSError(errno.ENOSPC, "the device took no more bytes")
             count += more
+
+    def write_new(self, data: Buffer, offset: int) -> None:
+        """See :meth:`DeviceFile.write_new`; in pieces, so that later small writes are fast."""
+        if len(data) <= _NEW_WRITE_BYTES_MAX:
+            self.write(data, offset)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), _NEW_WRITE_BYTES_MAX):
+            self.write(view[start : start + _NEW_WRITE_BYTES_MAX], offset + start)
 
     def sync(self) -> None:
         """See :meth:`DeviceFile.sync`."""

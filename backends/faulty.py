@@ -113,6 +113,10 @@ class _FaultyFile(DeviceFile):
         self._device.ask("write", self._name)
         self._inner.write(data, offset)
 
+    def write_new(self, data: Buffer, offset: int) -> None:
+        self._device.ask("write", self._name)
+        self._inner.write_new(data, offset)
+
     def sync(self) -> None:
         self._device.ask("sync", self._name)
         self._inner.sync()

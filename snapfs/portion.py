@@ -235,11 +235,11 @@ class Portion:
         last = (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT
         base = (object_index // self._processor_count) * OBJECT_SIZE
         if blockmap.is_uniform(state.block_map, first, last, log.log_id):
-            self._put(log, data, base + inside)
+            self._touch(log).write(data, base + inside)
             return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
         try:
-            self._put(log, replacement.payload, base + replacement.start)
+            self._touch(log).write_new(replacement.payload, base + replacement.start)
         except OSError:
             self._give_back(log, state, base, first, last)
             raise
@@ -258,15 +258,15 @@ class Portion:
             log = self._enter_epoch()
         self._plan(state, object_index, inside, data, log, old_blocks)
 
-    def _put(self, log: ChangeLog, data: Buffer, offset: int) -> None:
+    def _touch(self, log: ChangeLog) -> DeviceFile:
+        """The file of a log that is about to be written to. Raises SyncFailedError when it must not be."""
         if self.failure is not None:
             raise SyncFailedError(self.failure.reason, self.failure.fix)
         if not log.dirty:
             log.dirty = True
             self._dirty_logs.append(log)
-        file = log.file
-        assert file is not None, "the current change log is open"
-        file.write(data, offset)
+        assert log.file is not None, "the current change log is open"
+        return log.file
 
     def _give_back(self, log: ChangeLog, state: ObjectState, base: int, first: int, last: int) -> None:
         """After a failed write: free what it left in the log where no map points."""
