@@ -14,13 +14,16 @@ from .database import Database, Row
 from .errors import DamagedError
 from .formats import (
     CATALOG_FILE,
-    CATALOG_SCHEMA,
+    CATALOG_SCHEMAS,
     FORMAT_VERSION,
     Attributes,
     CatalogBatch,
+    ChangeLogVolumeRow,
+    ScheduleRow,
     SnapshotRow,
     VersionRow,
     VolumeRow,
+    VolumeTraits,
 )
 from .geometry import Epoch, SnapshotId, VolumeId
 
@@ -38,7 +41,7 @@ class Catalog:
     @classmethod
     def create(cls, device: Device, pool_id: str, processor_count: int, device_paths: Sequence[str]) -> None:
         """Make the catalog of an empty pool."""
-        database = Database(device, CATALOG_FILE, _WHAT, create_schema=CATALOG_SCHEMA)
+        database = Database(device, CATALOG_FILE, _WHAT, create_schemas=CATALOG_SCHEMAS)
         with database.transaction():
             meta: dict[str, int | str] = {
                 "pool_id": pool_id,
@@ -51,7 +54,7 @@ class Catalog:
                 "next_snapshot_id": 1,
             }
             database.each("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
-            database.each("INSERT INTO devices VALUES (?, ?)", enumerate(device_paths))
+            database.each("INSERT INTO devices VALUES (?, ?, 0)", enumerate(device_paths))
             database.each("INSERT INTO shards VALUES (?, 0)", [(index,) for index in range(processor_count)])
         database.close()
 
@@ -73,6 +76,7 @@ class Catalog:
         """A catalog over an open database, once it is known to be the right one."""
         if database.row("SELECT value FROM meta WHERE key = 'pool_id'") != (pool_id,):
             raise DamagedError(f"{_WHAT} belongs to another pool", "Put the right one back")
+        database.upgrade(CATALOG_SCHEMAS)
         return cls(database)
 
     def meta(self, key: str) -> int:
@@ -93,7 +97,34 @@ class Catalog:
 
     def device_paths(self) -> dict[int, str]:
         """Path of each device by its id; empty for the one inside the pool."""
-        return dict(cast("list[tuple[int, str]]", self.database.rows("SELECT * FROM devices ORDER BY device_id")))
+        rows = self.database.rows("SELECT device_id, path FROM devices ORDER BY device_id")
+        return dict(cast("list[tuple[int, str]]", rows))
+
+    def changelog_ids(self) -> dict[int, int]:
+        """By device: the change log volume it is of, POOL_CHANGE_LOGS for those with the volumes' data."""
+        rows = self.database.rows("SELECT device_id, changelog_id FROM devices")
+        return dict(cast("list[tuple[int, int]]", rows))
+
+    def changelogs(self) -> list[ChangeLogVolumeRow]:
+        """All change log volumes."""
+        return [ChangeLogVolumeRow(*row) for row in self.database.rows("SELECT * FROM changelogs")]
+
+    def schedules(self) -> list[ScheduleRow]:
+        """All schedules."""
+        return [ScheduleRow(*row) for row in self.database.rows("SELECT * FROM schedules ORDER BY name")]
+
+    def traits(self) -> list[VolumeTraits]:
+        """Traits of all volumes that are not plain."""
+        return [VolumeTraits(*row) for row in self.database.rows("SELECT * FROM traits")]
+
+    def version_span(self, volume_id: VolumeId) -> tuple[int, int]:
+        """First epoch and last instant for which attributes of a volume are kept; (0, -1) for none."""
+        row = self.database.row("SELECT min(epoch), max(instant) FROM versions WHERE volume_id = ?", (volume_id,))
+        return (0, -1) if row is None or row[0] is None else (int(row[0]), int(row[1]))
+
+    def version_volume_ids(self) -> set[VolumeId]:
+        """Volumes of which attributes are kept."""
+        return {row[0] for row in self.database.rows("SELECT DISTINCT volume_id FROM versions")}
 
     def shard_generations(self) -> dict[int, int]:
         """What each shard store must at least have reached."""
@@ -117,8 +148,12 @@ class Catalog:
         members: dict[int, set[VolumeId]] = {}
         for snapshot_id, volume_id in self.database.rows("SELECT snapshot_id, volume_id FROM members"):
             members.setdefault(snapshot_id, set()).add(volume_id)
+        tags: dict[int, set[str]] = {}
+        for snapshot_id, tag in self.database.rows("SELECT snapshot_id, tag FROM holds"):
+            tags.setdefault(snapshot_id, set()).add(tag)
         rows = self.database.rows(
-            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note FROM snapshots ORDER BY instant"
+            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note, schedule"
+            " FROM snapshots ORDER BY instant"
         )
         return [
             SnapshotRow(
@@ -129,6 +164,8 @@ class Catalog:
                 volume_ids=frozenset(members.get(row[0], ())) if row[4] else None,
                 stall_ns=row[5],
                 note=row[6],
+                schedule=row[7],
+                hold_tags=frozenset(tags.get(row[0], ())),
             )
             for row in rows
         ]
@@ -166,6 +203,12 @@ class Catalog:
                 ),
                 ("DELETE FROM snapshots WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
                 ("DELETE FROM members WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
+                ("DELETE FROM holds WHERE snapshot_id = ?", [(one,) for one in batch.dropped_snapshots]),
+                ("DELETE FROM holds WHERE snapshot_id = ? AND tag = ?", batch.dropped_holds),
+                ("DELETE FROM traits WHERE volume_id = ?", [(one,) for one in batch.dropped_traits]),
+                ("DELETE FROM changelogs WHERE changelog_id = ?", [(one,) for one in batch.dropped_changelogs]),
+                ("DELETE FROM devices WHERE device_id = ?", [(one,) for one in batch.dropped_devices]),
+                ("DELETE FROM schedules WHERE name = ?", [(one,) for one in batch.dropped_schedules]),
                 ("DELETE FROM versions WHERE volume_id = ? AND instant = ?", batch.dropped_versions),
                 ("DELETE FROM removed WHERE volume_id = ?", [(one,) for one in batch.dropped_removed]),
                 ("DELETE FROM volumes WHERE volume_id = ?", [(row.volume_id,) for row in batch.volumes]),
@@ -179,9 +222,20 @@ class Catalog:
                 ),
                 ("INSERT OR REPLACE INTO removed VALUES (?, ?)", batch.removed),
                 (
-                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [(*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note) for row in batch.snapshots],
+                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note, row.schedule)
+                        for row in batch.snapshots
+                    ],
                 ),
+                (
+                    "INSERT OR REPLACE INTO holds VALUES (?, ?)",
+                    [(row.snapshot_id, tag) for row in batch.snapshots for tag in row.hold_tags] + batch.holds,
+                ),
+                ("INSERT OR REPLACE INTO traits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.traits),
+                ("INSERT OR REPLACE INTO changelogs VALUES (?, ?, ?, ?)", batch.changelogs),
+                ("INSERT OR REPLACE INTO devices VALUES (?, ?, ?)", batch.devices),
+                ("INSERT OR REPLACE INTO schedules VALUES (?, ?, ?)", batch.schedules),
                 (
                     "INSERT INTO members VALUES (?, ?)",
                     [(row.snapshot_id, one) for row in batch.snapshots for one in row.volume_ids or ()],

@@ -37,6 +37,7 @@ class ChangeLog:
         "file",
         "held",
         "is_discarded",
+        "kind",
         "live_before",
         "log_id",
         "sealed",
@@ -54,6 +55,7 @@ class ChangeLog:
         self.live_before = row.live_before
         self.sealed = row.sealed
         self.created_ns = row.created_ns
+        self.kind = row.kind
         self.file: DeviceFile | None = None
         self.users = 0
         self.dirty = False
@@ -78,6 +80,7 @@ class ChangeLog:
             self.live_before,
             self.sealed,
             self.created_ns,
+            self.kind,
         )
 
 

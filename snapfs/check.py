@@ -7,7 +7,7 @@ the shard stores, the maps against the logs, the logs against the space they tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from . import blockmap
@@ -31,6 +31,7 @@ from .pool import OpenDevice, check_generations, lock_pool, open_devices, read_d
 from .repair import repair_running
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
+from .traits import TraitsTable
 from .units import check_name, format_size, show_name
 from .unnamed import mask_runs
 
@@ -93,6 +94,7 @@ class _Context:
     kept_instants: set[int]
     next_instant: int
     was_clean: bool
+    traits: TraitsTable
     report: Report
 
 
@@ -146,8 +148,12 @@ def _check_catalog(
     index = SnapshotIndex()
     instants: dict[int, int] = {}
     kept: set[int] = set()
+    traits = TraitsTable(catalog.traits())
     for row in catalog.snapshots():
         instants[row.snapshot_id] = row.instant
+        if row.name is None and traits.inheritors(row.snapshot_id):
+            kept.add(row.instant)
+            index.add(row.instant, row.volume_ids)
         if row.name is None:
             report.add(NOTE, CATALOG_FILE, f"deleted snapshot {row.snapshot_id} still has space to free")
         else:
@@ -165,6 +171,7 @@ def _check_catalog(
         kept_instants=kept,
         next_instant=catalog.meta("next_instant"),
         was_clean=bool(catalog.meta("clean")),
+        traits=traits,
         report=report,
     )
     _check_volumes(context, catalog)
@@ -235,7 +242,8 @@ class _ShardCheck:
         self.where = shard_file(store.processor_index)
         self.report = context.report
         self.named: dict[int, _NamedBlocks] = {}
-        self.logs: dict[int, LogRow] = {}
+        self.logs: dict[int, LogRow] = {row.log_id: row for row in store.all_logs()}
+        self.candidates = store.candidate_log_ids()
 
     def run(self) -> None:
         """Run all of them."""
@@ -261,7 +269,6 @@ class _ShardCheck:
             self.report.add(NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined")
 
     def _check_volume(self, volume_id: VolumeId) -> None:
-        self.logs.update({row.log_id: row for row in self.store.logs_of(volume_id)})
         copies: dict[int, list[CopyRow]] = {}
         for copy in self.store.copies_of(volume_id):
             copies.setdefault(copy.object_index, []).append(copy)
@@ -277,10 +284,26 @@ class _ShardCheck:
             if row is not None:
                 mapped += blockmap.mapped_count(row.block_map)
                 self._check_end(volume_id, row)
+        mapped += self._inherited_count(volume_id, live.keys())
         self.report.object_count += len(live)
         counted = self.store.block_counts().get(volume_id, 0)
         if counted != mapped and volume_id not in self.context.removed:
             self.report.add(LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted")
+
+    def _inherited_count(self, volume_id: VolumeId, own: Collection[int]) -> int:
+        """Mapped blocks of the objects that a volume has no map of, and its ancestors have."""
+        ancestors = self.context.traits.ancestors(volume_id)
+        if volume_id not in self.context.volumes or not ancestors:
+            return 0
+        ids = [one.volume_id for one in ancestors]
+        count = from_object = 0
+        while objects := self.store.objects_from(ids, from_object, 4096):
+            for object_index in objects:
+                if object_index not in own:
+                    found = self.store.inherited_map(ancestors, object_index)
+                    count += 0 if found is None else blockmap.mapped_count(found)
+            from_object = objects[-1] + 1
+        return count
 
     def _check_object(self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None) -> None:
         where = f"{self.where}: volume {volume_id}, object {object_index}"
@@ -320,7 +343,7 @@ class _ShardCheck:
             log = self.logs.get(log_id)
             if log is None:
                 self.report.add(DAMAGE, where, f"{count} blocks lie in change log {log_id}, which is not known")
-            elif log.volume_id != volume_id:
+            elif log.volume_id not in self.context.traits.family_of(volume_id):
                 self.report.add(DAMAGE, where, f"{count} blocks lie in a change log of volume {log.volume_id}")
             elif log.epoch > epoch:
                 self.report.add(DAMAGE, where, f"a map of epoch {epoch} names log {log_id} of {log.epoch}")
@@ -355,7 +378,8 @@ class _ShardCheck:
             count = sum(mask.bit_count() for mask in named.masks.values())
             where = f"{self.where}: change log {log_id}"
             if count != log.block_count and log.volume_id not in self.context.removed:
-                self.report.add(LEAK, where, f"{count} of its blocks are named, {log.block_count} are counted")
+                severity = NOTE if log_id in self.candidates else LEAK
+                self.report.add(severity, where, f"{count} of its blocks are named, {log.block_count} are counted")
             if count:
                 self._check_file(where, log, named, has_pending=log_id in pending)
         self._check_strays()
@@ -387,7 +411,8 @@ class _ShardCheck:
         if unnamed:
             # A crash leaves blocks that were written and never named; they are written over or go
             # with the log.
-            severity = LEAK if self.context.was_clean and not has_pending and log.sealed != 2 else NOTE
+            is_due = has_pending or log.sealed == 2 or log.log_id in self.candidates
+            severity = LEAK if self.context.was_clean and not is_due else NOTE
             self.report.add(severity, where, f"{format_size(unnamed)} in {name} are not named by any map")
 
     def _named_ranges(self, named: _NamedBlocks) -> list[tuple[int, int]]:

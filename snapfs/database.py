@@ -45,11 +45,11 @@ def translated(what: str) -> Iterator[None]:
 class Database:
     """An open database. ``what`` names it in errors."""
 
-    def __init__(self, device: Device, name: str, what: str, *, create_schema: str | None = None) -> None:
+    def __init__(self, device: Device, name: str, what: str, *, create_schemas: Sequence[str] | None = None) -> None:
         self.what = what
         self._vfs: _DeviceVFS | None = None
         flags = apsw.SQLITE_OPEN_READWRITE
-        if create_schema is not None:
+        if create_schemas is not None:
             flags |= apsw.SQLITE_OPEN_CREATE
             device.create(name).close()
         else:
@@ -69,14 +69,14 @@ class Database:
             else:
                 self._connection = apsw.Connection(path, flags=flags)
             try:
-                self._prepare(create_schema)
+                self._prepare(create_schemas)
             except BaseException:
                 self._connection.close(True)
                 raise
-        if create_schema is not None:
+        if create_schemas is not None:
             device.sync_names(name.rpartition("/")[0])
 
-    def _prepare(self, create_schema: str | None) -> None:
+    def _prepare(self, create_schemas: Sequence[str] | None) -> None:
         for pragma in (
             "locking_mode=EXCLUSIVE",
             "journal_mode=WAL",
@@ -86,11 +86,27 @@ class Database:
             "trusted_schema=OFF",
         ):
             self._connection.execute(f"PRAGMA {pragma}").fetchall()
-        if create_schema is not None:
+        if create_schemas is not None:
             with self._connection:
-                self._connection.execute(create_schema).fetchall()
+                for schema in create_schemas:
+                    self._connection.execute(schema).fetchall()
+                self._connection.execute(f"PRAGMA user_version={len(create_schemas)}").fetchall()
         else:
             self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+
+    def upgrade(self, schemas: Sequence[str]) -> None:
+        """Bring a database of an earlier version up to the last of ``schemas``, all or nothing.
+
+        Those of version 1 carried no number.
+        """
+        row = self.row("PRAGMA user_version")
+        version = max(1, 0 if row is None else int(row[0]))
+        if version >= len(schemas):
+            return
+        with self.transaction():
+            for schema in schemas[version:]:
+                self.execute(schema)
+            self.execute(f"PRAGMA user_version={len(schemas)}")
 
     def rows(self, sql: str, bindings: Sequence[SqlValue] = ()) -> list[Row]:
         """All rows of a query."""

@@ -114,6 +114,18 @@ class TooNewError(SnapfsError):
     errno = errno.EPROTONOSUPPORT
 
 
+class HeldError(SnapfsError):
+    """A snapshot that tags hold was to be deleted. It was kept."""
+
+    errno = errno.EBUSY
+
+
+class BusyVolumeError(SnapfsError):
+    """A volume that is open was to be rolled back. It was kept as it is."""
+
+    errno = errno.EBUSY
+
+
 class InUseError(SnapfsError):
     """Another process has the pool open."""
 

@@ -14,7 +14,10 @@ from .blockmap import BlockMap
 from .errors import DamagedError, NotAPoolError, TooNewError
 from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+REDIRECT, COPY_ON_WRITE = 0, 1
+POOL_CHANGE_LOGS = 0
 
 POOL_FILE = "pool.json"
 LOCK_FILE = "lock"
@@ -71,7 +74,7 @@ class PoolDescriptor:
             raise DamagedError(f"{where}/{POOL_FILE} lacks a field", "Restore it from a copy")
         if not 1 <= count <= PROCESSOR_COUNT_MAX:
             raise DamagedError(f"{where}/{POOL_FILE} says {count} processors", "Restore it from a copy")
-        return cls(pool_id, count, created)
+        return cls(pool_id, count, created, int(str(fields["format_version"])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,48 @@ class VolumeRow(NamedTuple):
     trim: int
 
 
+class VolumeTraits(NamedTuple):
+    """What sets a volume apart from a plain one, for as long as anything of it is left.
+
+    ``file_id`` is the id under which users know it: a rollback gives a file a new volume.
+    ``change_mode`` is REDIRECT or COPY_ON_WRITE. ``origin_id`` and ``origin_instant`` tell of which
+    volume it is a clone, as that stood when; 0 for none. While ``inherits`` is 1, objects without a
+    map of their own are the origin's, and the snapshot ``origin_snapshot_id`` is kept.
+    ``changelog_id`` is its change log volume, POOL_CHANGE_LOGS for none. ``source_path`` is the
+    image it stands on, empty for none, which had ``source_size_bytes`` and ``source_mtime_ns``
+    when snapfs last had it open.
+    """
+
+    volume_id: VolumeId
+    file_id: VolumeId
+    change_mode: int = REDIRECT
+    origin_id: VolumeId = VolumeId(0)
+    origin_instant: int = 0
+    origin_snapshot_id: SnapshotId = SnapshotId(0)
+    inherits: int = 0
+    changelog_id: int = POOL_CHANGE_LOGS
+    source_path: str = ""
+    source_size_bytes: int = 0
+    source_mtime_ns: int = 0
+
+
+class ChangeLogVolumeRow(NamedTuple):
+    """A change log volume. ``frees_oldest``: full, it has the oldest snapshots deleted that nothing holds."""
+
+    changelog_id: int
+    name: bytes
+    capacity_bytes: int
+    frees_oldest: int
+
+
+class ScheduleRow(NamedTuple):
+    """A schedule as the catalog keeps it; see schedule.py. ``rule`` is JSON."""
+
+    name: str
+    rule: str
+    last_run_ns: int
+
+
 class VersionRow(NamedTuple):
     """Attributes as they stood for the snapshots of epochs ``epoch`` to ``instant``."""
 
@@ -171,7 +216,8 @@ class SnapshotRow(NamedTuple):
     """A snapshot in the catalog. ``name`` is None once it is deleted and its space is being freed.
 
     ``volume_ids`` is None for a snapshot of all volumes. ``stall_ns`` is the longest time for
-    which it kept the daemon from serving.
+    which it kept the daemon from serving. ``schedule`` names the schedule that made it, empty for
+    one made by hand. ``hold_tags`` keep it from being deleted.
     """
 
     snapshot_id: SnapshotId
@@ -181,9 +227,11 @@ class SnapshotRow(NamedTuple):
     volume_ids: frozenset[VolumeId] | None
     stall_ns: int
     note: str
+    schedule: str = ""
+    hold_tags: frozenset[str] = frozenset()
 
 
-CATALOG_SCHEMA = """
+CATALOG_SCHEMA_1 = """
 CREATE TABLE meta (             -- one row a key
   key TEXT PRIMARY KEY,         -- pool_id, format_version, generation (grows with every commit),
   value ANY NOT NULL            -- epoch (instant + 1 of the last snapshot of all volumes), next_instant,
@@ -240,7 +288,43 @@ CREATE TABLE members (
 ) STRICT, WITHOUT ROWID;
 """
 
-SHARD_SCHEMA = """
+CATALOG_SCHEMA_2 = """
+ALTER TABLE devices ADD COLUMN
+  changelog_id INTEGER NOT NULL DEFAULT 0;  -- the change log volume it is of, 0: it holds the volumes' own data
+ALTER TABLE snapshots ADD COLUMN
+  schedule TEXT NOT NULL DEFAULT '';        -- that made it; empty: made by hand
+CREATE TABLE holds (            -- tags that keep a snapshot from being deleted
+  snapshot_id INTEGER NOT NULL,
+  tag TEXT NOT NULL,
+  PRIMARY KEY (snapshot_id, tag)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE traits (           -- of volumes that are not plain; kept while anything of them is left
+  volume_id INTEGER PRIMARY KEY,
+  file_id INTEGER NOT NULL,       -- the volume id under which users first knew the file
+  change_mode INTEGER NOT NULL,   -- 0: redirecting; 1: copy-on-write
+  origin_id INTEGER NOT NULL,     -- the volume it was cloned from, 0 for none
+  origin_instant INTEGER NOT NULL,      -- as it stood when
+  origin_snapshot_id INTEGER NOT NULL,
+  inherits INTEGER NOT NULL,      -- 1: objects without a map of their own are the origin's
+  changelog_id INTEGER NOT NULL,  -- its change log volume, 0: its change logs lie with the data
+  source_path TEXT NOT NULL,      -- the image it stands on, empty for none
+  source_size_bytes INTEGER NOT NULL,   -- of the image, when snapfs last had it open
+  source_mtime_ns INTEGER NOT NULL
+) STRICT;
+CREATE TABLE changelogs (       -- change log volumes
+  changelog_id INTEGER PRIMARY KEY,     -- 1 and up; never used again
+  name BLOB NOT NULL UNIQUE,
+  capacity_bytes INTEGER NOT NULL,
+  frees_oldest INTEGER NOT NULL   -- 1: full, it has the oldest snapshots deleted that nothing holds
+) STRICT;
+CREATE TABLE schedules (
+  name TEXT PRIMARY KEY,
+  rule TEXT NOT NULL,             -- JSON, see schedule.py
+  last_run_ns INTEGER NOT NULL    -- the last moment that was due and is done with
+) STRICT, WITHOUT ROWID;
+"""
+
+SHARD_SCHEMA_1 = """
 CREATE TABLE meta (             -- one row a key
   key TEXT PRIMARY KEY,         -- pool_id, processor_index, generation (grows with every commit),
   value ANY NOT NULL            -- catalog_generation (one the catalog has reached), next_log_id
@@ -291,6 +375,24 @@ CREATE TABLE intermediates (    -- intermediate snapshots; prepared until the ca
 ) STRICT;
 """
 
+SHARD_SCHEMA_2 = """
+ALTER TABLE logs ADD COLUMN
+  kind INTEGER NOT NULL DEFAULT 0;  -- 0: a change log; 1: a source, which copy-on-write volumes overwrite in place;
+                                    -- 2: an image outside the pool
+CREATE TABLE candidates (       -- blocks that a clone's family may have no name for any more; still to be looked at
+  log_id INTEGER NOT NULL,
+  object_index INTEGER NOT NULL,
+  block INTEGER NOT NULL,
+  block_count INTEGER NOT NULL
+) STRICT;
+"""
+
+# By the version of a database (SQLite's user_version, and 1): what makes it one of the next.
+CATALOG_SCHEMAS = (CATALOG_SCHEMA_1, CATALOG_SCHEMA_2)
+SHARD_SCHEMAS = (SHARD_SCHEMA_1, SHARD_SCHEMA_2)
+
+CHANGE_LOG, SOURCE_LOG, IMAGE_LOG = 0, 1, 2
+
 
 class MapRow(NamedTuple):
     """The live map of an object."""
@@ -322,6 +424,16 @@ class LogRow(NamedTuple):
     live_before: int
     sealed: int
     created_ns: int
+    kind: int = CHANGE_LOG
+
+
+class CandidateRow(NamedTuple):
+    """A run of an object's blocks in a log of a family of clones that one of its volumes no longer names."""
+
+    log_id: LogId
+    object_index: int
+    block: int
+    block_count: int
 
 
 class FreedRow(NamedTuple):
@@ -358,6 +470,8 @@ class ShardBatch:
     logs: list[LogRow] = field(default_factory=list)
     dropped_logs: list[LogId] = field(default_factory=list)
     freed: list[FreedRow] = field(default_factory=list)
+    candidates: list[CandidateRow] = field(default_factory=list)
+    dropped_candidates: list[int] = field(default_factory=list)
     portions: list[tuple[VolumeId, int]] = field(default_factory=list)
     dropped_portions: list[VolumeId] = field(default_factory=list)
     intermediates: list[IntermediateRow] = field(default_factory=list)
@@ -374,6 +488,8 @@ class ShardBatch:
                 self.logs,
                 self.dropped_logs,
                 self.freed,
+                self.candidates,
+                self.dropped_candidates,
                 self.portions,
                 self.dropped_portions,
                 self.intermediates,
@@ -395,6 +511,16 @@ class CatalogBatch:
     snapshots: list[SnapshotRow] = field(default_factory=list)
     renamed_snapshots: list[tuple[SnapshotId, bytes | None]] = field(default_factory=list)
     dropped_snapshots: list[SnapshotId] = field(default_factory=list)
+    holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
+    dropped_holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
+    traits: list[VolumeTraits] = field(default_factory=list)
+    dropped_traits: list[VolumeId] = field(default_factory=list)
+    changelogs: list[ChangeLogVolumeRow] = field(default_factory=list)
+    dropped_changelogs: list[int] = field(default_factory=list)
+    devices: list[tuple[int, str, int]] = field(default_factory=list)
+    dropped_devices: list[int] = field(default_factory=list)
+    schedules: list[ScheduleRow] = field(default_factory=list)
+    dropped_schedules: list[str] = field(default_factory=list)
     shard_generations: list[tuple[int, int]] = field(default_factory=list)
     trim_all: bool = False
     meta: dict[str, int] = field(default_factory=dict)

@@ -110,8 +110,9 @@ class _Mount:
         self._options = _fuse_options(request)
         self._namespace = Namespace(pool, request.mount_point, self._resize)
         self._operations = Operations(self._namespace)
-        self._own_mount = OwnMount(self._namespace, request.mount_point)
+        self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
+        pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
 
     async def _resize(self, name: bytes, size_bytes: int) -> None:
@@ -186,6 +187,12 @@ class _Mount:
             except OSError as failed:
                 _log.error("the kernel could not write all back: %s", failed)
             pyfuse3.terminate()
+
+
+def _forget_pages(inode: int) -> None:
+    """Have the kernel forget what it keeps of an inode; one that it does not know is forgotten."""
+    with contextlib.suppress(OSError):
+        pyfuse3.invalidate_inode(inode, attr_only=False)
 
 
 def _tell_line(offset: int, line: bytes) -> None:

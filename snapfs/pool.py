@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import trio
 from .backends import Device, DirectoryDevice, LockHolder, Space
 from .catalog import Catalog
 from .catalogaccess import CatalogAccess
+from .clones import Clones
 from .errors import (
     ClosedError,
     DamagedError,
@@ -30,6 +32,7 @@ from .events import EventLog
 from .formats import (
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
+    FORMAT_VERSION,
     LOCK_FILE,
     POOL_FILE,
     CatalogBatch,
@@ -37,6 +40,7 @@ from .formats import (
     PoolDescriptor,
 )
 from .geometry import PROCESSOR_COUNT_MAX
+from .jobs import Jobs
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
@@ -45,6 +49,7 @@ from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
 from .snapshots import SnapshotTable
 from .tasks import Wakeup, side_by_side
+from .traits import TraitsTable
 from .units import iso_time
 from .volumes import VolumeTable
 
@@ -192,10 +197,25 @@ class Pool:
         clock = EpochClock(epoch)
         wakeup = Wakeup()
         self.volumes = VolumeTable(
-            self.catalog, index, clock, catalog.meta("next_volume_id"), catalog.removed(), self.reserve, wakeup
+            self.catalog,
+            index,
+            clock,
+            catalog.meta("next_volume_id"),
+            catalog.removed(),
+            TraitsTable(catalog.traits()),
+            self.reserve,
+            wakeup,
         )
         self.processors = [
-            Processor(store.processor_index, len(stores), store, devices, epoch, self.volumes.facts_of)
+            Processor(
+                store.processor_index,
+                len(stores),
+                store,
+                devices,
+                epoch,
+                self.volumes.facts_of,
+                self.volumes.traits,
+            )
             for store in stores
         ]
         self.volumes.processors = self.processors
@@ -214,6 +234,8 @@ class Pool:
         self.reclaimer = Reclaimer(
             self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
         )
+        self.jobs = Jobs()
+        self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
         self.volumes.load(catalog.volumes(), after_crash=self._after_crash)
         self.snapshots.load(catalog.snapshots())
         for volume_id in self.volumes.removed:
@@ -225,6 +247,10 @@ class Pool:
         """Open the parts of a pool. Blocks. Raises what its parts raise; then nothing stays open."""
         descriptor = read_descriptor(home, where)
         lock_pool(home, where, purpose)
+        if descriptor.format_version < FORMAT_VERSION:
+            # First of all, so that no older snapfs opens databases of this version.
+            descriptor = dataclasses.replace(descriptor, format_version=FORMAT_VERSION)
+            home.write_file(POOL_FILE, descriptor.to_json())
         catalog = Catalog.open(home, descriptor.pool_id)
         stores: list[ShardStore] = []
         devices: dict[int, Device] = {}
@@ -256,6 +282,8 @@ class Pool:
         # What lies behind the volumes' sizes is cleared later; that it is due must outlive this run.
         marks = CatalogBatch(meta={"clean": 0}, trim_all=self._after_crash)
         await self.catalog.save([], lambda: marks)
+        for processor in self.processors:
+            await processor.forget_unborn(self.volumes.next_volume_id)
         await self.reclaimer.drop_unpublished(self._published_instant)
         if self._after_crash:
             for processor in self.processors:

@@ -20,7 +20,7 @@ from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog, ChangeLogs
 from .errors import DamagedError, SnapfsError, SyncFailedError
-from .formats import CopyRow, FreedRow, LogRow, MapRow
+from .formats import CHANGE_LOG, CandidateRow, CopyRow, FreedRow, LogRow, MapRow
 from .geometry import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -32,6 +32,7 @@ from .geometry import (
 )
 from .shardstate import EpochClock, NotResidentError, ObjectState, OldBlocks, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
+from .traits import TraitsTable
 
 Segment = tuple[ChangeLog | None, int, int, int]
 
@@ -52,6 +53,7 @@ class PortionChanges:
     copies: list[CopyRow]
     dropped_copies: list[tuple[int, int]]
     freed: list[FreedRow]
+    candidates: list[CandidateRow]
     count_changed: bool
 
 
@@ -82,6 +84,7 @@ class Portion:
         clock: EpochClock,
         tally: Tally,
         residency: Residency,
+        traits: TraitsTable,
         processor_count: int,
         *,
         birth_epoch: int,
@@ -106,6 +109,8 @@ class Portion:
         self._clock = clock
         self._tally = tally
         self._residency = residency
+        self._traits = traits
+        self._is_clone = traits.get(volume_id).origin_id != 0
         self._processor_count = processor_count
         self._epoch = 0
         self._log: ChangeLog | None = None
@@ -117,6 +122,7 @@ class Portion:
         self._dirty_objects: set[int] = set()
         self._dropped_copies: list[tuple[int, int]] = []
         self._freed: list[FreedRow] = []
+        self._candidates: list[CandidateRow] = []
         self._count_changed = False
 
     # -- reading -----------------------------------------------------------------------------
@@ -208,9 +214,9 @@ class Portion:
                 return copy.block_map
             if self.commits == commits:
                 # Nothing moved from memory to the store meanwhile, so there is none. A volume that
-                # is gone has no live map to fall back on: what has no copy was a hole.
+                # is gone has no live map to fall back on: what has no copy is its ancestors' or was a hole.
                 if self.is_gone:
-                    return HOLE
+                    return await self._inherited_map(object_index)
                 raise DamagedError(
                     f"object {object_index} of volume {self.volume_id} has no point-in-time copy for instant {instant}",
                     "Unmount and run snapfs check",
@@ -246,7 +252,7 @@ class Portion:
         self._keep_copy(object_index, state)
         self._point_at(log, object_index, state, first, last)
         for old_log, offset, length in replacement.freed:
-            self._free(old_log, offset, length)
+            self._free(old_log, object_index, offset, length)
 
     def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> None:
         """Raise what would keep :meth:`write_now` from going through, and change nothing."""
@@ -398,7 +404,7 @@ class Portion:
         self._count_changed = True
         self._dirty_objects.add(object_index)
         for log, offset, length in freed:
-            self._free(log, offset, length)
+            self._free(log, object_index, offset, length)
 
     def _unpinned(
         self, state: ObjectState, object_index: int, first: int, last: int, current: ChangeLog | None
@@ -413,6 +419,7 @@ class Portion:
             and newest == self._epoch - 1
             and not self._sealed_in_epoch
             and self.last_instant == NEVER
+            and (not self._is_clone or self._epoch > self.birth_epoch)
         ):
             # The usual case: the last snapshot is still there, so its copies name every older block.
             return []
@@ -437,7 +444,14 @@ class Portion:
             raise NotResidentError(partial(self._look_up_copied, object_index))
         return state.copied
 
-    def _free(self, log: ChangeLog, offset: int, length: int) -> None:
+    def _free(self, log: ChangeLog, object_index: int, offset: int, length: int) -> None:
+        """Free a run of blocks that this volume names no more, or leave it to be looked at if its family may."""
+        if log.kind != CHANGE_LOG:
+            return
+        if self.is_shared(log):
+            block, count = (offset & (OBJECT_SIZE - 1)) >> BLOCK_SHIFT, length >> BLOCK_SHIFT
+            self._candidates.append(CandidateRow(log.log_id, object_index, block, count))
+            return
         log.block_count -= length >> BLOCK_SHIFT
         self._freed.append(FreedRow(log.log_id, offset, length))
         self._note_changed(log)
@@ -448,6 +462,10 @@ class Portion:
         if log is self._log:
             log.held -= 1
             self._log = None
+
+    def is_shared(self, log: ChangeLog) -> bool:
+        """Whether maps of another volume may name blocks of a log."""
+        return log.volume_id != self.volume_id or log.epoch <= self._traits.shared_until(self.volume_id)
 
     def _note_changed(self, log: ChangeLog) -> None:
         if log.log_id not in self._changed_logs:
@@ -481,7 +499,32 @@ class Portion:
         self._dropped_copies.append((object_index, copy.instant))
         self._dirty_objects.add(object_index)
         for log, offset, length in freed:
-            self._free(log, offset, length)
+            self._free(log, object_index, offset, length)
+
+    def runs_now(self, object_index: int, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Runs of a range of an object's live map, as ``(first block, block count, log id)``."""
+        return blockmap.runs(self.map_now(object_index), first, last)
+
+    def shared_runs_now(self, object_index: int) -> list[tuple[int, int, int]]:
+        """Runs of an object's blocks that lie in logs of other volumes, or in an image."""
+        found = []
+        for block, count, log_id in self.runs_now(object_index, 0, BLOCKS_PER_OBJECT):
+            if log_id == HOLE:
+                continue
+            log = self._logs.known.get(log_id)
+            if log is None:
+                raise NotResidentError(partial(self._look_at_log, log_id))
+            if log.volume_id != self.volume_id or log.kind != CHANGE_LOG:
+                found.append((block, count, log_id))
+        return found
+
+    def settle_now(self, object_index: int) -> None:
+        """Have an object keep its map in the store, also if that is still its ancestors'."""
+        state = self.objects.get(object_index)
+        if state is None:
+            raise NotResidentError(partial(self._load, object_index))
+        if state.block_map != HOLE:
+            self._dirty_objects.add(object_index)
 
     def exclusive_bytes_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> int:
         """What :meth:`drop_copy_now` would free."""
@@ -512,15 +555,28 @@ class Portion:
         width = LOAD_WINDOW * stride
         lowest = object_index - object_index % width
         first = lowest + object_index % stride
-        rows = await self._access.ask(self._access.store.maps, self.volume_id, first, lowest + width - 1)
+        ancestors = self._traits.ancestors(self.volume_id)
+        rows, inherited = await self._access.ask(
+            self._access.store.maps_with_ancestors, self.volume_id, ancestors, first, lowest + width - 1
+        )
         found = {row.object_index: row for row in rows}
         for index in range(first, lowest + width, stride):
             if index in self.objects:
                 continue
             row = found.get(index)
             state = self._unwritten() if row is None else ObjectState(row.block_map, row.epoch, None)
+            if row is None and not self.is_gone:
+                state.block_map = inherited.get(index, state.block_map)
             self.objects[index] = state
             self._residency.admit(self, index)
+
+    async def _inherited_map(self, object_index: int) -> BlockMap:
+        """The map of an object that this volume never had one of."""
+        ancestors = self._traits.ancestors(self.volume_id)
+        if not ancestors:
+            return HOLE
+        found = await self._access.ask(self._access.store.inherited_map, ancestors, object_index)
+        return HOLE if found is None else found
 
     def _unwritten(self) -> ObjectState:
         """An object without a live map: one that was never written, or of a volume that is gone."""
@@ -617,6 +673,7 @@ class Portion:
             or self._dirty_objects
             or self._changed_logs
             or self._freed
+            or self._candidates
             or self._dropped_copies
         )
 
@@ -647,6 +704,7 @@ class Portion:
             copies=[copy for copies in self.pending.values() for copy in copies],
             dropped_copies=self._dropped_copies,
             freed=self._freed,
+            candidates=self._candidates,
             count_changed=self._count_changed,
         )
         self._dirty_logs = []
@@ -654,6 +712,7 @@ class Portion:
         self._dirty_objects = set()
         self._dropped_copies = []
         self._freed = []
+        self._candidates = []
         self._count_changed = False
         self.in_commit = True
         return changes
@@ -688,6 +747,7 @@ class Portion:
         self._dirty_objects |= changes.objects
         self._dropped_copies = changes.dropped_copies + self._dropped_copies
         self._freed = changes.freed + self._freed
+        self._candidates = changes.candidates + self._candidates
         self._count_changed = self._count_changed or changes.count_changed
         if sync_failed:
             self.failure = SyncFailedError(
@@ -717,6 +777,7 @@ class Portion:
         self._dirty_objects.clear()
         self._dropped_copies.clear()
         self._freed.clear()
+        self._candidates.clear()
         self._count_changed = False
 
 

@@ -27,6 +27,7 @@ from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
+from .traits import TraitsTable
 from .unnamed import OBJECTS_A_STEP, objects_with_data, punch_unnamed
 
 DIRTY_OBJECTS_MAX = 2048
@@ -91,6 +92,7 @@ class Processor:
         devices: Mapping[int, Device],
         epoch: int,
         facts_of: Callable[[VolumeId], PortionFacts],
+        traits: TraitsTable,
     ) -> None:
         self.index = index
         self.access = ShardAccess(store)
@@ -103,6 +105,7 @@ class Processor:
         self.last_commit_ns = 0
         self.last_commit_duration_ns = 0
         self.processor_count = processor_count
+        self.traits = traits
         self._facts_of = facts_of
         self._residency = Residency()
         self._wakeup = Wakeup()
@@ -123,6 +126,7 @@ class Processor:
                 self.clock,
                 self.tally,
                 self._residency,
+                self.traits,
                 self.processor_count,
                 birth_epoch=facts.birth_epoch,
                 named_epoch=facts.named_epoch,
@@ -281,6 +285,7 @@ class Processor:
                         continue
                 rows.logs.append(log.row())
             rows.freed += [row for row in changes.freed if row.log_id not in dead]
+            rows.candidates += changes.candidates
             if changes.count_changed:
                 rows.portions.append((portion.volume_id, self.tally.counts.get(portion.volume_id, 0)))
         if rows:
@@ -365,6 +370,12 @@ class Processor:
             self.logs.remove_stray(device_id, name)
         return len(strays)
 
+    async def forget_unborn(self, next_volume_id: int) -> None:
+        """After opening: drop what was counted for volumes whose making a crash cut off."""
+        for volume_id in [one for one in self.tally.counts if one >= next_volume_id]:
+            self.tally.drop(volume_id)
+        await self.access.ask(self.access.store.forget_unborn, next_volume_id)
+
     async def recover_from_crash(self) -> None:
         """Before the first write: keep new writes out of logs that may hold what was never committed."""
         await self.access.ask(self.access.store.seal_latest_logs)
@@ -385,6 +396,7 @@ class Processor:
                     self.access.store,
                     self.logs,
                     log,
+                    self.traits.family_of(log.volume_id),
                     objects[start : start + OBJECTS_A_STEP],
                     self.processor_count,
                 )

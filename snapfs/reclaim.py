@@ -19,15 +19,17 @@ import trio
 from . import blockmap
 from .blockmap import BlockMap
 from .changelog import ChangeLog
-from .formats import CopyRow, FreedRow, LogRow, MapRow, ShardBatch
+from .formats import CHANGE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
 from .portion import Portion
 from .processor import Processor
 from .shardstate import NotResidentError
+from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
 _NO_INSTANT = 0
 _Place = tuple[int, int, int]
+Span = tuple[int, int]  # first epoch and last instant
 _Freed = dict[int, tuple[ChangeLog, int]]  # by log id: how many of its blocks go
 
 
@@ -178,6 +180,66 @@ async def _idle_logs(processor: Processor) -> list[LogId]:
     ]
 
 
+async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | None) -> None:
+    """Give the objects that a volume inherits on one processor maps of its own.
+
+    ``span`` is None for a volume that is there; for one that only snapshots hold it tells for which
+    its point-in-time copies must hold. The data stays where it is.
+    """
+    place: int | None = 0
+    while place is not None:
+        with trio.CancelScope(shield=True):
+            async with processor.access.commit_lock:
+                place = await _settle_some(processor, volume_id, span, place)
+        await trio.lowlevel.checkpoint()
+
+
+async def _settle_some(processor: Processor, volume_id: VolumeId, span: Span | None, from_object: int) -> int | None:
+    store = processor.access.store
+    ancestors = processor.traits.ancestors(volume_id)
+    ids = [one.volume_id for one in ancestors]
+    objects = await processor.access.ask(store.objects_from, ids, from_object, _BATCH)
+    if not objects:
+        return None
+    if span is None:
+        portion = processor.portion(volume_id)
+        portion.users += 1
+        try:
+            for object_index in objects:
+                await _settle(portion, object_index)
+            await processor.commit_locked([portion])
+        finally:
+            portion.users -= 1
+            processor.let_go(portion)
+    elif span[0] <= span[1]:
+        await processor.commit_locked([], await _inherited_copies(processor, volume_id, span, objects))
+    return objects[-1] + 1
+
+
+async def _settle(portion: Portion, object_index: int) -> None:
+    while True:
+        try:
+            portion.settle_now(object_index)
+        except NotResidentError as missing:
+            await missing.fetch({})
+        else:
+            return
+
+
+async def _inherited_copies(processor: Processor, volume_id: VolumeId, span: Span, objects: list[int]) -> ShardBatch:
+    """Copies of what a volume that is gone inherits, for the snapshots that hold it."""
+    store = processor.access.store
+    ancestors = processor.traits.ancestors(volume_id)
+    batch = ShardBatch()
+    for object_index in objects:
+        if await processor.access.ask(store.latest_copy_instant, volume_id, object_index):
+            continue
+        found = await processor.access.ask(store.inherited_map, ancestors, object_index)
+        if found is not None and found != blockmap.HOLE:
+            batch.copies.append(CopyRow(volume_id, object_index, Epoch(span[1]), Epoch(span[0]), found))
+    return batch
+
+
 async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_instant: int) -> None:
     """Take one processor's part of a removed volume apart; nobody has it open for writing.
 
@@ -185,12 +247,14 @@ async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_insta
     before the removal; all else is freed.
     """
     portion = processor.portions.get(volume_id)
-    if not processor.snapshots.holds(volume_id, 0, last_instant):
+    is_held = processor.snapshots.holds(volume_id, 0, last_instant)
+    if not is_held and len(processor.traits.family_of(volume_id)) == 1:
         await _forget(processor, volume_id)
         return
     if portion is not None and portion.failure is None:
         await processor.commit([portion])
-    await _note_removal(processor, volume_id, last_instant)
+    if is_held:
+        await _note_removal(processor, volume_id, last_instant)
     if portion is not None:
         portion.is_gone = True
     place: int | None = 0
@@ -225,21 +289,7 @@ async def _dismantle_some(processor: Processor, volume_id: VolumeId, last_instan
             batch.copies.append(CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map))
         else:
             await _free_map(processor, row, batch, changed)
-    dead = []
-    for log, block_count in changed.values():
-        row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
-        if row_after.block_count == 0:
-            dead.append(log)
-        if row_after.block_count or processor.snapshots.holds(volume_id, 0, log.epoch - 1):
-            batch.logs.append(row_after)
-        else:
-            batch.dropped_logs.append(log.log_id)
-    dead_ids = {log.log_id for log in dead}
-    batch.freed = [freed for freed in batch.freed if freed.log_id not in dead_ids]
-    await processor.commit_locked([], batch)
-    for log, block_count in changed.values():
-        log.block_count -= block_count
-        log.sealed = True
+    dead = await _commit_freed(processor, batch, changed)
     portion = processor.portions.get(volume_id)
     if portion is not None:
         # A snapshot's reader may have it open; its maps are copies now.
@@ -248,22 +298,94 @@ async def _dismantle_some(processor: Processor, volume_id: VolumeId, last_instan
     return rows[-1].object_index + 1
 
 
+async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed) -> list[ChangeLog]:
+    """Commit a batch that frees blocks of these logs; the logs that are empty now, whose files can go."""
+    dead = []
+    for log, block_count in changed.values():
+        row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
+        if row_after.block_count == 0:
+            dead.append(log)
+        if row_after.block_count or processor.snapshots.holds(log.volume_id, 0, log.epoch - 1):
+            batch.logs.append(row_after)
+        else:
+            batch.dropped_logs.append(log.log_id)
+    dead_ids = {log.log_id for log in dead}
+    batch.freed = [freed for freed in batch.freed if freed.log_id not in dead_ids]
+    await processor.commit_locked([], batch)
+    for log, block_count in changed.values():
+        log.block_count -= block_count
+        log.sealed = 1
+    return dead
+
+
+async def free_candidates(processor: Processor) -> int:
+    """Free the candidates that no volume of their family names any more; how many blocks."""
+    freed = 0
+    while True:
+        with trio.CancelScope(shield=True):
+            async with processor.access.commit_lock:
+                found = await _free_some_candidates(processor)
+        if found is None:
+            return freed
+        freed += found
+        await trio.lowlevel.checkpoint()
+
+
+async def _free_some_candidates(processor: Processor) -> int | None:
+    """One step of :func:`free_candidates`; None when there was nothing to look at."""
+    store = processor.access.store
+    # What is pending goes to the store first, so that the store knows every name. A block that
+    # nobody names is never named again, so what is found holds.
+    await processor.commit_locked(_sound(processor))
+    rows = await processor.access.ask(store.candidates, _BATCH)
+    if not rows:
+        return None
+    wanted: dict[tuple[int, int], int] = {}
+    for _, row in rows:
+        key = (row.log_id, row.object_index)
+        wanted[key] = wanted.get(key, 0) | ((1 << row.block_count) - 1) << row.block
+    batch = ShardBatch(dropped_candidates=[number for number, _ in rows])
+    changed: _Freed = {}
+    total = 0
+    for (log_id, object_index), mask in wanted.items():
+        log = await _log(processor, log_id)
+        if log is None:
+            continue
+        family = processor.traits.family_of(log.volume_id)
+        named = await processor.access.ask(named_masks, store, family, object_index, object_index)
+        base = log_offset(object_index, processor.processor_count)
+        for block, count in mask_runs(mask & ~named.get(object_index, {}).get(log_id, 0)):
+            changed[log_id] = (log, changed.get(log_id, (log, 0))[1] + count)
+            batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+            total += count
+    dead = await _commit_freed(processor, batch, changed)
+    await processor.remove_logs(dead)
+    processor.wake()
+    return total
+
+
+async def _log(processor: Processor, log_id: int) -> ChangeLog | None:
+    """A log by its number; None when there is none."""
+    log = processor.logs.known.get(log_id)
+    if log is None:
+        row = await processor.access.ask(processor.access.store.log, log_id)
+        log = None if row is None else processor.logs.adopt(row)
+    return log
+
+
 async def _free_map(processor: Processor, row: MapRow, batch: ShardBatch, changed: _Freed) -> None:
     """Free the blocks of a live map that goes, but those that the latest copy names."""
     store = processor.access.store
     latest = await processor.access.ask(store.latest_copy_instant, row.volume_id, row.object_index)
     base = log_offset(row.object_index, processor.processor_count)
     for block, count, log_id in blockmap.all_runs(row.block_map):
-        if log_id == blockmap.HOLE:
+        log = await _log(processor, log_id) if log_id != blockmap.HOLE else None
+        if log is None or log.kind != CHANGE_LOG or log.epoch <= latest:
             continue
-        log, freed_count = changed.get(log_id, (processor.logs.known.get(log_id), 0))
-        if log is None:
-            log_row: LogRow | None = await processor.access.ask(store.log, log_id)
-            if log_row is None:
-                continue
-            log = processor.logs.adopt(log_row)
-        if log.epoch > latest:
-            changed[log_id] = (log, freed_count + count)
+        if log.volume_id != row.volume_id or log.epoch <= processor.traits.shared_until(row.volume_id):
+            batch.candidates.append(CandidateRow(log.log_id, row.object_index, block, count))
+        else:
+            changed[log_id] = (log, changed.get(log_id, (log, 0))[1] + count)
             batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
 
 

@@ -47,6 +47,7 @@ class Reclaimer:
         self._reserve = reserve
         self._events = events
         self._wakeup = wakeup
+        self._traits = volumes.traits
         self._turn = trio.Lock()
 
     async def run(self) -> None:
@@ -59,6 +60,10 @@ class Reclaimer:
                 await trio.sleep(RETRY_S)
             else:
                 await self._wakeup.wait()
+
+    def wake(self) -> None:
+        """Have the task look for work now."""
+        self._wakeup.set()
 
     @property
     def waiting_count(self) -> int:
@@ -74,12 +79,17 @@ class Reclaimer:
                 aborted.pop(0)
             for volume_id, epoch in self._volumes.to_dismantle():
                 await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
+            for processor in self._processors:
+                await reclaim.free_candidates(processor)
             for snapshot in list(self._snapshots.deleted.values()):
-                if snapshot.opens == 0:
+                await self._settle_inheritors(snapshot)
+                if snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id):
                     await self._reserve.helped(partial(self._release, snapshot))
             for volume in self._volumes.to_trim():
                 await self._reserve.helped(volume.trim)
+            await self._prune_traits()
             for processor in self._processors:
+                await reclaim.free_candidates(processor)
                 await processor.scrub_suspect_logs()
                 await processor.punch_freed()
             await self._reserve.refill()
@@ -96,6 +106,43 @@ class Reclaimer:
         batch = CatalogBatch(dropped_snapshots=[snapshot.snapshot_id], dropped_versions=idle)
         await self._catalog.save([], lambda: batch)
         self._snapshots.deleted.pop(snapshot.snapshot_id, None)
+
+    async def _settle_inheritors(self, snapshot: Snapshot) -> None:
+        """A deleted snapshot that clones look into: give them maps of their own, so that its space comes back."""
+        for row in self._traits.inheritors(snapshot.snapshot_id):
+            spans: reclaim.Span | None = None
+            if row.volume_id not in self._volumes.by_id:
+                if row.volume_id in self._volumes.removed:
+                    continue
+                spans = await self._catalog.ask(self._catalog.catalog.version_span, row.volume_id)
+            await side_by_side([partial(reclaim.settle_volume, one, row.volume_id, spans) for one in self._processors])
+            await self.stop_inheriting(row.volume_id)
+
+    async def stop_inheriting(self, volume_id: VolumeId) -> None:
+        """A volume has maps of its own for all that it inherited, durably: note it."""
+        settled = self._traits.get(volume_id)._replace(inherits=0)
+        await self._catalog.save([], lambda: CatalogBatch(traits=[settled]))
+        self._traits.put(settled)
+
+    async def _prune_traits(self) -> None:
+        """Forget the traits of volumes of which nothing is left."""
+        if not self._traits.rows:
+            return
+        # The lock keeps out those that are being made, which are not among the volumes yet.
+        async with self._volumes.lock:
+            kept = await self._catalog.ask(self._catalog.catalog.version_volume_ids)
+            idle = [
+                one
+                for one in self._traits.rows
+                if one not in kept
+                and one not in self._volumes.by_id
+                and one not in self._volumes.removed
+                and not self._traits.is_origin(one)
+            ]
+            if idle:
+                await self._catalog.save([], lambda: CatalogBatch(dropped_traits=idle))
+                for one in idle:
+                    self._traits.drop(one)
 
     async def _idle_versions(self, low: int, high: int) -> list[tuple[VolumeId, Epoch]]:
         """Kept attributes with instants from ``low`` up to ``high`` that no snapshot needs."""

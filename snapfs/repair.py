@@ -37,7 +37,7 @@ def _recount(processor: Processor) -> list[str]:
     done = []
     for volume_id in sorted(store.volume_ids()):
         counts: dict[int, int] = {}
-        for masks in named_masks(store, volume_id, 0, _EVERY_OBJECT).values():
+        for masks in named_masks(store, processor.traits.family_of(volume_id), 0, _EVERY_OBJECT).values():
             for log_id, mask in masks.items():
                 counts[log_id] = counts.get(log_id, 0) + mask.bit_count()
         mapped = sum(blockmap.mapped_count(row.block_map) for row in store.some_maps(volume_id, 0, _EVERY_OBJECT))

@@ -5,7 +5,7 @@ A SQLite database. Every call blocks; the processor calls it from a thread, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from . import blockmap
@@ -13,7 +13,8 @@ from .backends import Device
 from .database import Database
 from .errors import DamagedError
 from .formats import (
-    SHARD_SCHEMA,
+    SHARD_SCHEMAS,
+    CandidateRow,
     CopyRow,
     FreedRow,
     IntermediateRow,
@@ -23,6 +24,7 @@ from .formats import (
     shard_file,
 )
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
+from .traits import Ancestor
 
 
 class ShardStore:
@@ -38,7 +40,7 @@ class ShardStore:
     @classmethod
     def create(cls, device: Device, processor_index: int, pool_id: str) -> None:
         """Make an empty store."""
-        database = Database(device, shard_file(processor_index), _what(processor_index), create_schema=SHARD_SCHEMA)
+        database = Database(device, shard_file(processor_index), _what(processor_index), create_schemas=SHARD_SCHEMAS)
         meta: dict[str, int | str] = {
             "pool_id": pool_id,
             "processor_index": processor_index,
@@ -73,6 +75,7 @@ class ShardStore:
             raise DamagedError(
                 f"{_what(processor_index)} belongs to another pool or processor", "Put the right one back"
             )
+        database.upgrade(SHARD_SCHEMAS)
         return cls(database, processor_index)
 
     def _meta(self, key: str) -> int:
@@ -98,6 +101,79 @@ class ShardStore:
             (volume_id, from_object, limit),
         )
         return [MapRow(row[0], row[1], row[2], blockmap.decode(row[3])) for row in rows]
+
+    def maps_with_ancestors(
+        self, volume_id: VolumeId, ancestors: Sequence[Ancestor], first_object: int, last_object: int
+    ) -> tuple[list[MapRow], dict[int, blockmap.BlockMap]]:
+        """Live maps of a range of objects; and of those without one, what the nearest ancestor has, if any.
+
+        One look at the store, so nothing is taken apart in between.
+        """
+        rows = self.maps(volume_id, first_object, last_object)
+        found = {row.object_index for row in rows}
+        inherited: dict[int, blockmap.BlockMap] = {}
+        for ancestor in ancestors:
+            for object_index, block_map in self._maps_at(ancestor, first_object, last_object):
+                if object_index not in found:
+                    found.add(object_index)
+                    inherited[object_index] = block_map
+        return rows, inherited
+
+    def inherited_map(self, ancestors: Sequence[Ancestor], object_index: int) -> blockmap.BlockMap | None:
+        """The map of an object as the nearest ancestor that has one has it."""
+        for ancestor in ancestors:
+            for _, block_map in self._maps_at(ancestor, object_index, object_index):
+                return block_map
+        return None
+
+    def _maps_at(self, at: Ancestor, first_object: int, last_object: int) -> list[tuple[int, blockmap.BlockMap]]:
+        rows = self.database.rows(
+            "SELECT object_index, map FROM maps"
+            " WHERE volume_id = ?1 AND object_index BETWEEN ?3 AND ?4 AND epoch <= ?2"
+            " UNION ALL SELECT object_index, map FROM copies"
+            " WHERE volume_id = ?1 AND object_index BETWEEN ?3 AND ?4 AND instant >= ?2 AND epoch <= ?2",
+            (at.volume_id, at.instant, first_object, last_object),
+        )
+        return [(row[0], blockmap.decode(row[1])) for row in rows]
+
+    def objects_from(self, volume_ids: Sequence[VolumeId], from_object: int, limit: int) -> list[int]:
+        """Up to ``limit`` objects from one on of which any of these volumes has a live map or a copy, in order."""
+        found: set[int] = set()
+        for volume_id in volume_ids:
+            for table in ("maps", "copies"):
+                rows = self.database.rows(
+                    f"SELECT DISTINCT object_index FROM {table} WHERE volume_id = ? AND object_index >= ?"
+                    " ORDER BY object_index LIMIT ?",
+                    (volume_id, from_object, limit),
+                )
+                found.update(row[0] for row in rows)
+        return sorted(found)[:limit]
+
+    def has_map(self, volume_id: VolumeId, object_index: int) -> bool:
+        """Whether an object has a live map of its own."""
+        return (
+            self.database.row("SELECT 1 FROM maps WHERE volume_id = ? AND object_index = ?", (volume_id, object_index))
+            is not None
+        )
+
+    def candidates(self, pair_count_max: int) -> list[tuple[int, CandidateRow]]:
+        """All candidates of some objects in some logs, each with the number of its row."""
+        rows = self.database.rows(
+            "SELECT rowid, log_id, object_index, block, block_count FROM candidates"
+            " WHERE (log_id, object_index) IN (SELECT DISTINCT log_id, object_index FROM candidates LIMIT ?)",
+            (pair_count_max,),
+        )
+        return [(row[0], CandidateRow(*row[1:])) for row in rows]
+
+    def candidate_log_ids(self) -> set[int]:
+        """Logs with blocks that are still to be looked at."""
+        return {row[0] for row in self.database.rows("SELECT DISTINCT log_id FROM candidates")}
+
+    def forget_unborn(self, next_volume_id: int) -> None:
+        """Drop the counts of volumes that were never made: a crash came before their commit to the catalog."""
+        if self.database.row("SELECT 1 FROM portions WHERE volume_id >= ?", (next_volume_id,)):
+            with self.database.transaction():
+                self.database.execute("DELETE FROM portions WHERE volume_id >= ?", (next_volume_id,))
 
     def copy_at(self, volume_id: VolumeId, object_index: int, instant: int) -> CopyRow | None:
         """The point-in-time copy with the smallest instant at or after ``instant``."""
@@ -208,16 +284,19 @@ class ShardStore:
             self.database.execute("UPDATE logs SET sealed = 1 WHERE log_id = ?", (log_id,))
 
     def versions_of(
-        self, volume_id: VolumeId, first_object: int, last_object: int
+        self, volume_ids: Iterable[VolumeId], first_object: int, last_object: int
     ) -> list[tuple[int, blockmap.BlockMap]]:
-        """Live maps and copies of a range of objects, as ``(object_index, map)``."""
-        rows = self.database.rows(
-            "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
-            " UNION ALL"
-            " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3",
-            (volume_id, first_object, last_object),
-        )
-        return [(row[0], blockmap.decode(row[1])) for row in rows]
+        """Live maps and copies of a range of objects of some volumes, as ``(object_index, map)``."""
+        found = []
+        for volume_id in volume_ids:
+            rows = self.database.rows(
+                "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
+                " UNION ALL"
+                " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3",
+                (volume_id, first_object, last_object),
+            )
+            found += [(row[0], blockmap.decode(row[1])) for row in rows]
+        return found
 
     def set_block_count(self, volume_id: VolumeId, count: int) -> None:
         """Correct a portion's count; inside a transaction."""
@@ -248,6 +327,11 @@ class ShardStore:
             (volume_id, instant),
         )
         return None if row is None else LogRow(*row)
+
+    def live_count_at(self, volume_id: VolumeId, instant: int) -> int | None:
+        """The blocks that a volume had mapped here at an instant; None if it has not changed since."""
+        row = self.log_after(volume_id, instant)
+        return None if row is None else row.live_before
 
     def live_counts_at(self, instant: int) -> dict[VolumeId, int]:
         """For each volume that changed after an instant, the blocks it had mapped here then."""
@@ -322,9 +406,11 @@ class ShardStore:
                     "DELETE FROM copies WHERE volume_id = ? AND object_index = ? AND instant = ?",
                     batch.dropped_copies,
                 ),
-                ("INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", batch.logs),
+                ("INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.logs),
                 ("DELETE FROM logs WHERE log_id = ?", [(log_id,) for log_id in batch.dropped_logs]),
                 ("INSERT INTO freed VALUES (?, ?, ?)", batch.freed),
+                ("INSERT INTO candidates VALUES (?, ?, ?, ?)", batch.candidates),
+                ("DELETE FROM candidates WHERE rowid = ?", [(one,) for one in batch.dropped_candidates]),
                 ("INSERT OR REPLACE INTO portions VALUES (?, ?)", batch.portions),
                 ("DELETE FROM portions WHERE volume_id = ?", [(one,) for one in batch.dropped_portions]),
                 ("INSERT INTO intermediates VALUES (?, ?, ?, ?, ?, ?)", batch.intermediates),

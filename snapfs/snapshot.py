@@ -21,7 +21,8 @@ class Snapshot:
     """The overall snapshot: a name and an instant.
 
     ``volume_ids`` is None for one of all volumes. ``opens`` counts files of it that are open.
-    ``is_kept``: copies are made for it; no longer once it is deleted and nobody has it open.
+    ``is_kept``: copies are made for it; no longer once it is deleted, nobody has it open and no
+    clone looks into it. ``hold_tags`` keep it from being deleted.
     """
 
     def __init__(self, row: SnapshotRow) -> None:
@@ -32,6 +33,8 @@ class Snapshot:
         self.volume_ids = row.volume_ids
         self.stall_ns = row.stall_ns
         self.note = row.note
+        self.schedule = row.schedule
+        self.hold_tags = row.hold_tags
         self.opens = 0
         self.is_kept = row.name is not None
 

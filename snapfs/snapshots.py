@@ -13,13 +13,14 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from . import reclaim
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, NotFoundError
+from .errors import ExistsError, HeldError, NotFoundError
 from .events import EventLog
 from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
@@ -29,7 +30,7 @@ from .shardstate import EpochClock
 from .snapshot import Snapshot, SnapshotMembers, SnapshotVolume
 from .snapshotindex import SnapshotIndex
 from .tasks import Wakeup, side_by_side
-from .units import check_name, show_name, utc_name
+from .units import check_name, check_tag, show_name, utc_name
 from .volume import Volume
 from .volumes import VolumeTable
 
@@ -39,6 +40,27 @@ _MEMBERS_KEPT = 8
 
 async def nothing_before_cut(volumes: Sequence[Volume]) -> None:
     """Without a mount there are no dirty pages to flush."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a snapshot is to be called, and to carry."""
+
+    name: bytes | None
+    note: str
+    hold_tags: frozenset[str]
+    schedule: str
+
+
+@dataclass(slots=True)
+class _Cut:
+    """A snapshot that was cut and is not durable yet."""
+
+    row: SnapshotRow
+    parts: list[IntermediateRow]
+    marks: dict[Volume, tuple[int, int]]
+    chosen: list[Volume] | None
+    make_change: Callable[[CatalogBatch, int], None] | None = None
 
 
 class SnapshotTable:
@@ -81,12 +103,15 @@ class SnapshotTable:
         """Fill the table and the indexes from the catalog."""
         for row in rows:
             snapshot = Snapshot(row)
-            if snapshot.name is None:
-                self.deleted[snapshot.snapshot_id] = snapshot
-            else:
+            # One that is deleted is still kept while clones look into it.
+            snapshot.is_kept = row.name is not None or bool(self._volumes.traits.inheritors(row.snapshot_id))
+            if snapshot.is_kept:
                 self._index.add(snapshot.instant, snapshot.volume_ids)
                 for processor in self.processors:
                     processor.snapshots.add(snapshot.instant, snapshot.volume_ids)
+            if snapshot.name is None:
+                self.deleted[snapshot.snapshot_id] = snapshot
+            else:
                 self.by_name[snapshot.name] = snapshot
                 self.by_id[snapshot.snapshot_id] = snapshot
 
@@ -106,7 +131,13 @@ class SnapshotTable:
     # -- making one --------------------------------------------------------------------------
 
     async def create(
-        self, name: bytes | None = None, volume_names: Iterable[bytes] | None = None, note: str = ""
+        self,
+        name: bytes | None = None,
+        volume_names: Iterable[bytes] | None = None,
+        note: str = "",
+        *,
+        hold_tags: Iterable[str] = (),
+        schedule: str = "",
     ) -> Snapshot:
         """Make a snapshot of the volumes named, or of all (None), at one instant; it is durable.
 
@@ -115,11 +146,31 @@ class SnapshotTable:
         """
         if name is not None:
             check_name(name, "snapshot")
+        wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule)
         async with self.lock:
             self._check_free(name)
             chosen = self._chosen(volume_names)
             await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
-            return await self._create(name, volume_names, note)
+            # Cancelled in between, it would be neither there nor not there.
+            with trio.CancelScope(shield=True):
+                async with self._volumes.lock:
+                    cut = self._cut(wish, self._chosen(volume_names))
+                made = await self._see_through(cut)
+        return made
+
+    async def create_before(
+        self, name: bytes | None, chosen: list[Volume], note: str, make_change: Callable[[CatalogBatch, int], None]
+    ) -> Snapshot:
+        """Make a snapshot of these volumes and replace them, in one commit.
+
+        ``make_change`` gets the commit and the instant; the rows of these volumes are its own
+        business. The caller has flushed them, keeps writers out, holds this table's lock and the
+        volumes', and shields this from cancellation. Raises what :meth:`create` does.
+        """
+        self._check_free(name)
+        cut = self._cut(_Wish(name, note, frozenset(), ""), chosen)
+        cut.make_change = make_change
+        return await self._see_through(cut)
 
     def _check_free(self, name: bytes | None) -> None:
         if name is not None and name in self.by_name:
@@ -133,24 +184,20 @@ class SnapshotTable:
             raise NotFoundError("a snapshot of no volume was asked for", "Name at least one, or none for all")
         return list(chosen.values())
 
-    async def _create(self, name: bytes | None, volume_names: Iterable[bytes] | None, note: str) -> Snapshot:
-        """Cut, and see it through: cancelled in between, it would be neither there nor not there."""
-        with trio.CancelScope(shield=True):
-            async with self._volumes.lock:
-                chosen = self._chosen(volume_names)
-                marks = {volume: volume.size_mark() for volume in self._volumes.unsaved()}
-                row, parts = self._cut(name, chosen, note)
-            try:
-                await side_by_side(
-                    [
-                        partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
-                        for processor, part in zip(self.processors, parts, strict=True)
-                    ]
-                )
-                await self._publish(row, marks, chosen)
-            except BaseException as error:
-                self._abort(row, error)
-                raise
+    async def _see_through(self, cut: _Cut) -> Snapshot:
+        """Make a cut durable on all processors, and then in the catalog."""
+        row = cut.row
+        try:
+            await side_by_side(
+                [
+                    partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
+                    for processor, part in zip(self.processors, cut.parts, strict=True)
+                ]
+            )
+            await self._publish(cut)
+        except BaseException as error:
+            self._abort(row, error)
+            raise
         snapshot = Snapshot(row)
         assert row.name is not None
         self.by_name[row.name] = snapshot
@@ -158,11 +205,10 @@ class SnapshotTable:
         self._events.note("snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000)
         return snapshot
 
-    def _cut(
-        self, name: bytes | None, chosen: list[Volume] | None, note: str
-    ) -> tuple[SnapshotRow, list[IntermediateRow]]:
+    def _cut(self, wish: _Wish, chosen: list[Volume] | None) -> _Cut:
         """The instant. Runs without an await, so it falls between any two writes."""
         created_ns = time.time_ns()
+        marks = {volume: volume.size_mark() for volume in self._volumes.unsaved()}
         volume_ids = None if chosen is None else frozenset(volume.volume_id for volume in chosen)
         snapshot_id = SnapshotId(self._next_snapshot_id)
         self._next_snapshot_id += 1
@@ -178,42 +224,46 @@ class SnapshotTable:
         stall_ns = time.perf_counter_ns() - started
         row = SnapshotRow(
             snapshot_id,
-            name if name is not None else self._unused_name(created_ns),
+            wish.name if wish.name is not None else self.unused_name(utc_name(created_ns).encode()),
             instant,
             created_ns,
             volume_ids,
             stall_ns,
-            note,
+            wish.note,
+            wish.schedule,
+            wish.hold_tags,
         )
-        return row, parts
+        return _Cut(row, parts, marks, chosen)
 
-    def _unused_name(self, created_ns: int) -> bytes:
-        stem = utc_name(created_ns).encode()
+    def unused_name(self, stem: bytes) -> bytes:
+        """A name, with ``-2`` and so on behind it when it is taken."""
         name, number = stem, 2
         while name in self.by_name:
             name = stem + b"-%d" % number
             number += 1
         return name
 
-    async def _publish(
-        self, row: SnapshotRow, marks: dict[Volume, tuple[int, int]], chosen: list[Volume] | None
-    ) -> None:
-        covered = set(marks) if chosen is None else {*chosen}
+    async def _publish(self, cut: _Cut) -> None:
+        covered = set(cut.marks) if cut.chosen is None else {*cut.chosen}
         for volume in covered:
-            if not volume.is_removed and volume in marks:
-                volume.data_synced(marks[volume])
-        await self._catalog.save(
-            covered,
-            lambda: CatalogBatch(
-                snapshots=[row],
+            if not volume.is_removed and volume in cut.marks:
+                volume.data_synced(cut.marks[volume])
+
+        def batch() -> CatalogBatch:
+            rows = CatalogBatch(
+                snapshots=[cut.row],
                 shard_generations=[(one.index, one.access.store.generation) for one in self.processors],
                 meta={
                     "epoch": self._clock.epoch,
-                    "next_instant": row.instant + 1,
-                    "next_snapshot_id": row.snapshot_id + 1,
+                    "next_instant": cut.row.instant + 1,
+                    "next_snapshot_id": cut.row.snapshot_id + 1,
                 },
-            ),
-        )
+            )
+            if cut.make_change is not None:
+                cut.make_change(rows, cut.row.instant)
+            return rows
+
+        await self._catalog.save(covered if cut.make_change is None else (), batch)
 
     def _abort(self, row: SnapshotRow, error: BaseException) -> None:
         """Forget a snapshot that could not be made durable; give back what was kept for it."""
@@ -307,9 +357,11 @@ class SnapshotTable:
         """Delete a snapshot: its name is gone, durably, and its space comes back in the background.
 
         Files of it that are open stay readable until they are closed. Works on a full device.
+        Raises NotFoundError, HeldError.
         """
         async with self.lock:
             snapshot = self.get(name)
+            check_not_held(snapshot)
             batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, None)])
             await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
             del self.by_name[name]
@@ -319,3 +371,38 @@ class SnapshotTable:
             self._events.note("snapshot-deleted", name=show_name(name))
             self._reclaim_wakeup.set()
             return snapshot
+
+    # -- holds -------------------------------------------------------------------------------
+
+    async def hold(self, name: bytes, tag: str) -> None:
+        """Keep a snapshot from being deleted until the tag is released, durably. Raises ExistsError, NotFoundError."""
+        check_tag(tag)
+        async with self.lock:
+            snapshot = self.get(name)
+            if tag in snapshot.hold_tags:
+                raise ExistsError(f"{tag!r} holds snapshot {show_name(name)!r} already", "Choose another tag")
+            await self._catalog.save([], lambda: CatalogBatch(holds=[(snapshot.snapshot_id, tag)]))
+            snapshot.hold_tags |= {tag}
+            self._events.note("snapshot-held", name=show_name(name), tag=tag)
+
+    async def release(self, name: bytes, tag: str) -> None:
+        """Take a tag away, durably. Raises NotFoundError."""
+        async with self.lock:
+            snapshot = self.get(name)
+            if tag not in snapshot.hold_tags:
+                raise NotFoundError(
+                    f"{tag!r} does not hold snapshot {show_name(name)!r}",
+                    f"Its tags: {', '.join(sorted(snapshot.hold_tags)) or 'none'}",
+                )
+            await self._catalog.save([], lambda: CatalogBatch(dropped_holds=[(snapshot.snapshot_id, tag)]))
+            snapshot.hold_tags -= {tag}
+            self._events.note("snapshot-released", name=show_name(name), tag=tag)
+
+
+def check_not_held(snapshot: Snapshot) -> None:
+    """Raises HeldError, with the tags, when something holds a snapshot."""
+    if snapshot.hold_tags:
+        raise HeldError(
+            f"snapshot {show_name(snapshot.name or b'')!r} is held by {', '.join(sorted(snapshot.hold_tags))}",
+            "Release each tag first, with snapfs release",
+        )

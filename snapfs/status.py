@@ -55,6 +55,16 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         "commit_count": sum(one.commit_count for one in processors),
         "reclaim_waiting_count": pool.reclaimer.waiting_count,
         "processor_count": len(processors),
+        "jobs": [
+            {
+                "kind": job.kind,
+                "what": job.what,
+                "done": job.done,
+                "total": job.total,
+                "started": iso_time(job.started_ns),
+            }
+            for job in pool.jobs.now
+        ],
     }
 
 
@@ -112,6 +122,8 @@ def snapshot_entry(snapshot: Snapshot) -> dict[str, object]:
         "of_all_volumes": snapshot.volume_ids is None,
         "stall_us": snapshot.stall_ns / 1000,
         "note": snapshot.note,
+        "schedule": snapshot.schedule or None,
+        "holds": sorted(snapshot.hold_tags),
     }
 
 

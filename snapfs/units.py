@@ -53,6 +53,18 @@ def show_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def check_tag(tag: str) -> str:
+    """The tag of a hold, if it can be one: 1 to 255 bytes, no control characters. Raises BadNameError."""
+    encoded = tag.encode("utf-8", "surrogateescape")
+    if not encoded or len(encoded) > NAME_MAX_BYTES or any(byte < 0x20 or byte == 0x7F for byte in encoded):
+        raise BadNameError(f"{tag[:64]!r} cannot be a tag", "Give 1 to 255 bytes without control characters")
+    try:
+        tag.encode()
+    except UnicodeEncodeError:
+        raise BadNameError(f"the tag {tag[:64]!r} is not text in UTF-8", "Write it in UTF-8") from None
+    return tag
+
+
 def check_name(name: bytes, kind: str) -> bytes:
     """The name, if a volume or snapshot can have it. ``kind`` is the word for messages.
 

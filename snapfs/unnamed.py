@@ -35,10 +35,10 @@ def objects_with_data(
     return sorted(masks.items())
 
 
-def named_masks(store: ShardStore, volume_id: VolumeId, first: int, last: int) -> dict[int, dict[int, int]]:
-    """By object and log: the mask of blocks that the live map or a copy names there."""
+def named_masks(store: ShardStore, volume_ids: Sequence[VolumeId], first: int, last: int) -> dict[int, dict[int, int]]:
+    """By object and log: the mask of blocks that a live map or a copy of these volumes names there."""
     named: dict[int, dict[int, int]] = {}
-    for object_index, block_map in store.versions_of(volume_id, first, last):
+    for object_index, block_map in store.versions_of(volume_ids, first, last):
         masks = named.setdefault(object_index, {})
         for block, count, log_id in blockmap.all_runs(block_map):
             if log_id != blockmap.HOLE:
@@ -63,13 +63,14 @@ def punch_unnamed(
     store: ShardStore,
     logs: ChangeLogs,
     log: LogRow,
+    family: Sequence[VolumeId],
     objects: Sequence[tuple[int, int]],
     processor_count: int,
 ) -> int:
-    """Give back the unnamed blocks of some objects in a sealed log; how many."""
+    """Give back the blocks of some objects in a sealed log that no volume of the family names; how many."""
     if not objects:
         return 0
-    named = named_masks(store, log.volume_id, objects[0][0], objects[-1][0])
+    named = named_masks(store, family, objects[0][0], objects[-1][0])
     freed = 0
     for object_index, present in objects:
         unnamed = present & ~named.get(object_index, {}).get(log.log_id, 0)

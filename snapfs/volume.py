@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 import trio
@@ -30,6 +31,7 @@ from .processor import Processor
 from .shardstate import EpochClock, NotResidentError, OldBlocks
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import side_by_side
+from .traits import TraitsTable
 from .units import format_size, show_name
 
 _TRIM_BATCH = 256
@@ -110,7 +112,8 @@ class Volume(VolumeView):
 
     ``opens`` counts who has it open; portions are in memory while it is above zero.
     ``last_instant`` is NEVER until it is removed, then the last that can hold it.
-    ``versions`` are attributes kept for snapshots and not saved yet.
+    ``versions`` are attributes kept for snapshots and not saved yet. ``file_id`` names it for as
+    long as it is there; ``volume_id`` changes when a rollback gives it other contents.
     Concurrency: everything but ``truncate`` may run at any time; truncate needs the caller to keep
     cuts and other truncates of the volume out.
     """
@@ -123,10 +126,26 @@ class Volume(VolumeView):
         snapshots: SnapshotIndex,
         clock: EpochClock,
         *,
+        traits: TraitsTable,
         is_saved: bool,
         needs_trim: bool = False,
     ) -> None:
         super().__init__(processors)
+        self.file_id = traits.get(row.volume_id).file_id
+        self.last_instant = NEVER
+        self.opens = 0
+        self.versions: list[VersionRow] = []
+        self._trim_turn = trio.Lock()
+        self._shrink_count = 0
+        self._catalog = catalog
+        self._snapshots = snapshots
+        self._clock = clock
+        self._traits = traits
+        self._truncated: trio.Event | None = None
+        self._closings = trio.lowlevel.ParkingLot()
+        self._take(row, is_saved=is_saved, needs_trim=needs_trim)
+
+    def _take(self, row: VolumeRow, *, is_saved: bool, needs_trim: bool) -> None:
         attributes = row.attributes
         self.volume_id = row.volume_id
         self.name = attributes.name
@@ -141,18 +160,9 @@ class Volume(VolumeView):
         self.epoch = row.epoch
         self.named_epoch = row.named_epoch
         self.created_ns = row.created_ns
-        self.last_instant = NEVER
-        self.opens = 0
-        self.versions: list[VersionRow] = []
         self._synced_size_bytes = attributes.size_bytes
         self._trim = _TRIM_DUE if row.trim or needs_trim else _TRIM_NONE
-        self._trim_turn = trio.Lock()
-        self._shrink_count = 0
-        self._catalog = catalog
-        self._snapshots = snapshots
-        self._clock = clock
         self._saved = row if is_saved else None
-        self._truncated: trio.Event | None = None
 
     def map_now(self, object_index: int) -> BlockMap:
         """See :meth:`VolumeView.map_now`."""
@@ -207,6 +217,55 @@ class Volume(VolumeView):
             for processor, portion in zip(self.processors, portions, strict=True):
                 portion.users -= 1
                 processor.let_go(portion)
+            self._closings.unpark_all()
+
+    async def wait_until_closed(self) -> None:
+        """Wait until nobody has it open."""
+        while self.opens:
+            await self._closings.park()
+
+    # -- changing the contents for others ----------------------------------------------------
+
+    @asynccontextmanager
+    async def kept_from_trimming(self) -> AsyncIterator[None]:
+        """Nothing behind its size is cleared inside."""
+        async with self._trim_turn:
+            yield
+
+    def hold_writers(self) -> Callable[[], None]:
+        """Have writers wait, until what this gives is called. The caller keeps truncates out."""
+        held = self._truncated = trio.Event()
+
+        def let_go() -> None:
+            self._truncated = None
+            held.set()
+
+        return let_go
+
+    def give_up(self) -> int:
+        """Let go of the contents, to be others by :meth:`become`; how many have it open.
+
+        No await until then, so each read and write is of the one or of the other. The caller holds
+        writers.
+        """
+        opens = self.opens
+        if opens:
+            self.opens = 1
+            self.close()
+        self.versions.clear()
+        # A sync under way is of the old contents, and says nothing of these.
+        self._shrink_count += 1
+        return opens
+
+    def become(self, row: VolumeRow) -> None:
+        """Be the volume of another row, which is saved."""
+        self._take(row, is_saved=True, needs_trim=False)
+
+    def resume(self, opens: int) -> None:
+        """After :meth:`become`: whoever had it open has it open."""
+        if opens:
+            self.open()
+            self.opens = opens
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -479,6 +538,12 @@ class Volume(VolumeView):
             )
             stored = [row.object_index for row in rows]
             resident = [index for index in list(portion.objects) if index >= from_object]
+            ancestors = [one.volume_id for one in self._traits.ancestors(self.volume_id)]
+            if ancestors:
+                # Objects that are inherited have no row of their own.
+                stored = await processor.access.ask(
+                    processor.access.store.objects_from, [self.volume_id, *ancestors], from_object, _TRIM_BATCH
+                )
             if len(stored) == _TRIM_BATCH:
                 resident = [index for index in resident if index <= stored[-1]]
             for object_index in sorted({*stored, *resident}):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,13 +17,14 @@ import trio
 
 from .catalogaccess import CatalogAccess
 from .errors import ExistsError, NotFoundError, SnapfsError
-from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow
+from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow, VolumeTraits
 from .geometry import Epoch, VolumeId
 from .processor import PortionFacts, Processor
 from .reserve import Reserve
 from .shardstate import EpochClock
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
+from .traits import TraitsTable
 from .units import check_name, show_name
 from .volume import Volume
 
@@ -55,12 +56,15 @@ class VolumeTable:
         clock: EpochClock,
         next_volume_id: int,
         removed: dict[VolumeId, Epoch],
+        traits: TraitsTable,
         reserve: Reserve,
         reclaim_wakeup: Wakeup,
     ) -> None:
         self.by_name: dict[bytes, Volume] = {}
         self.by_id: dict[VolumeId, Volume] = {}
+        self.by_file_id: dict[VolumeId, Volume] = {}
         self.removed = removed
+        self.traits = traits
         self.lock = trio.Lock()
         self.processors: Sequence[Processor] = ()
         self._catalog = catalog
@@ -87,6 +91,7 @@ class VolumeTable:
             self._catalog,
             self._snapshots,
             self._clock,
+            traits=self.traits,
             is_saved=is_saved,
             needs_trim=needs_trim,
         )
@@ -94,6 +99,7 @@ class VolumeTable:
     def _add(self, volume: Volume) -> None:
         self.by_name[volume.name] = volume
         self.by_id[volume.volume_id] = volume
+        self.by_file_id[volume.file_id] = volume
 
     def facts_of(self, volume_id: VolumeId) -> PortionFacts:
         """What a processor has to know of a volume."""
@@ -124,10 +130,14 @@ class VolumeTable:
         if volume.opens == 0:
             self._open.discard(volume)
             if volume.is_removed:
-                self.by_id.pop(volume.volume_id, None)
+                self._drop(volume)
                 self._reclaim_wakeup.set()
             else:
                 self._unsaved.add(volume)
+
+    def _drop(self, volume: Volume) -> None:
+        self.by_id.pop(volume.volume_id, None)
+        self.by_file_id.pop(volume.file_id, None)
 
     @asynccontextmanager
     async def opened(self, name: bytes) -> AsyncIterator[Volume]:
@@ -165,27 +175,95 @@ class VolumeTable:
 
     async def create(self, name: bytes, mode: int = 0o600, uid: int = 0, gid: int = 0) -> Volume:
         """Make an empty volume; it is durable. Raises ExistsError, BadNameError, NoSpaceError."""
-        check_name(name, "volume")
+        now = time.time_ns()
+        attributes = Attributes(name, 0, stat.S_IMODE(mode), uid, gid, now, now, now)
+        return await self.create_as(attributes, lambda volume_id: None)
+
+    async def create_as(
+        self,
+        attributes: Attributes,
+        traits_of: Callable[[VolumeId], VolumeTraits | None],
+        prepare: Callable[[VolumeId], Awaitable[None]] | None = None,
+        origin_instant: int | None = None,
+    ) -> Volume:
+        """Make a volume with these attributes, and traits if there are any; it is durable.
+
+        ``prepare`` makes durable, beforehand, what the processors must know of it.
+        ``origin_instant`` is that of the snapshot of which it is a clone.
+        """
+        check_name(attributes.name, "volume")
         async with self.lock:
-            if name in self.by_name:
-                raise ExistsError(f"there is a volume {show_name(name)!r} already", "Choose another name")
-            now = time.time_ns()
-            epoch = Epoch(self._clock.epoch)
-            row = VolumeRow(
-                VolumeId(self._next_volume_id),
-                Attributes(name, 0, stat.S_IMODE(mode), uid, gid, now, now, now),
-                birth_epoch=epoch,
-                epoch=epoch,
-                named_epoch=Epoch(0),
-                created_ns=now,
-                trim=0,
-            )
-            volume = self._volume(row, is_saved=False, needs_trim=False)
-            self._next_volume_id += 1
+            self.check_free(attributes.name)
+            row = self.new_row(attributes, origin_instant)
             next_id = self._next_volume_id
-            await self._catalog.save([volume], lambda: CatalogBatch(meta={"next_volume_id": next_id}))
+            if prepare is not None:
+                await prepare(row.volume_id)
+            traits = traits_of(row.volume_id)
+            batch = CatalogBatch(meta={"next_volume_id": next_id}, traits=[traits] if traits is not None else [])
+            if traits is not None:
+                self.traits.put(traits)
+            try:
+                volume = self._volume(row, is_saved=False, needs_trim=False)
+                await self._catalog.save([volume], lambda: batch)
+            except BaseException:
+                self.traits.drop(row.volume_id)
+                for processor in self.processors:
+                    processor.tally.drop(row.volume_id)
+                raise
             self._add(volume)
             return volume
+
+    def check_free(self, name: bytes) -> None:
+        """Raises ExistsError when a volume has that name."""
+        if name in self.by_name:
+            raise ExistsError(f"there is a volume {show_name(name)!r} already", "Choose another name")
+
+    @property
+    def next_volume_id(self) -> int:
+        """The id that the next volume gets."""
+        return self._next_volume_id
+
+    def new_row(self, attributes: Attributes, origin_instant: int | None = None) -> VolumeRow:
+        """The row of a volume to be born now, perhaps as a clone of what a snapshot holds.
+
+        A clone is born after its snapshot, also where that named some volumes and so left the
+        epoch of the others as it was. What it inherits may reach behind its size.
+        """
+        epoch = Epoch(max(self._clock.epoch, 0 if origin_instant is None else origin_instant + 1))
+        volume_id = VolumeId(self._next_volume_id)
+        self._next_volume_id += 1
+        return VolumeRow(
+            volume_id,
+            attributes,
+            birth_epoch=epoch,
+            epoch=epoch,
+            named_epoch=epoch if epoch > self._clock.epoch else Epoch(0),
+            created_ns=time.time_ns(),
+            trim=int(origin_instant is not None),
+        )
+
+    def take_back(self, volume: Volume | None, row: VolumeRow, epoch: Epoch) -> None:
+        """Memory follows a rollback that is durable: the volume is that of ``row`` now, what it was is removed.
+
+        None: one that was gone has come back.
+        """
+        if volume is None:
+            self._add(self._volume(row, is_saved=True, needs_trim=False))
+            return
+        old_id = volume.volume_id
+        self.removed[old_id] = epoch
+        for processor in self.processors:
+            processor.tally.hide(old_id)
+            portion = processor.portions.get(old_id)
+            if portion is not None:
+                portion.last_instant = epoch - 1
+        del self.by_id[old_id]
+        opens = volume.give_up()
+        volume.become(row)
+        self.by_id[row.volume_id] = volume
+        volume.resume(opens)
+        self._unsaved.add(volume)
+        self._reclaim_wakeup.set()
 
     async def rename(self, old: bytes, new: bytes, *, replace: bool = True, exchange: bool = False) -> None:
         """Give a volume another name, in place of the volume that has it if ``replace``, durably.
@@ -208,7 +286,7 @@ class VolumeTable:
                     other.before_change()
                     other.name = old
                 elif other is not None:
-                    self._add_removal(batch, other)
+                    self.add_removal(batch, other)
                 volume.before_change()
                 volume.name = new
                 return batch
@@ -236,13 +314,11 @@ class VolumeTable:
         """
         async with self.lock:
             volume = self.get(name)
-            await self._reserve.helped(
-                lambda: self._catalog.save([], lambda: self._add_removal(CatalogBatch(), volume))
-            )
+            await self._reserve.helped(lambda: self._catalog.save([], lambda: self.add_removal(CatalogBatch(), volume)))
             del self.by_name[name]
             self._forget(volume)
 
-    def _add_removal(self, batch: CatalogBatch, volume: Volume) -> CatalogBatch:
+    def add_removal(self, batch: CatalogBatch, volume: Volume) -> CatalogBatch:
         """Add a removal to a commit; memory follows when it is durable."""
         epoch = max(self._clock.epoch, volume.named_epoch)
         batch.versions += volume.needed_versions()
@@ -266,7 +342,7 @@ class VolumeTable:
             if portion is not None:
                 portion.last_instant = volume.last_instant
         if volume.opens == 0:
-            self.by_id.pop(volume.volume_id, None)
+            self._drop(volume)
             self._reclaim_wakeup.set()
 
     def to_dismantle(self) -> list[tuple[VolumeId, Epoch]]:
@@ -274,7 +350,7 @@ class VolumeTable:
         for volume_id in self.removed:
             volume = self.by_id.get(volume_id)
             if volume is not None and volume.opens == 0:
-                del self.by_id[volume_id]
+                self._drop(volume)
         return [(one, epoch) for one, epoch in self.removed.items() if one not in self.by_id]
 
     def to_trim(self) -> list[Volume]:

@@ -192,7 +192,7 @@ def test_descriptors_survive_and_refuse() -> None:
     device = DeviceDescriptor("id", 2)
     assert DeviceDescriptor.from_json(device.to_json(), "d") == device
     with pytest.raises(TooNewError):
-        PoolDescriptor.from_json(pool.to_json().replace(b'"format_version": 1', b'"format_version": 2'), "p")
+        PoolDescriptor.from_json(pool.to_json().replace(b'"format_version": 2', b'"format_version": 3'), "p")
     for contents, error in (
         (b"", DamagedError),
         (b"[]", NotAPoolError),
@@ -201,7 +201,7 @@ def test_descriptors_survive_and_refuse() -> None:
         (device.to_json(), NotAPoolError),
         (pool.to_json().replace(b": 4", b": 400"), DamagedError),
         (pool.to_json().replace(b'"pool_id"', b'"x"'), DamagedError),
-        (pool.to_json().replace(b'"format_version": 1', b'"format_version": "1"'), DamagedError),
+        (pool.to_json().replace(b'"format_version": 2', b'"format_version": "2"'), DamagedError),
     ):
         with pytest.raises(error):
             PoolDescriptor.from_json(contents, "p")
@@ -237,9 +237,9 @@ LAYERS = [
     ["errors"],
     ["units"],
     ["geometry"],
-    ["blockmap", "snapshotindex", "tasks"],
+    ["blockmap", "snapshotindex", "tasks", "jobs"],
     ["formats", "events"],
-    ["database"],
+    ["database", "traits"],
     ["catalog", "shardstore", "changelog", "reserve"],
     ["catalogaccess", "unnamed", "shardstate"],
     ["portion"],
@@ -248,6 +248,7 @@ LAYERS = [
     ["volumes", "snapshot"],
     ["snapshots"],
     ["reclaimer"],
+    ["clones"],
     ["pool"],
     ["manifest", "status", "repair"],
     ["check"],

@@ -100,7 +100,7 @@ def test_sqlite_survives_power_cuts_on_a_device() -> None:
     """A commit that returned is there after any cut; one that did not is there whole or not at all."""
     for seed in range(150):
         device = MemoryDevice()
-        database = Database(device, "db", "a test", create_schema="CREATE TABLE t (x INTEGER, y BLOB)")
+        database = Database(device, "db", "a test", create_schemas=["CREATE TABLE t (x INTEGER, y BLOB)"])
         device.sync_names("")
         count = 0
         for number in range(seed % 7 + 1):
@@ -117,7 +117,7 @@ def test_sqlite_survives_power_cuts_on_a_device() -> None:
 
 def test_a_full_device_is_said_to_be_full() -> None:
     device = MemoryDevice(capacity_bytes=128 << 10)
-    database = Database(device, "db", "a test", create_schema="CREATE TABLE t (y BLOB)")
+    database = Database(device, "db", "a test", create_schemas=["CREATE TABLE t (y BLOB)"])
     with pytest.raises(NoSpaceError), database.transaction():
         database.each("INSERT INTO t VALUES (?)", [(bytes(100000),)] * 4)
     assert database.row("SELECT count(*) FROM t") == (0,)

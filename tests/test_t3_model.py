@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snapfs.backends import CrashPlan
-from snapfs.errors import SnapfsError
+from snapfs.errors import ExistsError, HeldError, NotFoundError, SnapfsError
 
 from .harness import Running, World, read_snapshot, read_volume
 
 SECTOR = 512
 SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
-NAMES = [b"a", b"b"]
+NAMES = [b"a", b"b", b"c"]
 SNAPSHOT_NAMES = [b"s0", b"s1", b"s2", b"s3"]
 
 
@@ -26,6 +27,7 @@ class ModelVolume:
     """What a volume holds, and what it may hold after a power cut: every version since the last sync."""
 
     data: bytearray = field(default_factory=bytearray)
+    identity: object = field(default_factory=object)
     versions: list[bytes] = field(default_factory=lambda: [b""])
 
     def note(self) -> None:
@@ -48,7 +50,8 @@ class ModelVolume:
 class Model:
     def __init__(self) -> None:
         self.volumes: dict[bytes, ModelVolume] = {}
-        self.snapshots: dict[bytes, dict[bytes, bytes]] = {}
+        self.snapshots: dict[bytes, dict[bytes, tuple[object, bytes]]] = {}
+        self.held: set[bytes] = set()
 
 
 offsets = st.one_of(
@@ -68,6 +71,11 @@ operations = st.one_of(
     st.tuples(st.just("sync"), st.sampled_from(NAMES)),
     st.tuples(st.just("snapshot"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from([None, [b"a"], [b"b"]])),
     st.tuples(st.just("delete"), st.sampled_from(SNAPSHOT_NAMES)),
+    st.tuples(st.just("clone"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("rollback"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from([None, *NAMES])),
+    st.tuples(st.just("flatten"), st.sampled_from(NAMES)),
+    st.tuples(st.just("hold"), st.sampled_from(SNAPSHOT_NAMES)),
+    st.tuples(st.just("release"), st.sampled_from(SNAPSHOT_NAMES)),
     st.tuples(st.just("reclaim")),
     st.tuples(st.just("pass-time")),
     st.tuples(st.just("reopen")),
@@ -148,13 +156,64 @@ class Runner:
             return
         assert not expected_error
         held = self.model.volumes if names is None else {one: self.model.volumes[one] for one in names}
-        self.model.snapshots[name] = {one: bytes(volume.data) for one, volume in held.items()}
+        self.keep(name, held)
+
+    def keep(self, name: bytes, held: dict[bytes, ModelVolume]) -> None:
+        self.model.snapshots[name] = {one: (volume.identity, bytes(volume.data)) for one, volume in held.items()}
         for volume in held.values():
             volume.synced()
 
     async def do_delete(self, name: bytes) -> None:
-        if self.model.snapshots.pop(name, None) is not None:
+        if name in self.model.held:
+            with pytest.raises(HeldError):
+                await self.running.pool.snapshots.delete(name)
+        elif self.model.snapshots.pop(name, None) is not None:
             await self.running.pool.snapshots.delete(name)
+
+    async def do_hold(self, name: bytes) -> None:
+        if name in self.model.snapshots and name not in self.model.held:
+            await self.running.pool.snapshots.hold(name, "tag")
+            self.model.held.add(name)
+
+    async def do_release(self, name: bytes) -> None:
+        if name in self.model.held:
+            await self.running.pool.snapshots.release(name, "tag")
+            self.model.held.remove(name)
+
+    async def do_clone(self, snapshot: bytes, source: bytes, new: bytes) -> None:
+        found = self.model.snapshots.get(snapshot, {}).get(source)
+        if found is None or new in self.model.volumes:
+            with pytest.raises((NotFoundError, ExistsError)):
+                await self.running.pool.clones.clone(snapshot, source, new)
+            return
+        await self.running.pool.clones.clone(snapshot, source, new)
+        self.model.volumes[new] = ModelVolume(bytearray(found[1]))
+        self.model.volumes[new].synced()
+
+    async def do_rollback(self, snapshot: bytes, name: bytes | None) -> None:
+        kept = self.model.snapshots.get(snapshot, {})
+        wanted = kept if name is None else {name: kept[name]} if name in kept else None
+        if snapshot not in self.model.snapshots or wanted is None:
+            return
+        now = {volume.identity: (one, volume) for one, volume in self.model.volumes.items()}
+        if any(identity not in now and one in self.model.volumes for one, (identity, _) in wanted.items()):
+            with pytest.raises(ExistsError):
+                await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
+            return
+        undo = await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
+        assert undo.name is not None
+        self.keep(undo.name, {now[i][0]: now[i][1] for i, _ in wanted.values() if i in now})
+        for one, (identity, data) in wanted.items():
+            volume = now[identity][1] if identity in now else ModelVolume(identity=identity)
+            volume.data = bytearray(data)
+            volume.synced()
+            if identity not in now:
+                self.model.volumes[one] = volume
+
+    async def do_flatten(self, name: bytes) -> None:
+        if name in self.model.volumes:
+            await self.running.pool.clones.flatten(name)
+            self.model.volumes[name].synced()
 
     async def do_reclaim(self) -> None:
         await self.running.pool.reclaimer.reclaim_all()
@@ -189,7 +248,7 @@ class Runner:
             snapshot = pool.snapshots.get(name)
             members = await pool.snapshots.members(snapshot)
             assert set(members.by_name) == set(contents)
-            for volume_name, data in contents.items():
+            for volume_name, (_, data) in contents.items():
                 assert await read_snapshot(pool, snapshot, volume_name) == data
 
     async def finish(self) -> None:

@@ -28,6 +28,7 @@ from snapfs.errors import (
 from snapfs.manifest import manifest_of
 from snapfs.pool import Pool, create_pool
 from snapfs.shardstate import NotResidentError
+from snapfs.snapshots import _Wish
 from snapfs.status import pool_status, processor_status
 
 from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
@@ -235,8 +236,8 @@ async def test_a_snapshot_cut_off_before_its_publication_leaves_nothing() -> Non
         await put(pool, b"v", 0, b"1" * 4096)
         await pool.snapshots.create(b"kept")
         await put(pool, b"v", 0, b"2" * 4096)
-        row, parts = pool.snapshots._cut(b"lost", None, "")
-        for processor, part in zip(pool.processors, parts, strict=True):
+        cut = pool.snapshots._cut(_Wish(b"lost", "", frozenset(), ""), None)
+        for processor, part in zip(pool.processors, cut.parts, strict=True):
             await processor.prepare(part, None, pool.catalog.generation)
         await put(pool, b"v", 0, b"3" * 4096)
         await pool.volumes.get(b"v").sync()
@@ -249,7 +250,7 @@ async def test_a_snapshot_cut_off_before_its_publication_leaves_nothing() -> Non
         assert await read_volume(pool, b"v") == b"3" * 4096
         assert await read_snapshot(pool, pool.snapshots.get(b"kept"), b"v") == b"1" * 4096
         again = await pool.snapshots.create(b"lost")
-        assert again.instant > row.instant
+        assert again.instant > cut.row.instant
         await pool.reclaimer.reclaim_all()
         await running.stop()
     world.check_clean()

@@ -10,7 +10,22 @@ import sys
 import click
 
 from ..errors import SnapfsError
-from . import check, create, delete, init, listing, mount, rename, snapshot, status, umount
+from . import (
+    check,
+    clone,
+    create,
+    delete,
+    flatten,
+    hold,
+    init,
+    listing,
+    mount,
+    rename,
+    rollback,
+    snapshot,
+    status,
+    umount,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,6 +43,11 @@ for _command in (
     listing.list_snapshots,
     delete.delete,
     rename.rename,
+    rollback.rollback,
+    clone.clone,
+    flatten.flatten,
+    hold.hold,
+    hold.release,
     status.status,
     check.check,
 ):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
 from ..errors import BadCommandError, NotFoundError, SnapfsError
 
 Answer = dict[str, Any]
 _READ_BYTES = 1 << 20
+_PROGRESS_PERIOD_S = 0.25
 
 
 class RefusedError(SnapfsError):
@@ -48,9 +50,30 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
         os.close(fd)
     if failed is not None or not answer.get("ok"):
         refused = RefusedError(answer.get("error") or str(failed), answer.get("fix", ""))
+        refused.exit_code = answer.get("exit_code", 1)
         refused.errno = answer.get("errno") or (failed.errno if failed is not None else refused.errno) or 5
         raise refused
     return answer
+
+
+def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
+    """Like :func:`ask`, with a progress bar on a terminal, as the daemon tells in its status of such a job."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return ask(mount_point, *words, options=options)
+    with ThreadPoolExecutor(1) as pool, Progress(console=console, transient=True) as progress:
+        answer = pool.submit(ask, mount_point, *words, options=options)
+        bar = progress.add_task(words[0], total=None)
+        status = os.path.join(mount_point, ".snapfs", "status.json")
+        while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
+            with open(status) as file:
+                jobs = [job for job in json.load(file)["jobs"] if job["kind"] == words[0]]
+            for job in jobs:
+                progress.update(bar, completed=job["done"], total=job["total"], description=f"{words[0]} {job['what']}")
+        return answer.result()
 
 
 def _read_answer(fd: int) -> Answer:

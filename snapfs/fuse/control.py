@@ -18,7 +18,7 @@ from ..status import snapshot_entry, snapshot_entry_with_space
 from ..units import format_size, parse_size, show_name
 
 LINE_BYTES_MAX = 65536
-OPTION_KEYS = frozenset({"volume", "note", "space"})
+OPTION_KEYS = frozenset({"volume", "note", "space", "hold", "force"})
 Answer = dict[str, object]
 ResizeFile = Callable[[bytes, int], Awaitable[None]]
 
@@ -52,6 +52,13 @@ class Command:
     def all_of(self, key: str) -> list[bytes]:
         """Every value given for an option."""
         return [value for one, value in self.options if one == key]
+
+    def flag(self, key: str) -> bool:
+        """Whether an option is given as yes. Raises BadCommandError for anything but yes and no."""
+        values = self.all_of(key)
+        if any(value not in (b"yes", b"no") for value in values):
+            raise BadCommandError(f"{key} is yes or no", f"Write {key}=yes, or leave it out")
+        return bool(values) and values[-1] == b"yes"
 
 
 def parse(line: bytes) -> tuple[str, Command] | None:
@@ -97,6 +104,7 @@ def failure(line: bytes, error: SnapfsError | OSError) -> Answer:
         "ok": False,
         "line": show_name(line[:256]),
         "errno": error.errno,
+        "exit_code": error.exit_code if isinstance(error, SnapfsError) else 1,
         "error": error.reason if isinstance(error, SnapfsError) else str(error),
         "fix": error.fix if isinstance(error, SnapfsError) else "",
     }
@@ -108,16 +116,69 @@ def encode_answer(answer: Answer) -> bytes:
 
 
 async def _snapshot(context: CommandContext, command: Command) -> Answer:
-    """snapshot [NAME] [volume=V]... [note=TEXT]: make a snapshot of all volumes, or of those named."""
+    """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT]: make a snapshot of all volumes, or of those named."""
     command.word_count(0, 1, "one name or none")
-    command.known_options("volume", "note")
+    command.known_options("volume", "note", "hold")
     volumes = command.all_of("volume")
     try:
         note = b" ".join(command.all_of("note")).decode()
     except UnicodeDecodeError:
         raise BadCommandError("the note is not text in UTF-8", "Write it in UTF-8") from None
-    snapshot = await context.pool.snapshots.create(command.words[0] if command.words else None, volumes or None, note)
+    snapshot = await context.pool.snapshots.create(
+        command.words[0] if command.words else None,
+        volumes or None,
+        note,
+        hold_tags=[show_name(tag) for tag in command.all_of("hold")],
+    )
     return snapshot_entry(snapshot)
+
+
+async def _rollback(context: CommandContext, command: Command) -> Answer:
+    """rollback NAME [volume=V]... [force=yes]: put volumes back to a snapshot; the present is kept as another one."""
+    command.word_count(1, 1, "the name of a snapshot")
+    command.known_options("volume", "force")
+    undo = await context.pool.clones.rollback(
+        command.words[0], command.all_of("volume") or None, force=command.flag("force")
+    )
+    return {"name": show_name(command.words[0]), "undo": show_name(undo.name or b"")}
+
+
+async def _clone(context: CommandContext, command: Command) -> Answer:
+    """clone NAME/VOLUME NEW: make a writable volume of what a snapshot holds."""
+    command.word_count(2, 2, "NAME/VOLUME and the name of the new volume")
+    command.known_options()
+    source, new = command.words
+    snapshot, slash, volume = source.partition(b"/")
+    if not slash:
+        raise BadCommandError(f"{show_name(source)!r} names no volume of a snapshot", "Write it as NAME/VOLUME")
+    made = await context.pool.clones.clone(snapshot, volume, new)
+    return {"volume": show_name(new), "volume_id": made.volume_id, "size_bytes": made.size_bytes}
+
+
+async def _flatten(context: CommandContext, command: Command) -> Answer:
+    """flatten VOLUME: copy what a clone shares with others, so that it depends on none."""
+    command.word_count(1, 1, "the name of a volume")
+    command.known_options()
+    copied_bytes = await context.pool.clones.flatten(command.words[0])
+    return {"volume": show_name(command.words[0]), "copied_bytes": copied_bytes}
+
+
+async def _hold(context: CommandContext, command: Command) -> Answer:
+    """hold NAME TAG: keep a snapshot from being deleted until the tag is released."""
+    command.word_count(2, 2, "the name of a snapshot and a tag")
+    command.known_options()
+    name, tag = command.words
+    await context.pool.snapshots.hold(name, show_name(tag))
+    return {"name": show_name(name), "holds": sorted(context.pool.snapshots.get(name).hold_tags)}
+
+
+async def _release(context: CommandContext, command: Command) -> Answer:
+    """release NAME TAG: take a tag away."""
+    command.word_count(2, 2, "the name of a snapshot and a tag")
+    command.known_options()
+    name, tag = command.words
+    await context.pool.snapshots.release(name, show_name(tag))
+    return {"name": show_name(name), "holds": sorted(context.pool.snapshots.get(name).hold_tags)}
 
 
 async def _delete(context: CommandContext, command: Command) -> Answer:
@@ -184,6 +245,11 @@ COMMANDS: Mapping[str, CommandFunction] = {
     "snapshot": _snapshot,
     "delete": _delete,
     "rename": _rename,
+    "rollback": _rollback,
+    "clone": _clone,
+    "flatten": _flatten,
+    "hold": _hold,
+    "release": _release,
     "resize": _resize,
     "sync": _sync,
     "list": _list,

@@ -202,7 +202,7 @@ class Namespace:
             volume_id = VolumeId(int(name))
         except ValueError:
             raise NoEntryError("there is no such file") from None
-        if volume_id not in self.pool.volumes.by_id:
+        if volume_id not in self.pool.volumes.by_file_id:
             raise NoEntryError("there is no such volume")
         return names.of_volume(volume_id)
 
@@ -221,7 +221,7 @@ class Namespace:
         if snapshot_id:
             return await self._node_in_snapshot(inode, volume_id)
         if volume_id is not None:
-            volume = self.pool.volumes.by_id.get(volume_id)
+            volume = self.pool.volumes.by_file_id.get(volume_id)
             if volume is None:
                 raise NoEntryError("the volume is removed")
             return self.volume_node(volume)
@@ -234,7 +234,7 @@ class Namespace:
     def volume_node(self, volume: Volume) -> Node:
         """The attributes of a live volume."""
         return Node(
-            names.of_volume(volume.volume_id),
+            names.of_volume(volume.file_id),
             stat.S_IFREG | volume.mode,
             volume.uid,
             volume.gid,
@@ -323,7 +323,7 @@ class Namespace:
     async def listing(self, inode: int) -> list[int]:
         """Inodes of a folder's entries, in the order in which they are told."""
         if inode == names.ROOT:
-            return [names.SNAPSHOTS, names.META, *sorted(self.pool.volumes.by_id)]
+            return [names.SNAPSHOTS, names.META, *sorted(self.pool.volumes.by_file_id)]
         if inode == names.SNAPSHOTS:
             return [names.of_snapshot(one) for one in sorted(self.pool.snapshots.by_id)]
         if inode == names.META:
@@ -356,7 +356,7 @@ class Namespace:
             members = await self.pool.snapshots.members(snapshot)
             return members.by_id[volume_id].name
         if volume_id is not None:
-            volume = self.pool.volumes.by_id.get(volume_id)
+            volume = self.pool.volumes.by_file_id.get(volume_id)
             return None if volume is None or volume.is_removed else volume.name
         if inode in self._files:
             return self._files[inode][0]
@@ -379,7 +379,7 @@ class Namespace:
             return await self._open_in_snapshot(inode)
         volume_id = names.volume_id_of(inode)
         if volume_id is not None:
-            volume = self.pool.volumes.by_id.get(volume_id)
+            volume = self.pool.volumes.by_file_id.get(volume_id)
             if volume is None:
                 raise NoEntryError("the volume is removed")
             if flags & os.O_TRUNC:
@@ -402,7 +402,7 @@ class Namespace:
         is_writer = bool(flags & _WRITE_FLAGS)
         self.pool.volumes.open(volume)
         if is_writer:
-            self.writer_counts[volume.volume_id] = self.writer_counts.get(volume.volume_id, 0) + 1
+            self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1
         return VolumeHandle(volume, is_writer=is_writer, is_flusher=self._is_helper(caller))
 
     async def _open_in_snapshot(self, inode: int) -> Handle:
@@ -420,9 +420,9 @@ class Namespace:
         if isinstance(handle, VolumeHandle):
             volume = handle.volume
             if handle.is_writer:
-                self.writer_counts[volume.volume_id] -= 1
-                if not self.writer_counts[volume.volume_id]:
-                    del self.writer_counts[volume.volume_id]
+                self.writer_counts[volume.file_id] -= 1
+                if not self.writer_counts[volume.file_id]:
+                    del self.writer_counts[volume.file_id]
             self.pool.volumes.close(volume)
         elif isinstance(handle, SnapshotHandle):
             view = handle.snapshot_volume
@@ -485,7 +485,7 @@ class Namespace:
                 # `echo command > control` truncates first; the events are cut by the daemon itself.
                 return await self.node(inode)
             raise NotPermittedError("this file is snapfs' own")
-        volume = self.pool.volumes.by_id.get(volume_id)
+        volume = self.pool.volumes.by_file_id.get(volume_id)
         if volume is None:
             raise NoEntryError("the volume is removed")
         if size_bytes is not None:

@@ -129,7 +129,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """See pyfuse3."""
         caller = _caller(ctx)
         volume = await self._namespace.create(parent_inode, name, mode, caller)
-        handle = await self._namespace.open(volume.volume_id, flags & ~os.O_TRUNC, caller)
+        handle = await self._namespace.open(volume.file_id, flags & ~os.O_TRUNC, caller)
         return self._admit(handle), _attributes(self._namespace.volume_node(volume))
 
     @_translated
@@ -158,7 +158,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """Have the kernel ask again what ``du`` shows. Of attributes only, so it waits for no page."""
         if isinstance(handle, VolumeHandle) and handle.has_new_block_count():
             with contextlib.suppress(OSError):
-                pyfuse3.invalidate_inode(handle.volume.volume_id, attr_only=True)
+                pyfuse3.invalidate_inode(handle.volume.file_id, attr_only=True)
 
     @_translated
     async def release(self, fh: int) -> None:

@@ -8,12 +8,13 @@ be durable: the snapshot does that.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -36,9 +37,13 @@ class FlushError(SnapfsError):
 
 
 class OwnMount:
-    """Calls on the daemon's own mount, one at a time. To be started before the mount is made."""
+    """Calls on the daemon's own mount, one at a time. To be started before the mount is made.
 
-    def __init__(self, namespace: Namespace, mount_point: str) -> None:
+    ``invalidate`` has the kernel forget the pages and attributes of an inode; it may block.
+    """
+
+    def __init__(self, namespace: Namespace, mount_point: str, invalidate: Callable[[int], None]) -> None:
+        self._invalidate = invalidate
         self._namespace = namespace
         self._mount_point = mount_point
         self._folder = os.path.join(mount_point, os.fsdecode(META_NAME))
@@ -93,9 +98,7 @@ class OwnMount:
 
     async def flush(self, volumes: Sequence[Volume]) -> None:
         """Have the kernel write back the pages of those volumes that have a writer. Raises FlushError."""
-        wanted = {
-            self._path_of(one.volume_id): one for one in volumes if one.volume_id in self._namespace.writer_counts
-        }
+        wanted = {self._path_of(one.file_id): one for one in volumes if one.file_id in self._namespace.writer_counts}
         if not wanted:
             return
         try:
@@ -115,7 +118,15 @@ class OwnMount:
         volume = self._namespace.pool.volumes.by_name.get(name)
         if volume is None:
             raise NotFoundError("the volume is gone")
-        await self._call("truncate", self._path_of(volume.volume_id), size_bytes)
+        await self._call("truncate", self._path_of(volume.file_id), size_bytes)
+
+    async def refresh(self, volumes: Sequence[Volume]) -> None:
+        """After a rollback: the kernel is to keep nothing of what these files were, their sizes included."""
+        for volume in volumes:
+            # In a thread: it waits for pages that are being read, which are answered meanwhile.
+            await trio.to_thread.run_sync(self._invalidate, volume.file_id)
+            with contextlib.suppress(FileNotFoundError):
+                await self._call("truncate", self._path_of(volume.file_id), volume.size_bytes)
 
     async def cut_events(self, size_bytes: int) -> None:
         """Tell the kernel that the events have become shorter. Raises OSError."""

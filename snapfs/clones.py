@@ -1,0 +1,328 @@
+"""Going sideways and back: writable clones of what a snapshot holds, and rollbacks.
+
+A clone is made at once, whatever its size: a volume without maps of its own, whose objects are its
+origin's as that stood at the snapshot, until they are written. A rollback is a snapshot of the
+present and, in the same commit of the catalog, such a clone in the place of each volume.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from .errors import BusyVolumeError, ExistsError
+from .events import EventLog
+from .formats import Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
+from .geometry import BLOCK_SHIFT, Epoch, VolumeId
+from .jobs import Job, Jobs
+from .portion import Portion
+from .processor import Processor
+from .reclaimer import Reclaimer
+from .shardstate import NotResidentError, OldBlocks
+from .snapshot import Snapshot
+from .snapshots import SnapshotTable
+from .units import check_name, show_name, utc_name
+from .volume import Volume
+from .volumes import VolumeTable
+
+AfterRollback = Callable[[Sequence[Volume]], Awaitable[None]]
+_CLOSING_S = 2.0
+_FLATTEN_BATCH = 256
+
+
+async def nothing_after_rollback(volumes: Sequence[Volume]) -> None:
+    """Without a mount nobody has pages of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A volume to be rolled back, None for one that is gone, and what it is to be."""
+
+    volume: Volume | None
+    source_id: VolumeId
+    attributes: Attributes
+
+
+class Clones:
+    """Makes clones, rolls back, and makes clones independent.
+
+    ``after_rollback`` has whoever mounts drop the pages that the kernel keeps of rolled back volumes.
+    """
+
+    def __init__(
+        self,
+        volumes: VolumeTable,
+        snapshots: SnapshotTable,
+        processors: Sequence[Processor],
+        reclaimer: Reclaimer,
+        events: EventLog,
+        jobs: Jobs,
+    ) -> None:
+        self.after_rollback: AfterRollback = nothing_after_rollback
+        self._volumes = volumes
+        self._snapshots = snapshots
+        self._processors = processors
+        self._reclaimer = reclaimer
+        self._events = events
+        self._jobs = jobs
+
+    # -- clones ------------------------------------------------------------------------------
+
+    async def clone(self, snapshot_name: bytes, volume_name: bytes, new_name: bytes) -> Volume:
+        """Make a writable volume of what a snapshot holds of one; it is durable.
+
+        Takes mode and owner from there. Raises NotFoundError, ExistsError, BadNameError, NoSpaceError.
+        """
+        check_name(new_name, "volume")
+        with trio.CancelScope(shield=True):
+            # The lock keeps the snapshot there until the clone is known to need it.
+            async with self._snapshots.lock:
+                snapshot = self._snapshots.get(snapshot_name)
+                members = await self._snapshots.members(snapshot)
+                source_id, attributes = members.get(volume_name)
+                volume = await self._volumes.create_as(
+                    attributes._replace(name=new_name, ctime_ns=time.time_ns()),
+                    lambda volume_id: self._traits(volume_id, volume_id, source_id, snapshot),
+                    partial(self._note_counts, source_id, snapshot.instant),
+                    snapshot.instant,
+                )
+        self._events.note("cloned", name=show_name(new_name), of=f"{show_name(snapshot_name)}/{show_name(volume_name)}")
+        return volume
+
+    def _traits(self, volume_id: VolumeId, file_id: VolumeId, source_id: VolumeId, snapshot: Snapshot) -> VolumeTraits:
+        return VolumeTraits(
+            volume_id,
+            file_id,
+            origin_id=source_id,
+            origin_instant=snapshot.instant,
+            origin_snapshot_id=snapshot.snapshot_id,
+            inherits=1,
+            changelog_id=self._volumes.traits.get(source_id).changelog_id,
+        )
+
+    async def _note_counts(self, source_id: VolumeId, instant: int, volume_id: VolumeId) -> None:
+        """Have each processor count what the clone inherits, durably, before the clone is."""
+        for processor in self._processors:
+            portion = processor.portions.get(source_id)
+            if portion is not None and portion.failure is None:
+                # The log that tells the count of then may not be stored yet.
+                await processor.commit([portion])
+            store = processor.access.store
+            then = await processor.access.ask(store.live_count_at, source_id, instant)
+            count = processor.tally.counts.get(source_id, 0) if then is None else then
+            if count:
+                await processor.commit([], ShardBatch(portions=[(volume_id, count)]))
+                processor.tally.add(volume_id, count)
+
+    # -- rollback ----------------------------------------------------------------------------
+
+    async def rollback(
+        self, snapshot_name: bytes, volume_names: Iterable[bytes] | None = None, *, force: bool = False
+    ) -> Snapshot:
+        """Put the volumes named, or all that the snapshot holds (None), back to what they were; durable.
+
+        All at one instant, or none. The present is kept as a snapshot, which is returned; newer
+        snapshots stay; volumes that were made later stay as they are, those removed since come
+        back. Raises NotFoundError; BusyVolumeError when one is open, without ``force``;
+        ExistsError when the name of one that is to come back is taken.
+        """
+        with trio.CancelScope(shield=True):
+            async with self._snapshots.lock:
+                snapshot = self._snapshots.get(snapshot_name)
+                members = await self._snapshots.members(snapshot)
+                wanted = list(members.by_name if volume_names is None else dict.fromkeys(volume_names))
+                targets = [self._target(*members.get(name)) for name in wanted]
+                volumes = [target.volume for target in targets if target.volume is not None]
+                if not force:
+                    await self._wait_until_closed(volumes)
+                await self._snapshots.before_cut(volumes)
+                undo = await self._replace(snapshot, targets, force=force)
+            await self.after_rollback(volumes)
+        self._events.note(
+            "rolled-back",
+            to=show_name(snapshot_name),
+            volumes=[show_name(name) for name in wanted],
+            undo=show_name(undo.name or b""),
+        )
+        return undo
+
+    def _target(self, source_id: VolumeId, attributes: Attributes) -> _Target:
+        volume = self._volumes.by_file_id.get(self._volumes.traits.get(source_id).file_id)
+        if volume is not None and volume.is_removed:
+            volume = None
+        if volume is None and attributes.name in self._volumes.by_name:
+            raise ExistsError(
+                f"another volume has the name {show_name(attributes.name)!r} now", "Rename that one, then try again"
+            )
+        return _Target(volume, source_id, attributes)
+
+    async def _wait_until_closed(self, volumes: Sequence[Volume]) -> None:
+        """A close may still be on its way. Raises BusyVolumeError for a volume that stays open."""
+        with trio.move_on_after(_CLOSING_S):
+            for volume in volumes:
+                await volume.wait_until_closed()
+        for volume in volumes:
+            if volume.opens:
+                raise BusyVolumeError(
+                    f"volume {show_name(volume.name)!r} is open",
+                    "Close what uses it, or force the rollback: its users then see other contents at once",
+                )
+
+    async def _replace(self, snapshot: Snapshot, targets: Sequence[_Target], *, force: bool) -> Snapshot:
+        """The present as a snapshot, and the volumes as they were, in one commit."""
+        volumes = [target.volume for target in targets if target.volume is not None]
+        async with AsyncExitStack() as stack:
+            # In this order: a truncate trims while it has the lock of the volumes.
+            await stack.enter_async_context(self._volumes.lock)
+            for volume in volumes:
+                await stack.enter_async_context(volume.kept_from_trimming())
+            if not force:
+                # One may have been opened meanwhile.
+                for volume in volumes:
+                    if volume.opens:
+                        raise BusyVolumeError(f"volume {show_name(volume.name)!r} is open", "Close what uses it")
+            await stack.enter_async_context(_writers_held(volumes))
+            rows = [self._row_after(target, snapshot) for target in targets]
+            for target, row in zip(targets, rows, strict=True):
+                await self._note_counts(target.source_id, snapshot.instant, row.volume_id)
+            traits = [
+                self._traits(
+                    row.volume_id,
+                    self._file_id_after(target, row),
+                    target.source_id,
+                    snapshot,
+                )
+                for target, row in zip(targets, rows, strict=True)
+            ]
+            traits = [
+                one if target.volume is None else one._replace(changelog_id=self._changelog_of(target.volume))
+                for one, target in zip(traits, targets, strict=True)
+            ]
+            for one in traits:
+                self._volumes.traits.put(one)
+            try:
+                undo = await self._commit(snapshot, volumes, rows, traits)
+            except BaseException:
+                for one in traits:
+                    self._volumes.traits.drop(one.volume_id)
+                    for processor in self._processors:
+                        processor.tally.drop(one.volume_id)
+                raise
+            for target, row in zip(targets, rows, strict=True):
+                self._volumes.take_back(target.volume, row, Epoch(undo.instant + 1))
+        return undo
+
+    def _file_id_after(self, target: _Target, row: VolumeRow) -> VolumeId:
+        """A file stays itself; one that comes back is again what it was, unless somebody has the removed one open."""
+        if target.volume is not None:
+            return target.volume.file_id
+        before = self._volumes.traits.get(target.source_id).file_id
+        return row.volume_id if before in self._volumes.by_file_id else before
+
+    def _changelog_of(self, volume: Volume) -> int:
+        return self._volumes.traits.get(volume.volume_id).changelog_id
+
+    def _row_after(self, target: _Target, snapshot: Snapshot) -> VolumeRow:
+        name = target.attributes.name if target.volume is None else target.volume.name
+        row = self._volumes.new_row(target.attributes._replace(name=name, ctime_ns=time.time_ns()), snapshot.instant)
+        return row if target.volume is None else row._replace(created_ns=target.volume.created_ns)
+
+    async def _commit(
+        self, snapshot: Snapshot, volumes: list[Volume], rows: list[VolumeRow], traits: list[VolumeTraits]
+    ) -> Snapshot:
+        def change(batch: CatalogBatch, instant: int) -> None:
+            for volume in volumes:
+                self._volumes.add_removal(batch, volume)
+            batch.volumes += rows
+            batch.traits += traits
+            batch.meta["next_volume_id"] = self._volumes.next_volume_id
+
+        name = self._snapshots.unused_name(utc_name(time.time_ns()).encode() + b"-before-rollback")
+        note = f"before the rollback to {show_name(snapshot.name or b'')}"
+        return await self._snapshots.create_before(name, volumes, note, change)
+
+    # -- independence ------------------------------------------------------------------------
+
+    async def flatten(self, volume_name: bytes) -> int:
+        """Copy what a clone shares into change logs of its own; how many bytes.
+
+        It may be in use meanwhile. Stopped halfway, what is done is done. Raises NotFoundError,
+        NoSpaceError.
+        """
+        async with self._volumes.opened(volume_name) as volume:
+            volume_id = volume.volume_id
+            with self._jobs.running("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
+                for processor, portion in zip(self._processors, list(volume.portions), strict=True):
+                    await self._flatten_portion(processor, portion, job)
+            await volume.sync()
+            if volume.volume_id != volume_id:
+                raise BusyVolumeError(f"volume {show_name(volume_name)!r} was rolled back meanwhile", "Try again")
+            if self._volumes.traits.get(volume_id).inherits:
+                await self._reclaimer.stop_inheriting(volume_id)
+        self._events.note("flattened", name=show_name(volume_name), copied_bytes=job.done)
+        self._reclaimer.wake()
+        return job.done
+
+    async def _flatten_portion(self, processor: Processor, portion: Portion, job: Job) -> None:
+        ids = [portion.volume_id, *(one.volume_id for one in self._volumes.traits.ancestors(portion.volume_id))]
+        from_object = 0
+        while True:
+            objects = await processor.access.ask(processor.access.store.objects_from, ids, from_object, _FLATTEN_BATCH)
+            if not objects:
+                return
+            for object_index in objects:
+                job.done += await _flatten_object(portion, object_index)
+            await processor.commit([portion])
+            from_object = objects[-1] + 1
+
+
+@asynccontextmanager
+async def _writers_held(volumes: Sequence[Volume]) -> AsyncIterator[None]:
+    """Writers of these volumes wait inside."""
+    releases = [volume.hold_writers() for volume in volumes]
+    try:
+        yield
+    finally:
+        for release in releases:
+            release()
+
+
+async def _flatten_object(portion: Portion, object_index: int) -> int:
+    """Copy the blocks of an object that lie in others' logs; how many bytes."""
+    copied = 0
+    old_blocks: OldBlocks = {}
+    block = 0
+    while True:
+        try:
+            run = next((one for one in portion.shared_runs_now(object_index) if one[0] >= block), None)
+        except NotResidentError as missing:
+            await missing.fetch(old_blocks)
+            continue
+        if run is None:
+            # An object that nothing was copied for is still to get a map of its own.
+            while True:
+                try:
+                    portion.settle_now(object_index)
+                except NotResidentError as missing:
+                    await missing.fetch(old_blocks)
+                else:
+                    return copied
+        block, count, log_id = run
+        buffer = bytearray(count << BLOCK_SHIFT)
+        try:
+            segments = portion.segments(log_id, object_index, block << BLOCK_SHIFT, len(buffer), 0)
+            await portion.read_segments(segments, memoryview(buffer))
+            # Logs of others do not change, so what was read holds for the blocks that still lie there.
+            for first, length, same in portion.runs_now(object_index, block, block + count):
+                if same == log_id:
+                    at = (first - block) << BLOCK_SHIFT
+                    data = memoryview(buffer)[at : at + (length << BLOCK_SHIFT)]
+                    portion.write_now(object_index, first << BLOCK_SHIFT, data, old_blocks)
+                    copied += len(data)
+        except NotResidentError as missing:
+            await missing.fetch(old_blocks)
