@@ -5,7 +5,7 @@ objects or snapshots, and imports nothing of snapfs. Errors are plain :class:`OS
 """
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
-from .directory import DirectoryDevice
+from .directory import DirectoryDevice, LocalImage, open_local_image
 from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
 
@@ -17,7 +17,9 @@ __all__ = [
     "DirectoryDevice",
     "FailNth",
     "FaultyDevice",
+    "LocalImage",
     "LockHolder",
     "MemoryDevice",
     "Space",
+    "open_local_image",
 ]

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
@@ -141,6 +142,50 @@ class DirectoryFile(DeviceFile):
             os.close(fd)
 
 
+class LocalImage(DirectoryFile):
+    """A raw image or a block device, by its path."""
+
+    __slots__ = ("_is_block_device",)
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+
+    def size(self) -> int:
+        """See :meth:`DeviceFile.size`."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def allocated(self) -> int:
+        """See :meth:`DeviceFile.allocated`."""
+        return self.size() if self._is_block_device else super().allocated()
+
+    def truncate(self, size_bytes: int) -> None:
+        """See :meth:`DeviceFile.truncate`. Raises OSError with ENOSPC behind the end of a block device."""
+        if not self._is_block_device:
+            super().truncate(size_bytes)
+        elif size_bytes > self.size():
+            raise OSError(errno.ENOSPC, "a block device cannot grow")
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        """See :meth:`DeviceFile.data_extents`; a block device is taken for full."""
+        if self._is_block_device:
+            yield 0, self.size()
+        else:
+            yield from super().data_extents()
+
+
+def open_local_image(path: str, writable: bool) -> LocalImage:
+    """Open a raw image or a block device that lies anywhere on the host. Raises OSError."""
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
+            raise OSError(errno.EINVAL, "it is neither a file nor a block device")
+        return LocalImage(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 class DirectoryDevice(Device):
     """Files below one directory.
 
@@ -210,12 +255,12 @@ class DirectoryDevice(Device):
 
     def space(self) -> Space:
         """See :meth:`Device.space`."""
-        stat = os.fstatvfs(self._folders[""])
+        found = os.fstatvfs(self._folders[""])
         return Space(
-            total_bytes=stat.f_blocks * stat.f_frsize,
-            free_bytes=stat.f_bavail * stat.f_frsize,
-            total_files=stat.f_files,
-            free_files=stat.f_favail,
+            total_bytes=found.f_blocks * found.f_frsize,
+            free_bytes=found.f_bavail * found.f_frsize,
+            total_files=found.f_files,
+            free_files=found.f_favail,
         )
 
     def lock(self, name: str, holder: str) -> None:

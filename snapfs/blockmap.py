@@ -59,6 +59,15 @@ def with_range(block_map: BlockMap, first: int, last: int, log_id: int) -> Block
     return entries
 
 
+def partial_map(log_id: int, count: int) -> BlockMap:
+    """A map whose first ``count`` blocks lie in one log, and whose others are holes."""
+    if count <= 0:
+        return HOLE
+    if count >= BLOCKS_PER_OBJECT:
+        return log_id
+    return array("I", [log_id]) * count + array("I", [HOLE]) * (BLOCKS_PER_OBJECT - count)
+
+
 def simplified(block_map: BlockMap) -> BlockMap:
     """The same map, as an int where all entries are equal."""
     if isinstance(block_map, int) or block_map[0] != block_map[-1]:

@@ -109,6 +109,15 @@ class Catalog:
         """All change log volumes."""
         return [ChangeLogVolumeRow(*row) for row in self.database.rows("SELECT * FROM changelogs")]
 
+    def next_changelog_ids(self) -> tuple[int, int]:
+        """Ids for a new device and a new change log volume."""
+        row = self.database.row(
+            "SELECT coalesce((SELECT max(device_id) FROM devices), -1) + 1,"
+            " coalesce((SELECT max(changelog_id) FROM changelogs), 0) + 1"
+        )
+        assert row is not None
+        return int(row[0]), int(row[1])
+
     def schedules(self) -> list[ScheduleRow]:
         """All schedules."""
         return [ScheduleRow(*row) for row in self.database.rows("SELECT * FROM schedules ORDER BY name")]

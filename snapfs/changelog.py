@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .backends import Device, DeviceFile
 from .errors import DamagedError
-from .formats import LogRow, log_file, log_folder
+from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder
 from .geometry import Epoch, LogId, VolumeId
+from .placement import Placement, Quota
 
 OPEN_FILES_MAX = 512
 KNOWN_LOGS_MAX = 8192
@@ -40,13 +41,15 @@ class ChangeLog:
         "kind",
         "live_before",
         "log_id",
+        "quota",
         "sealed",
         "unnamed",
         "users",
         "volume_id",
     )
 
-    def __init__(self, row: LogRow) -> None:
+    def __init__(self, row: LogRow, quota: Quota | None = None) -> None:
+        self.quota = quota
         self.log_id = row.log_id
         self.volume_id = row.volume_id
         self.epoch = row.epoch
@@ -62,6 +65,12 @@ class ChangeLog:
         self.unnamed = False
         self.held = 0
         self.is_discarded = False
+
+    def add_blocks(self, count: int) -> None:
+        """Count blocks that came to be named, or are named no more when negative."""
+        self.block_count += count
+        if self.quota is not None:
+            self.quota.add(count)
 
     def close_if_discarded(self) -> None:
         """Close the file of a log that is gone, once nobody reads from it any more."""
@@ -91,12 +100,14 @@ class ChangeLogs:
     longest unused first.
     """
 
-    def __init__(self, processor_index: int, devices: Mapping[int, Device], next_log_id: int) -> None:
+    def __init__(
+        self, processor_index: int, devices: Mapping[int, Device], placement: Placement, next_log_id: int
+    ) -> None:
         self.known: dict[int, ChangeLog] = {}
         self.next_log_id = next_log_id
         self._processor_index = processor_index
         self._devices = devices
-        self._device_ids = sorted(devices)
+        self._placement = placement
         self._open: OrderedDict[int, ChangeLog] = OrderedDict()
 
     def adopt(self, row: LogRow) -> ChangeLog:
@@ -104,14 +115,24 @@ class ChangeLogs:
         log = self.known.get(row.log_id)
         if log is None:
             self._forget_idle()
-            log = self.known[row.log_id] = ChangeLog(row)
+            log = self.known[row.log_id] = ChangeLog(row, self._quota(row))
         return log
 
-    def begin(self, volume_id: VolumeId, epoch: Epoch, live_before: int) -> ChangeLog:
-        """A new log with an empty file. Raises OSError when the device gives no file."""
+    def _quota(self, row: LogRow) -> Quota | None:
+        return self._placement.quota_of(row.device_id) if row.kind == CHANGE_LOG else None
+
+    def begin(self, volume_id: VolumeId, epoch: Epoch, live_before: int, *, is_change: bool) -> ChangeLog:
+        """A new log with an empty file; ``is_change``: since a snapshot that is there.
+
+        Raises OSError when the device gives no file, NoSpaceError when its change log volume is full.
+        """
         log_id = LogId(self.next_log_id)
-        device_id = self._device_ids[(volume_id + self._processor_index) % len(self._device_ids)]
-        log = ChangeLog(LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 0, time.time_ns()))
+        device_id = self._placement.device_for(volume_id, self._processor_index, is_change=is_change)
+        row = LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 0, time.time_ns())
+        quota = self._quota(row)
+        if quota is not None:
+            quota.check(1)
+        log = ChangeLog(row, quota)
         log.file = self._devices[device_id].create(self._name(log_id))
         log.unnamed = True
         self.next_log_id += 1
@@ -119,15 +140,29 @@ class ChangeLogs:
         self._note_open(log)
         return log
 
+    def begin_source(self, volume_id: VolumeId, epoch: Epoch, kind: int) -> LogRow:
+        """The log that stands for what a volume is written over: an image, or a new file. Blocks."""
+        log_id = LogId(self.next_log_id)
+        self.next_log_id += 1
+        device_id = self._placement.device_for(volume_id, self._processor_index, is_change=False)
+        if kind == SOURCE_LOG:
+            self._devices[device_id].create(self._name(log_id)).close()
+            self._devices[device_id].sync_names(log_folder(self._processor_index))
+        return LogRow(log_id, volume_id, epoch, device_id, 0, 0, 1, time.time_ns(), kind)
+
     def empty_row(self, volume_id: VolumeId, epoch: Epoch, live_before: int) -> LogRow:
         """A sealed log without a file, for the record."""
         self.next_log_id += 1
         log_id = LogId(self.next_log_id - 1)
-        return LogRow(log_id, volume_id, epoch, self._device_ids[0], 0, live_before, 1, time.time_ns())
+        device_id = self._placement.device_for(volume_id, self._processor_index, is_change=False)
+        return LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 1, time.time_ns())
 
     def open_file(self, log: ChangeLog) -> DeviceFile:
         """The log's file. Raises DamagedError when it is missing, OSError when it cannot be opened."""
-        if log.file is None:
+        if log.file is None and log.kind == IMAGE_LOG:
+            log.file = self._placement.open_image(log.volume_id, self._processor_index)
+            self._note_open(log)
+        elif log.file is None:
             try:
                 log.file = self._devices[log.device_id].open(self._name(log.log_id))
             except FileNotFoundError:
@@ -136,6 +171,7 @@ class ChangeLogs:
                     "Unmount and run snapfs check",
                 ) from None
             self._note_open(log)
+        assert log.file is not None
         return log.file
 
     def _name(self, log_id: int) -> str:
@@ -211,6 +247,14 @@ class ChangeLogs:
         self._open.pop(log.log_id, None)
         log.is_discarded = True
         log.close_if_discarded()
+
+    def release_quota(self, rows: Iterable[LogRow]) -> None:
+        """These logs go, with all that is in them."""
+        for row in rows:
+            log = self.known.get(row.log_id)
+            quota = self._quota(row)
+            if quota is not None:
+                quota.add(-(row.block_count if log is None else log.block_count))
 
     def remove_file(self, log_id: int, device_id: int) -> None:
         """Remove a log's file, which may be gone already. Blocks; runs in a thread."""

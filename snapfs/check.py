@@ -7,16 +7,20 @@ the shard stores, the maps against the logs, the logs against the space they tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from . import blockmap
-from .backends import Device
+from .backends import Device, open_local_image
 from .catalog import Catalog
 from .database import Database, read_copy
 from .errors import DamagedError, SnapfsError
 from .formats import (
     CATALOG_FILE,
+    CHANGE_LOG,
+    COPY_ON_WRITE,
+    IMAGE_LOG,
+    SOURCE_LOG,
     CopyRow,
     LogRow,
     MapRow,
@@ -26,7 +30,7 @@ from .formats import (
     log_folder,
     shard_file,
 )
-from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT, VolumeId, blocks_of, log_offset
 from .pool import OpenDevice, check_generations, lock_pool, open_devices, read_descriptor, running_pool
 from .repair import repair_running
 from .shardstore import ShardStore
@@ -81,6 +85,23 @@ class Report:
         return asdict(self)
 
 
+HasImage = Callable[[str], bool]
+
+
+def has_local_image(path: str) -> bool:
+    """Whether an image on the host can be read."""
+    try:
+        open_local_image(path, False).close()
+    except OSError:
+        return False
+    return True
+
+
+def _has_file(device: Device, name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    return last in device.names(folder)
+
+
 @dataclass(slots=True)
 class _Context:
     """What the checks of a shard hold it against."""
@@ -95,10 +116,11 @@ class _Context:
     next_instant: int
     was_clean: bool
     traits: TraitsTable
+    has_image: HasImage
     report: Report
 
 
-def check_pool(home: Device, where: str, open_device: OpenDevice) -> Report:
+def check_pool(home: Device, where: str, open_device: OpenDevice, has_image: HasImage = has_local_image) -> Report:
     """Verify a pool. Blocks. ``home`` is locked meanwhile, and not changed.
 
     Raises NotAPoolError, TooNewError, InUseError, DeviceMissingError, when there is nothing to verify.
@@ -115,7 +137,7 @@ def check_pool(home: Device, where: str, open_device: OpenDevice) -> Report:
             return report
         devices = open_devices(home, catalog, descriptor, open_device)
         stack.callback(lambda: [device.close() for device in devices.values()])
-        _check_catalog(catalog, descriptor, devices, report, home, stack)
+        _check_catalog(catalog, descriptor, devices, report, home, stack, has_image)
     return report
 
 
@@ -143,6 +165,7 @@ def _check_catalog(
     report: Report,
     home: Device,
     stack: contextlib.ExitStack,
+    has_image: HasImage,
 ) -> None:
     volumes = {row.volume_id: row for row in catalog.volumes()}
     index = SnapshotIndex()
@@ -172,6 +195,7 @@ def _check_catalog(
         next_instant=catalog.meta("next_instant"),
         was_clean=bool(catalog.meta("clean")),
         traits=traits,
+        has_image=has_image,
         report=report,
     )
     _check_volumes(context, catalog)
@@ -278,31 +302,46 @@ class _ShardCheck:
             live.update({row.object_index: row for row in rows})
             from_object = rows[-1].object_index + 1
         mapped = 0
+        self.report.object_count += len(live)
         for object_index in sorted(copies.keys() | live.keys()):
             self._check_object(volume_id, object_index, copies.get(object_index, []), live.get(object_index))
             row = live.get(object_index)
             if row is not None:
                 mapped += blockmap.mapped_count(row.block_map)
                 self._check_end(volume_id, row)
+        if self._stands_on_cow(volume_id):
+            # How much of its source holds data is not counted.
+            return
         mapped += self._inherited_count(volume_id, live.keys())
-        self.report.object_count += len(live)
         counted = self.store.block_counts().get(volume_id, 0)
         if counted != mapped and volume_id not in self.context.removed:
             self.report.add(LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted")
 
+    def _stands_on_cow(self, volume_id: VolumeId) -> bool:
+        traits = self.context.traits
+        return any(traits.get(one).change_mode == COPY_ON_WRITE for one in traits.family_of(volume_id))
+
     def _inherited_count(self, volume_id: VolumeId, own: Collection[int]) -> int:
         """Mapped blocks of the objects that a volume has no map of, and its ancestors have."""
         ancestors = self.context.traits.ancestors(volume_id)
-        if volume_id not in self.context.volumes or not ancestors:
+        root = ancestors[-1].volume_id if ancestors else volume_id
+        if volume_id not in self.context.volumes or self.context.traits.get(root).change_mode == COPY_ON_WRITE:
             return 0
         ids = [one.volume_id for one in ancestors]
         count = from_object = 0
+        seen = set(own)
         while objects := self.store.objects_from(ids, from_object, 4096):
             for object_index in objects:
-                if object_index not in own:
-                    found = self.store.inherited_map(ancestors, object_index)
-                    count += 0 if found is None else blockmap.mapped_count(found)
+                found = None if object_index in own else self.store.inherited_map(ancestors, object_index)
+                if found is not None:
+                    seen.add(object_index)
+                    count += blockmap.mapped_count(found)
             from_object = objects[-1] + 1
+        image_blocks = blocks_of(self.context.traits.get(root).source_size_bytes)
+        index, step = self.store.processor_index, self.context.descriptor.processor_count
+        for object_index in range(index, -(-image_blocks // BLOCKS_PER_OBJECT), step):
+            if object_index not in seen:
+                count += min(BLOCKS_PER_OBJECT, image_blocks - object_index * BLOCKS_PER_OBJECT)
         return count
 
     def _check_object(self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None) -> None:
@@ -343,16 +382,18 @@ class _ShardCheck:
             log = self.logs.get(log_id)
             if log is None:
                 self.report.add(DAMAGE, where, f"{count} blocks lie in change log {log_id}, which is not known")
+            elif log.kind != CHANGE_LOG and log.volume_id in self.context.traits.family_of(volume_id):
+                continue
             elif log.volume_id not in self.context.traits.family_of(volume_id):
                 self.report.add(DAMAGE, where, f"{count} blocks lie in a change log of volume {log.volume_id}")
-            elif log.epoch > epoch:
+            elif log.epoch > epoch and not self._stands_on_cow(log.volume_id):
                 self.report.add(DAMAGE, where, f"a map of epoch {epoch} names log {log_id} of {log.epoch}")
             named = self.named.setdefault(log_id, _NamedBlocks())
             named.masks[object_index] = named.masks.get(object_index, 0) | ((1 << count) - 1) << block
 
     def _check_end(self, volume_id: VolumeId, row: MapRow) -> None:
         volume = self.context.volumes.get(volume_id)
-        if volume is None or volume.trim:
+        if volume is None or volume.trim or self.context.traits.get(volume_id).change_mode == COPY_ON_WRITE:
             return
         last = 0
         for block, count, log_id in blockmap.all_runs(row.block_map):
@@ -375,6 +416,9 @@ class _ShardCheck:
         for log_id, log in sorted(self.logs.items()):
             self.report.log_count += 1
             named = self.named.get(log_id, _NamedBlocks())
+            if log.kind != CHANGE_LOG:
+                self._check_source(log)
+                continue
             count = sum(mask.bit_count() for mask in named.masks.values())
             where = f"{self.where}: change log {log_id}"
             if count != log.block_count and log.volume_id not in self.context.removed:
@@ -383,6 +427,18 @@ class _ShardCheck:
             if count:
                 self._check_file(where, log, named, has_pending=log_id in pending)
         self._check_strays()
+
+    def _check_source(self, log: LogRow) -> None:
+        """Whether what a volume is written over is there."""
+        where = f"{self.where}: the source of volume {log.volume_id}"
+        traits = self.context.traits.get(log.volume_id)
+        device = self.context.devices.get(log.device_id)
+        name = log_file(self.store.processor_index, log.log_id)
+        if log.kind == IMAGE_LOG:
+            if log.volume_id in self.context.volumes and not self.context.has_image(traits.source_path):
+                self.report.add(DAMAGE, where, f"the image {traits.source_path} cannot be opened")
+        elif device is None or not _has_file(device, name):
+            self.report.add(DAMAGE, where, f"its file {name} is missing")
 
     def _check_file(self, where: str, log: LogRow, named: _NamedBlocks, *, has_pending: bool) -> None:
         device = self.context.devices.get(log.device_id)
@@ -431,7 +487,7 @@ class _ShardCheck:
 
     def _check_strays(self) -> None:
         index = self.store.processor_index
-        with_file = {log_id for log_id, log in self.logs.items() if log.block_count}
+        with_file = {one for one, log in self.logs.items() if log.block_count or log.kind == SOURCE_LOG}
         for device_id, device in self.context.devices.items():
             for name in device.names(log_folder(index)):
                 try:

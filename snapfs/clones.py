@@ -15,9 +15,9 @@ from functools import partial
 
 import trio
 
-from .errors import BusyVolumeError, ExistsError
+from .errors import BusyVolumeError, ExistsError, UnsupportedError
 from .events import EventLog
-from .formats import Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
+from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
 from .jobs import Job, Jobs
 from .portion import Portion
@@ -159,6 +159,11 @@ class Clones:
             raise ExistsError(
                 f"another volume has the name {show_name(attributes.name)!r} now", "Rename that one, then try again"
             )
+        if self._volumes.traits.get(source_id).change_mode == COPY_ON_WRITE:
+            raise UnsupportedError(
+                f"volume {show_name(attributes.name)!r} is copy-on-write: what it is written over cannot be put back",
+                "Clone the snapshot instead, or copy its file over the volume",
+            )
         return _Target(volume, source_id, attributes)
 
     async def _wait_until_closed(self, volumes: Sequence[Volume]) -> None:
@@ -256,6 +261,8 @@ class Clones:
         """
         async with self._volumes.opened(volume_name) as volume:
             volume_id = volume.volume_id
+            if self._volumes.traits.get(volume_id).change_mode == COPY_ON_WRITE:
+                return 0
             with self._jobs.running("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
                 for processor, portion in zip(self._processors, list(volume.portions), strict=True):
                     await self._flatten_portion(processor, portion, job)
@@ -269,10 +276,9 @@ class Clones:
         return job.done
 
     async def _flatten_portion(self, processor: Processor, portion: Portion, job: Job) -> None:
-        ids = [portion.volume_id, *(one.volume_id for one in self._volumes.traits.ancestors(portion.volume_id))]
         from_object = 0
         while True:
-            objects = await processor.access.ask(processor.access.store.objects_from, ids, from_object, _FLATTEN_BATCH)
+            objects = await processor.mapped_objects(portion.volume_id, from_object, _FLATTEN_BATCH)
             if not objects:
                 return
             for object_index in objects:

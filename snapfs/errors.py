@@ -126,6 +126,12 @@ class BusyVolumeError(SnapfsError):
     errno = errno.EBUSY
 
 
+class UnsupportedError(SnapfsError):
+    """Something that this kind of volume cannot do. Nothing was done."""
+
+    errno = errno.EOPNOTSUPP
+
+
 class InUseError(SnapfsError):
     """Another process has the pool open."""
 

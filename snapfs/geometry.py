@@ -37,6 +37,11 @@ def object_count(size_bytes: int) -> int:
     return (size_bytes + OBJECT_MASK) >> OBJECT_SHIFT
 
 
+def blocks_of(size_bytes: int) -> int:
+    """Blocks that hold so many bytes."""
+    return (size_bytes + BLOCK_SIZE - 1) >> BLOCK_SHIFT
+
+
 def log_offset(object_index: int, processor_count: int) -> int:
     """Where an object begins in a change log's file."""
     return (object_index // processor_count) << OBJECT_SHIFT

@@ -112,8 +112,16 @@ class _Mount:
         self._operations = Operations(self._namespace)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
+        pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
+
+    def _is_own_path(self, path: str) -> bool:
+        """Whether a file lies in the mount or in the pool."""
+        real = os.path.realpath(path)
+        roots = [self._mount_point, *(device.local_path("") for device in self._pool.devices.values())]
+        roots.append(self._pool.home.local_path(""))
+        return any(root and (real + os.sep).startswith(os.path.realpath(root).rstrip("/") + os.sep) for root in roots)
 
     async def _resize(self, name: bytes, size_bytes: int) -> None:
         await self._own_mount.resize(name, size_bytes)

@@ -14,9 +14,10 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from .backends import Device, DirectoryDevice, LockHolder, Space
+from .backends import Device, DirectoryDevice, LockHolder, Space, open_local_image
 from .catalog import Catalog
 from .catalogaccess import CatalogAccess
+from .changelogvolumes import ChangeLogVolumes
 from .clones import Clones
 from .errors import (
     ClosedError,
@@ -39,8 +40,12 @@ from .formats import (
     DeviceDescriptor,
     PoolDescriptor,
 )
+from .freeing import OldestFreer
 from .geometry import PROCESSOR_COUNT_MAX
+from .imagewatch import ImageWatch
 from .jobs import Jobs
+from .making import VolumeMaker
+from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
@@ -178,7 +183,9 @@ class Pool:
         descriptor: PoolDescriptor,
         catalog: Catalog,
         stores: Sequence[ShardStore],
-        devices: Mapping[int, Device],
+        devices: dict[int, Device],
+        open_device: OpenDevice,
+        open_image: OpenImage,
     ) -> None:
         self.home = home
         self.descriptor = descriptor
@@ -206,6 +213,9 @@ class Pool:
             self.reserve,
             wakeup,
         )
+        self.placement = Placement(
+            catalog.changelog_ids(), catalog.changelogs(), self.volumes.traits, open_image, len(stores)
+        )
         self.processors = [
             Processor(
                 store.processor_index,
@@ -215,6 +225,7 @@ class Pool:
                 epoch,
                 self.volumes.facts_of,
                 self.volumes.traits,
+                self.placement,
             )
             for store in stores
         ]
@@ -234,6 +245,19 @@ class Pool:
         self.reclaimer = Reclaimer(
             self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
         )
+        self.changelogs = ChangeLogVolumes(
+            self.catalog,
+            self.placement,
+            devices,
+            self.processors,
+            self.volumes.traits,
+            open_device,
+            descriptor.pool_id,
+            self.events,
+        )
+        self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.events)
+        self.freer = OldestFreer(self.changelogs, self.placement, self.snapshots, self.reclaimer, self.events)
+        self.images = ImageWatch(self.catalog, self.volumes.traits, self.placement, self.events)
         self.jobs = Jobs()
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
         self.volumes.load(catalog.volumes(), after_crash=self._after_crash)
@@ -243,7 +267,14 @@ class Pool:
                 processor.tally.hide(volume_id)
 
     @classmethod
-    def open(cls, home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> Pool:
+    def open(
+        cls,
+        home: Device,
+        where: str,
+        open_device: OpenDevice,
+        purpose: str = "open",
+        open_image: OpenImage = open_local_image,
+    ) -> Pool:
         """Open the parts of a pool. Blocks. Raises what its parts raise; then nothing stays open."""
         descriptor = read_descriptor(home, where)
         lock_pool(home, where, purpose)
@@ -259,7 +290,7 @@ class Pool:
             for index in range(descriptor.processor_count):
                 stores.append(ShardStore.open(home, index, descriptor.pool_id))
             check_generations(catalog, stores)
-            return cls(home, descriptor, catalog, stores, devices)
+            return cls(home, descriptor, catalog, stores, devices, open_device, open_image)
         except BaseException:
             for store in stores:
                 store.database.abandon()
@@ -273,6 +304,8 @@ class Pool:
 
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
         await self.reserve.helped(self._recover_rows)
+        await self.changelogs.load()
+        await self.images.look(after_crash=self._after_crash)
         for processor in self.processors:
             count = await processor.remove_strays()
             if count:
@@ -297,6 +330,7 @@ class Pool:
                 nursery.start_soon(processor.run)
             nursery.start_soon(self._sync_periodically)
             nursery.start_soon(self.reclaimer.run)
+            nursery.start_soon(self.freer.run)
 
     async def _sync_periodically(self) -> None:
         while True:
@@ -331,6 +365,7 @@ class Pool:
                     await processor.commit([one for one in processor.portions.values() if one.failure is None])
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
                 if self._is_recovered:
+                    await self.images.note()
                     await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
             finally:
                 await side_by_side([processor.close for processor in self.processors])

@@ -9,7 +9,7 @@ anything; the caller fetches that and calls again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +20,7 @@ from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog, ChangeLogs
 from .errors import DamagedError, SnapfsError, SyncFailedError
-from .formats import CHANGE_LOG, CandidateRow, CopyRow, FreedRow, LogRow, MapRow
+from .formats import CHANGE_LOG, COPY_ON_WRITE, CandidateRow, CopyRow, FreedRow, LogRow, MapRow
 from .geometry import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -28,6 +28,7 @@ from .geometry import (
     OBJECT_SIZE,
     Epoch,
     VolumeId,
+    blocks_of,
     log_offset,
 )
 from .shardstate import EpochClock, NotResidentError, ObjectState, OldBlocks, Residency, ShardAccess, Tally
@@ -66,13 +67,28 @@ class _Replacement:
     freed: list[tuple[ChangeLog, int, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What a portion may ask of its processor about other volumes.
+
+    ``sources`` has the log that stands for what a volume is written over. ``borrow`` gives the
+    portion of another volume, for as long as it is used; ``commit`` makes one's changes durable.
+    """
+
+    traits: TraitsTable
+    sources: Mapping[VolumeId, LogRow]
+    borrow: Callable[[VolumeId], contextlib.AbstractContextManager[Portion]]
+    commit: Callable[[Portion], Awaitable[None]]
+
+
 class Portion:
     """One volume on one processor.
 
     ``last_instant`` bounds the instants that can hold the volume: NEVER for a live one, the one
     before its removal for a removed one. ``is_gone``: it has no live maps any more, only copies that
     snapshots need. ``users`` counts who has it open. ``failure`` is set when a
-    sync failed; then it takes no more writes.
+    sync failed; then it takes no more writes. ``generation`` grows when point-in-time copies come
+    to point elsewhere: what was found out about them before is to be found out again.
     """
 
     def __init__(
@@ -84,7 +100,7 @@ class Portion:
         clock: EpochClock,
         tally: Tally,
         residency: Residency,
-        traits: TraitsTable,
+        neighbours: Neighbours,
         processor_count: int,
         *,
         birth_epoch: int,
@@ -99,6 +115,7 @@ class Portion:
         self.is_gone = is_gone
         self.users = 0
         self.failure: SyncFailedError | None = None
+        self.generation = 0
         self.objects: dict[int, ObjectState] = {}
         self.pending: dict[int, list[CopyRow]] = {}
         self.commits = 0
@@ -109,8 +126,9 @@ class Portion:
         self._clock = clock
         self._tally = tally
         self._residency = residency
-        self._traits = traits
-        self._is_clone = traits.get(volume_id).origin_id != 0
+        self._neighbours = neighbours
+        self._traits = neighbours.traits
+        self._is_clone = self._traits.get(volume_id).origin_id != 0
         self._processor_count = processor_count
         self._epoch = 0
         self._log: ChangeLog | None = None
@@ -216,7 +234,7 @@ class Portion:
                 # Nothing moved from memory to the store meanwhile, so there is none. A volume that
                 # is gone has no live map to fall back on: what has no copy is its ancestors' or was a hole.
                 if self.is_gone:
-                    return await self._inherited_map(object_index)
+                    return await self.inherited_map(object_index)
                 raise DamagedError(
                     f"object {object_index} of volume {self.volume_id} has no point-in-time copy for instant {instant}",
                     "Unmount and run snapfs check",
@@ -244,6 +262,8 @@ class Portion:
             self._touch(log).write(data, base + inside)
             return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
+        if log.quota is not None:
+            log.quota.check(last - first)
         try:
             self._touch(log).write_new(replacement.payload, base + replacement.start)
         except OSError:
@@ -300,7 +320,8 @@ class Portion:
         self._log_known = None
         if log is None:
             live = self._tally.counts.get(self.volume_id, 0)
-            log = self._logs.begin(self.volume_id, Epoch(epoch), live)
+            is_change = self._snapshots.holds(self.volume_id, 0, epoch - 1)
+            log = self._logs.begin(self.volume_id, Epoch(epoch), live, is_change=is_change)
             self._note_changed(log)
         if self._log is not None:
             self._log.held -= 1
@@ -375,7 +396,7 @@ class Portion:
                 gained += count
                 if log_id == HOLE:
                     holes += count
-        log.block_count += gained
+        log.add_blocks(gained)
         self._note_changed(log)
         if holes:
             self._tally.add(self.volume_id, holes)
@@ -405,6 +426,9 @@ class Portion:
         self._dirty_objects.add(object_index)
         for log, offset, length in freed:
             self._free(log, object_index, offset, length)
+
+    async def fit_source(self, size_bytes: int) -> None:
+        """Give the image that the volume is written over its size."""
 
     def _unpinned(
         self, state: ObjectState, object_index: int, first: int, last: int, current: ChangeLog | None
@@ -452,9 +476,13 @@ class Portion:
             block, count = (offset & (OBJECT_SIZE - 1)) >> BLOCK_SHIFT, length >> BLOCK_SHIFT
             self._candidates.append(CandidateRow(log.log_id, object_index, block, count))
             return
-        log.block_count -= length >> BLOCK_SHIFT
+        log.add_blocks(-(length >> BLOCK_SHIFT))
         self._freed.append(FreedRow(log.log_id, offset, length))
         self._note_changed(log)
+        self._seal(log)
+
+    def _seal(self, log: ChangeLog) -> None:
+        """Keep new writes out of a log that has ranges freed."""
         if not log.sealed:
             log.sealed = 1
             if log.epoch == max(self._clock.epoch, self.named_epoch):
@@ -556,37 +584,68 @@ class Portion:
         lowest = object_index - object_index % width
         first = lowest + object_index % stride
         ancestors = self._traits.ancestors(self.volume_id)
+        if any(self._traits.get(one.volume_id).change_mode == COPY_ON_WRITE for one in ancestors):
+            # What is looked at of such a volume is preserved first, so no more than is asked for.
+            await self._load_alone(object_index)
+            return
         rows, inherited = await self._access.ask(
             self._access.store.maps_with_ancestors, self.volume_id, ancestors, first, lowest + width - 1
         )
         found = {row.object_index: row for row in rows}
         for index in range(first, lowest + width, stride):
-            if index in self.objects:
-                continue
-            row = found.get(index)
-            state = self._unwritten() if row is None else ObjectState(row.block_map, row.epoch, None)
-            if row is None and not self.is_gone:
-                state.block_map = inherited.get(index, state.block_map)
-            self.objects[index] = state
-            self._residency.admit(self, index)
+            self._admit(index, found.get(index), inherited.get(index))
 
-    async def _inherited_map(self, object_index: int) -> BlockMap:
+    async def _load_alone(self, object_index: int) -> None:
+        rows = await self._access.ask(self._access.store.maps, self.volume_id, object_index, object_index)
+        inherited = None if rows or self.is_gone else await self.inherited_map(object_index)
+        self._admit(object_index, rows[0] if rows else None, inherited)
+
+    def _admit(self, object_index: int, row: MapRow | None, inherited: BlockMap | None) -> None:
+        if object_index in self.objects:
+            return
+        state = self._unwritten(object_index) if row is None else ObjectState(row.block_map, row.epoch, None)
+        if row is None and inherited is not None and not self.is_gone:
+            state.block_map = inherited
+        self.objects[object_index] = state
+        self._residency.admit(self, object_index)
+
+    async def inherited_map(self, object_index: int) -> BlockMap:
         """The map of an object that this volume never had one of."""
-        ancestors = self._traits.ancestors(self.volume_id)
-        if not ancestors:
-            return HOLE
-        found = await self._access.ask(self._access.store.inherited_map, ancestors, object_index)
-        return HOLE if found is None else found
+        store = self._access.store
+        for ancestor in self._traits.ancestors(self.volume_id):
+            if self._traits.get(ancestor.volume_id).change_mode == COPY_ON_WRITE:
+                with self._neighbours.borrow(ancestor.volume_id) as portion:
+                    return await portion.lasting_map(object_index, ancestor.instant)
+            found = await self._access.ask(store.inherited_map, [ancestor], object_index)
+            if found is not None:
+                return found
+        return self.base_map(object_index)
 
-    def _unwritten(self) -> ObjectState:
+    async def lasting_map(self, object_index: int, instant: int) -> BlockMap:
+        """The map of an object at an instant, of which no block will ever be overwritten."""
+        return await self.snapshot_map(object_index, instant)
+
+    def base_map(self, object_index: int) -> BlockMap:
+        """What an object is that neither this volume nor an ancestor ever wrote: holes, or what it stands on."""
+        ancestors = self._traits.ancestors(self.volume_id)
+        root = ancestors[-1].volume_id if ancestors else self.volume_id
+        source = self._neighbours.sources.get(root)
+        if source is None:
+            return HOLE
+        size_bytes = self._traits.get(root).source_size_bytes
+        return blockmap.partial_map(source.log_id, blocks_of(size_bytes) - object_index * BLOCKS_PER_OBJECT)
+
+    def _unwritten(self, object_index: int) -> ObjectState:
         """An object without a live map: one that was never written, or of a volume that is gone."""
-        return ObjectState(HOLE, NEVER, None) if self.is_gone else ObjectState(HOLE, self.birth_epoch, 0)
+        if self.is_gone:
+            return ObjectState(HOLE, NEVER, None)
+        return ObjectState(self.base_map(object_index), self.birth_epoch, 0)
 
     def forget_live_maps(self, object_indexes: Iterable[int]) -> None:
         """The live maps of these objects were taken apart."""
         for object_index in object_indexes:
             if object_index in self.objects:
-                self.objects[object_index] = self._unwritten()
+                self.objects[object_index] = self._unwritten(object_index)
 
     async def _look_up_copied(self, object_index: int, old_blocks: OldBlocks) -> None:
         """Learn the instant of an object's latest copy."""
@@ -646,17 +705,21 @@ class Portion:
         used = [log for log, _, _, _ in segments if log is not None]
         if any(log.is_discarded for log in used):
             raise NotResidentError(_look_again)
+        files: list[tuple[DeviceFile, int, memoryview, bool]] = []
+        for log, offset, length, at in segments:
+            part = view[at : at + length]
+            if log is None:
+                part[:] = _ZEROS[:length]
+            else:
+                files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
+        await self._with_logs(used, partial(_read_all, files))
+
+    async def _with_logs(self, used: Sequence[ChangeLog], call: Callable[[], None]) -> None:
+        """Run a blocking call in a thread; the files of these logs stay open meanwhile."""
         for user in used:
             user.users += 1
         try:
-            files: list[tuple[DeviceFile, int, memoryview]] = []
-            for log, offset, length, at in segments:
-                part = view[at : at + length]
-                if log is None:
-                    part[:] = _ZEROS[:length]
-                else:
-                    files.append((self._logs.open_file(log), offset, part))
-            await self._access.in_thread(_read_all, files)
+            await self._access.in_thread(call)
         finally:
             for user in used:
                 user.users -= 1
@@ -722,10 +785,11 @@ class Portion:
         self.in_commit = False
         self.commits += 1
         for copy in changes.copies:
-            kept = self.pending[copy.object_index]
-            kept.remove(copy)
+            kept = self.pending.get(copy.object_index, [])
+            if copy in kept:
+                kept.remove(copy)
             if not kept:
-                del self.pending[copy.object_index]
+                self.pending.pop(copy.object_index, None)
         for log in changes.changed_logs.values():
             log.held -= 1
 
@@ -786,9 +850,13 @@ async def _look_again(old_blocks: OldBlocks) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def _read_all(files: list[tuple[DeviceFile, int, memoryview]]) -> None:
-    for file, offset, part in files:
-        if file.read_into(part, offset) != len(part):
+def _read_all(files: list[tuple[DeviceFile, int, memoryview, bool]]) -> None:
+    for file, offset, part, is_source in files:
+        count = file.read_into(part, offset)
+        if count != len(part) and is_source:
+            # A source is as long as what was written to it.
+            part[count:] = bytes(len(part) - count)
+        elif count != len(part):
             raise DamagedError(
                 "a change log is shorter than its map says", "Unmount and run snapfs check, it names the blocks"
             )

@@ -12,17 +12,20 @@ more are punched and files of empty logs removed (I8).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from .backends import Device
 from .changelog import ChangeLog, ChangeLogs
+from .cowportion import CowPortion
 from .errors import SnapfsError
-from .formats import IntermediateRow, LogRow, ShardBatch
-from .geometry import Epoch, LogId, SnapshotId, VolumeId
-from .portion import Portion, PortionChanges
+from .formats import COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
+from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
+from .placement import Placement
+from .portion import Neighbours, Portion, PortionChanges
 from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
@@ -93,10 +96,12 @@ class Processor:
         epoch: int,
         facts_of: Callable[[VolumeId], PortionFacts],
         traits: TraitsTable,
+        placement: Placement,
     ) -> None:
         self.index = index
         self.access = ShardAccess(store)
-        self.logs = ChangeLogs(index, devices, store.next_log_id)
+        self.logs = ChangeLogs(index, devices, placement, store.next_log_id)
+        self.sources = store.sources()
         self.snapshots = SnapshotIndex()
         self.clock = EpochClock(epoch)
         self.tally = Tally(store.block_counts())
@@ -108,6 +113,7 @@ class Processor:
         self.traits = traits
         self._facts_of = facts_of
         self._residency = Residency()
+        self._neighbours = Neighbours(traits, self.sources, self.borrowed, self._commit_one)
         self._wakeup = Wakeup()
         self._has_freed = True
 
@@ -118,7 +124,8 @@ class Processor:
         portion = self.portions.get(volume_id)
         if portion is None:
             facts = self._facts_of(volume_id)
-            portion = self.portions[volume_id] = Portion(
+            is_cow = self.traits.get(volume_id).change_mode == COPY_ON_WRITE
+            portion = self.portions[volume_id] = (CowPortion if is_cow else Portion)(
                 volume_id,
                 self.access,
                 self.logs,
@@ -126,7 +133,7 @@ class Processor:
                 self.clock,
                 self.tally,
                 self._residency,
-                self.traits,
+                self._neighbours,
                 self.processor_count,
                 birth_epoch=facts.birth_epoch,
                 named_epoch=facts.named_epoch,
@@ -134,6 +141,87 @@ class Processor:
                 is_gone=facts.is_gone,
             )
         return portion
+
+    @contextmanager
+    def borrowed(self, volume_id: VolumeId) -> Iterator[Portion]:
+        """The volume's portion here, in use until the block ends."""
+        portion = self.portion(volume_id)
+        portion.users += 1
+        try:
+            yield portion
+        finally:
+            portion.users -= 1
+            self.let_go(portion)
+
+    async def _commit_one(self, portion: Portion) -> None:
+        await self.commit([portion])
+
+    async def add_source(self, volume_id: VolumeId, epoch: Epoch, kind: int) -> None:
+        """Begin the log that stands for what a volume is to be written over, durably, before the volume is made."""
+        row = await self.access.in_thread(self.logs.begin_source, volume_id, epoch, kind)
+        await self.commit([], ShardBatch(logs=[row]))
+        self.sources[volume_id] = row
+
+    async def drop_source(self, volume_id: VolumeId) -> None:
+        """Forget what a volume was written over, once nothing of the volume is left; a file in the pool goes."""
+        row = self.sources.pop(volume_id, None)
+        if row is None:
+            return
+        await self.commit([], ShardBatch(dropped_logs=[row.log_id]))
+        log = self.logs.adopt(row)
+        if row.kind == SOURCE_LOG:
+            await self.remove_logs([log])
+        else:
+            self.logs.discard(log)
+
+    async def changed_block_count(self, volume_id: VolumeId, epoch: int) -> int:
+        """Blocks in the change logs of a volume's current epoch: changed since its last snapshot."""
+        portion = self.portions.get(volume_id)
+        if portion is not None and portion.current_log is not None:
+            return portion.current_log.block_count
+        return await self.access.ask(self.access.store.block_count_of, volume_id, epoch)
+
+    def source_block_count(self, volume_id: VolumeId) -> int:
+        """Blocks that what a volume is written over takes, as far as its file is open or can be opened at once."""
+        row = self.sources.get(volume_id)
+        if row is None:
+            return 0
+        try:
+            return self.logs.open_file(self.logs.adopt(row)).allocated() >> BLOCK_SHIFT
+        except (OSError, SnapfsError):
+            return 0
+
+    async def source_extents(self, volume_id: VolumeId) -> list[tuple[int, int]]:
+        """Ranges of what a volume is written over that hold data, in the layout of a change log."""
+        log = self.logs.adopt(self.sources[volume_id])
+        file = self.logs.open_file(log)
+        log.users += 1
+        try:
+            return await self.access.in_thread(lambda: list(file.data_extents()))
+        finally:
+            log.users -= 1
+            log.close_if_discarded()
+
+    async def mapped_objects(self, volume_id: VolumeId, from_object: int, limit: int, *, own: bool = True) -> list[int]:
+        """Up to ``limit`` objects, from one on, of which the volume or an ancestor may map something, in order.
+
+        Without ``own`` those of which only the volume itself has a map are left out.
+        """
+        ancestors = [one.volume_id for one in self.traits.ancestors(volume_id)]
+        ids = [volume_id, *ancestors] if own else ancestors
+        found = await self.access.ask(self.access.store.objects_from, ids, from_object, limit)
+        root = ancestors[-1] if ancestors else volume_id
+        if root not in self.sources:
+            return found
+        traits = self.traits.get(root)
+        if traits.change_mode == COPY_ON_WRITE:
+            extents = await self.source_extents(root)
+            objects = [one for one, _ in objects_with_data(extents, self.index, self.processor_count)]
+            based = [one for one in objects if one >= from_object][:limit]
+        else:
+            first = from_object + (self.index - from_object) % self.processor_count
+            based = list(range(first, object_count(traits.source_size_bytes), self.processor_count))[:limit]
+        return sorted({*found, *based})[:limit]
 
     def let_go(self, portion: Portion) -> None:
         """Forget a portion that nobody uses, if it is clean and sound."""
@@ -374,6 +462,8 @@ class Processor:
         """After opening: drop what was counted for volumes whose making a crash cut off."""
         for volume_id in [one for one in self.tally.counts if one >= next_volume_id]:
             self.tally.drop(volume_id)
+        for volume_id in [one for one in self.sources if one >= next_volume_id]:
+            del self.sources[volume_id]
         await self.access.ask(self.access.store.forget_unborn, next_volume_id)
 
     async def recover_from_crash(self) -> None:

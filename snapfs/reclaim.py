@@ -19,7 +19,7 @@ import trio
 from . import blockmap
 from .blockmap import BlockMap
 from .changelog import ChangeLog
-from .formats import CHANGE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
+from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
 from .portion import Portion
 from .processor import Processor
@@ -195,22 +195,14 @@ async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | 
 
 
 async def _settle_some(processor: Processor, volume_id: VolumeId, span: Span | None, from_object: int) -> int | None:
-    store = processor.access.store
-    ancestors = processor.traits.ancestors(volume_id)
-    ids = [one.volume_id for one in ancestors]
-    objects = await processor.access.ask(store.objects_from, ids, from_object, _BATCH)
+    objects = await processor.mapped_objects(volume_id, from_object, _BATCH, own=False)
     if not objects:
         return None
     if span is None:
-        portion = processor.portion(volume_id)
-        portion.users += 1
-        try:
+        with processor.borrowed(volume_id) as portion:
             for object_index in objects:
                 await _settle(portion, object_index)
             await processor.commit_locked([portion])
-        finally:
-            portion.users -= 1
-            processor.let_go(portion)
     elif span[0] <= span[1]:
         await processor.commit_locked([], await _inherited_copies(processor, volume_id, span, objects))
     return objects[-1] + 1
@@ -229,14 +221,14 @@ async def _settle(portion: Portion, object_index: int) -> None:
 async def _inherited_copies(processor: Processor, volume_id: VolumeId, span: Span, objects: list[int]) -> ShardBatch:
     """Copies of what a volume that is gone inherits, for the snapshots that hold it."""
     store = processor.access.store
-    ancestors = processor.traits.ancestors(volume_id)
     batch = ShardBatch()
-    for object_index in objects:
-        if await processor.access.ask(store.latest_copy_instant, volume_id, object_index):
-            continue
-        found = await processor.access.ask(store.inherited_map, ancestors, object_index)
-        if found is not None and found != blockmap.HOLE:
-            batch.copies.append(CopyRow(volume_id, object_index, Epoch(span[1]), Epoch(span[0]), found))
+    with processor.borrowed(volume_id) as portion:
+        for object_index in objects:
+            if await processor.access.ask(store.latest_copy_instant, volume_id, object_index):
+                continue
+            found = await portion.inherited_map(object_index)
+            if found != blockmap.HOLE:
+                batch.copies.append(CopyRow(volume_id, object_index, Epoch(span[1]), Epoch(span[0]), found))
     return batch
 
 
@@ -313,7 +305,7 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     batch.freed = [freed for freed in batch.freed if freed.log_id not in dead_ids]
     await processor.commit_locked([], batch)
     for log, block_count in changed.values():
-        log.block_count -= block_count
+        log.add_blocks(-block_count)
         log.sealed = 1
     return dead
 
@@ -396,6 +388,8 @@ async def _forget(processor: Processor, volume_id: VolumeId) -> None:
             store = processor.access.store
             logs = await processor.access.ask(store.logs_of, volume_id)
             await processor.access.ask(store.forget_volume, volume_id)
+            processor.sources.pop(volume_id, None)
+            processor.logs.release_quota(logs)
             portion = processor.portions.pop(volume_id, None)
             known = [log for log in processor.logs.known.values() if log.volume_id == volume_id]
             if portion is not None:
@@ -403,5 +397,10 @@ async def _forget(processor: Processor, volume_id: VolumeId) -> None:
             processor.tally.drop(volume_id)
             stored = {log.log_id for log in known}
             await processor.remove_logs(
-                known + [ChangeLog(row) for row in logs if row.block_count and row.log_id not in stored]
+                [log for log in known if log.kind != IMAGE_LOG]
+                + [
+                    ChangeLog(row)
+                    for row in logs
+                    if row.log_id not in stored and (row.block_count or row.kind == SOURCE_LOG)
+                ]
             )

@@ -140,6 +140,9 @@ class Reclaimer:
                 and not self._traits.is_origin(one)
             ]
             if idle:
+                for processor in self._processors:
+                    for one in idle:
+                        await processor.drop_source(one)
                 await self._catalog.save([], lambda: CatalogBatch(dropped_traits=idle))
                 for one in idle:
                     self._traits.drop(one)

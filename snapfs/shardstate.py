@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from .blockmap import BlockMap
+from .formats import CopyRow
 from .geometry import VolumeId
 from .shardstore import ShardStore
 
@@ -72,9 +73,11 @@ class Tally:
 
     def add(self, volume_id: VolumeId, count: int) -> None:
         """Count blocks in, or out when negative."""
-        self.counts[volume_id] = self.counts.get(volume_id, 0) + count
+        before = self.counts.get(volume_id, 0)
+        # What a clone inherits of a copy-on-write volume was never counted in.
+        after = self.counts[volume_id] = max(0, before + count)
         if volume_id not in self._hidden:
-            self.total += count
+            self.total += after - before
 
     def hide(self, volume_id: VolumeId) -> None:
         """Leave a removed volume out of the total."""
@@ -93,15 +96,17 @@ class ObjectState:
     """An object in memory.
 
     ``epoch`` is the one in which the map last changed. ``copied`` is the instant of the object's
-    latest point-in-time copy, 0 for none, None while that is not known.
+    latest point-in-time copy, 0 for none, None while that is not known. ``kept`` is that copy
+    itself as it is durable, where it is used and known.
     """
 
-    __slots__ = ("block_map", "copied", "epoch")
+    __slots__ = ("block_map", "copied", "epoch", "kept")
 
     def __init__(self, block_map: BlockMap, epoch: int, copied: int | None) -> None:
         self.block_map = block_map
         self.epoch = epoch
         self.copied = copied
+        self.kept: CopyRow | None = None
 
 
 class Lender(Protocol):

@@ -170,10 +170,11 @@ class ShardStore:
         return {row[0] for row in self.database.rows("SELECT DISTINCT log_id FROM candidates")}
 
     def forget_unborn(self, next_volume_id: int) -> None:
-        """Drop the counts of volumes that were never made: a crash came before their commit to the catalog."""
-        if self.database.row("SELECT 1 FROM portions WHERE volume_id >= ?", (next_volume_id,)):
-            with self.database.transaction():
-                self.database.execute("DELETE FROM portions WHERE volume_id >= ?", (next_volume_id,))
+        """Drop the counts and sources of volumes that were never made: a crash came before their commit."""
+        for table in ("portions", "logs"):
+            if self.database.row(f"SELECT 1 FROM {table} WHERE volume_id >= ?", (next_volume_id,)):
+                with self.database.transaction():
+                    self.database.execute(f"DELETE FROM {table} WHERE volume_id >= ?", (next_volume_id,))
 
     def copy_at(self, volume_id: VolumeId, object_index: int, instant: int) -> CopyRow | None:
         """The point-in-time copy with the smallest instant at or after ``instant``."""
@@ -249,7 +250,8 @@ class ShardStore:
     def open_log(self, volume_id: VolumeId, epoch: int) -> LogRow | None:
         """The log that takes a volume's writes in an epoch, if it was begun."""
         row = self.database.row(
-            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0 ORDER BY log_id DESC LIMIT 1",
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0 AND kind = 0"
+            " ORDER BY log_id DESC LIMIT 1",
             (volume_id, epoch),
         )
         return None if row is None else LogRow(*row)
@@ -261,7 +263,7 @@ class ShardStore:
 
     def empty_logs(self) -> list[LogRow]:
         """Logs in which nothing is named any more."""
-        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE block_count = 0")]
+        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE block_count = 0 AND kind = 0")]
 
     def all_logs(self) -> list[LogRow]:
         """Every change log."""
@@ -271,7 +273,8 @@ class ShardStore:
         """After a crash: the last log of each volume may hold blocks that no map names; it is closed to writes."""
         with self.database.transaction():
             self.database.execute(
-                "UPDATE logs SET sealed = 2 WHERE log_id IN (SELECT max(log_id) FROM logs GROUP BY volume_id)"
+                "UPDATE logs SET sealed = 2 WHERE log_id IN"
+                " (SELECT max(log_id) FROM logs WHERE kind = 0 GROUP BY volume_id)"
             )
 
     def suspect_logs(self) -> list[LogRow]:
@@ -306,9 +309,45 @@ class ShardStore:
         """Correct a log's count, and seal it; inside a transaction."""
         self.database.execute("UPDATE logs SET block_count = ?, sealed = 1 WHERE log_id = ?", (count, log_id))
 
+    def sources(self) -> dict[VolumeId, LogRow]:
+        """By volume: the log that stands for what it is written over."""
+        rows = [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE kind != 0")]
+        return {row.volume_id: row for row in rows}
+
+    def block_counts_by_device(self) -> dict[int, int]:
+        """Blocks in change logs that anything names, by device."""
+        rows = self.database.rows("SELECT device_id, sum(block_count) FROM logs WHERE kind = 0 GROUP BY device_id")
+        return cast("dict[int, int]", dict(rows))
+
+    def block_count_of(self, volume_id: VolumeId, epoch: int) -> int:
+        """Blocks in a volume's change logs of one epoch."""
+        row = self.database.row(
+            "SELECT coalesce(sum(block_count), 0) FROM logs WHERE volume_id = ? AND epoch = ? AND kind = 0",
+            (volume_id, epoch),
+        )
+        return 0 if row is None else int(row[0])
+
+    def copies_from(self, volume_id: VolumeId, object_index: int, instant: int) -> list[CopyRow]:
+        """The copies of an object with instants from one on, in order."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND object_index = ? AND instant >= ? ORDER BY instant",
+            (volume_id, object_index, instant),
+        )
+        return [_copy(row) for row in rows]
+
+    def latest_copy(self, volume_id: VolumeId, object_index: int) -> CopyRow | None:
+        """The latest copy of an object."""
+        row = self.database.row(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND object_index = ? ORDER BY instant DESC LIMIT 1",
+            (volume_id, object_index),
+        )
+        return None if row is None else _copy(row)
+
     def log_ids_with_blocks(self) -> set[int]:
         """Logs that have a file."""
-        return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0")}
+        return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0 OR kind = 1")}
 
     def object_count(self) -> int:
         """How many objects have a live map."""
@@ -323,7 +362,7 @@ class ShardStore:
     def log_after(self, volume_id: VolumeId, instant: int) -> LogRow | None:
         """The change log that belongs to a snapshot: the first begun after its instant."""
         row = self.database.row(
-            "SELECT * FROM logs WHERE volume_id = ? AND epoch > ? ORDER BY epoch, log_id LIMIT 1",
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch > ? AND kind = 0 ORDER BY epoch, log_id LIMIT 1",
             (volume_id, instant),
         )
         return None if row is None else LogRow(*row)

@@ -80,25 +80,32 @@ class SnapshotVolume(VolumeView):
         self.volume_id = volume_id
         self.attributes = attributes
         self.size_bytes = attributes.size_bytes
-        self._maps: dict[int, BlockMap] = {}
+        self._maps: dict[int, tuple[int, BlockMap]] = {}
         self.portions = [processor.portion(volume_id) for processor in processors]
         snapshot.opens += 1
         for portion in self.portions:
             portion.users += 1
 
     def map_now(self, object_index: int) -> BlockMap:
-        """See :meth:`VolumeView.map_now`. What a snapshot holds never changes, so a map found once is kept."""
+        """See :meth:`VolumeView.map_now`. What a snapshot holds never changes, so a map found once is kept.
+
+        Where it lies may change in a copy-on-write volume; then the portion's generation does.
+        """
         found = self._maps.get(object_index)
-        if found is None:
+        if found is None or found[0] != self.portions[object_index % self.processor_count].generation:
             raise NotResidentError(partial(self._resolve, object_index))
-        return found
+        return found[1]
 
     async def _resolve(self, object_index: int, old_blocks: OldBlocks) -> None:
         portion = self.portions[object_index % self.processor_count]
-        found = await portion.snapshot_map(object_index, self.snapshot.instant)
+        while True:
+            generation = portion.generation
+            found = await portion.snapshot_map(object_index, self.snapshot.instant)
+            if generation == portion.generation:
+                break
         while len(self._maps) >= _MAPS_MAX:
             del self._maps[next(iter(self._maps))]
-        self._maps[object_index] = found
+        self._maps[object_index] = (generation, found)
 
     def close(self) -> None:
         """Let go of it."""

@@ -313,6 +313,10 @@ class SnapshotTable:
                 counts[volume_id] = counts.get(volume_id, 0) + count
         return counts
 
+    def changelog_of(self, volume_id: VolumeId) -> int:
+        """The change log volume of a volume that a snapshot holds."""
+        return self._volumes.traits.get(volume_id).changelog_id
+
     async def open_volume(self, snapshot: Snapshot, volume_id: VolumeId) -> SnapshotVolume:
         """A volume of a snapshot, open until its ``close``. Raises NotFoundError."""
         members = await self.members(snapshot)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import time
 
+from .formats import COPY_ON_WRITE
 from .geometry import BLOCK_SIZE
 from .pool import Pool
 from .processor import Processor
 from .snapshot import Snapshot
 from .units import iso_time, show_name
+from .volume import Volume
+
+_VOLUMES_SHOWN_MAX = 256
 
 
 def _moment(when_ns: int) -> str | None:
@@ -50,6 +54,11 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             }
             for device_id, device in pool.devices.items()
         ],
+        "changed_images": pool.images.changed,
+        "change_log_volumes": pool.changelogs.entries(),
+        "volumes": [await volume_status(pool, volume) for volume in pool.volumes.by_name.values()]
+        if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX
+        else None,
         "dirty_object_count": sum(one.dirty_object_count for one in processors),
         "last_commit": _moment(max(one.last_commit_ns for one in processors)),
         "commit_count": sum(one.commit_count for one in processors),
@@ -65,6 +74,29 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             }
             for job in pool.jobs.now
         ],
+    }
+
+
+async def volume_status(pool: Pool, volume: Volume) -> dict[str, object]:
+    """One volume: how it logs changes, where, how full that is, how much changed since the last snapshot."""
+    traits = pool.volumes.traits.get(volume.volume_id)
+    quota = pool.placement.quotas.get(traits.changelog_id)
+    return {
+        "name": show_name(volume.name),
+        "volume_id": volume.volume_id,
+        "size_bytes": volume.size_bytes,
+        "mapped_bytes": volume.block_count * BLOCK_SIZE,
+        "mode": "cow" if traits.change_mode == COPY_ON_WRITE else "redirect",
+        "source": traits.source_path or None,
+        "clone_of": {"volume_id": traits.origin_id, "instant": traits.origin_instant} if traits.origin_id else None,
+        "change_log_volume": None if quota is None else quota.name,
+        "change_log_percent": None if quota is None else quota.percent,
+        "blocks_since_snapshot": sum(
+            [
+                await one.changed_block_count(volume.volume_id, max(one.clock.epoch, volume.named_epoch))
+                for one in pool.processors
+            ]
+        ),
     }
 
 
@@ -89,6 +121,9 @@ async def processor_status(processor: Processor) -> dict[str, object]:
                 "log_id": log.log_id,
                 "device_id": log.device_id,
                 "block_count": log.block_count,
+                "mode": "cow" if processor.traits.get(portion.volume_id).change_mode == COPY_ON_WRITE else "redirect",
+                "change_log_volume": None if log.quota is None else log.quota.name,
+                "change_log_percent": None if log.quota is None else log.quota.percent,
             }
             for portion in processor.portions.values()
             if (log := portion.current_log) is not None

@@ -14,7 +14,7 @@ from .backends import Buffer
 from .blockmap import BlockMap
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError, TooLargeError
-from .formats import Attributes, VersionRow, VolumeRow
+from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -191,7 +191,14 @@ class Volume(VolumeView):
     @property
     def block_count(self) -> int:
         """Blocks that are mapped."""
+        if self._traits.get(self.volume_id).change_mode == COPY_ON_WRITE:
+            return sum(processor.source_block_count(self.volume_id) for processor in self.processors)
         return sum(processor.tally.counts.get(self.volume_id, 0) for processor in self.processors)
+
+    @property
+    def may_have_blocks(self) -> bool:
+        """Whether anything may be mapped; what is not plain is not always counted."""
+        return self.block_count > 0 or self.volume_id in self._traits.rows
 
     @property
     def failure(self) -> SnapfsError | None:
@@ -459,6 +466,7 @@ class Volume(VolumeView):
                     continue
                 self.before_change()
                 self.size_bytes = size_bytes
+                await self._fit_source()
             return
         self._truncated = trio.Event()
         self.open()
@@ -469,13 +477,27 @@ class Volume(VolumeView):
             self._truncated.set()
             self._truncated = None
 
+    async def fit(self) -> None:
+        """Clear what its source has behind its size, and give a source that is written over this size."""
+        if self._trim == _TRIM_NONE:
+            self._trim = _TRIM_DUE
+        await self.trim()
+
+    async def _fit_source(self) -> None:
+        """An image that is written over is to have the volume's size."""
+        self.open()
+        try:
+            await self.portions[0].fit_source(self.size_bytes)
+        finally:
+            self.close()
+
     async def _shrink(self, size_bytes: int) -> None:
         before = (self.size_bytes, self._synced_size_bytes, self._trim)
         self.before_change()
         self.size_bytes = size_bytes
         self._shrink_count += 1
         self._synced_size_bytes = min(self._synced_size_bytes, size_bytes)
-        if self.block_count == 0:
+        if not self.may_have_blocks:
             return
         self._trim = _TRIM_DUE
         if not self.is_removed:
@@ -500,8 +522,9 @@ class Volume(VolumeView):
             try:
                 await self._zero_tail()
                 for processor, portion in zip(self.processors, self.portions, strict=True):
-                    if processor.tally.counts.get(self.volume_id):
+                    if processor.tally.counts.get(self.volume_id) or self.volume_id in self._traits.rows:
                         await self._trim_portion(processor, portion)
+                await self.portions[0].fit_source(self.size_bytes)
                 if self._trim == _TRIM_RUNNING:
                     self._trim = _TRIM_DONE
             finally:
@@ -538,12 +561,9 @@ class Volume(VolumeView):
             )
             stored = [row.object_index for row in rows]
             resident = [index for index in list(portion.objects) if index >= from_object]
-            ancestors = [one.volume_id for one in self._traits.ancestors(self.volume_id)]
-            if ancestors:
-                # Objects that are inherited have no row of their own.
-                stored = await processor.access.ask(
-                    processor.access.store.objects_from, [self.volume_id, *ancestors], from_object, _TRIM_BATCH
-                )
+            if self._traits.ancestors(self.volume_id) or self.volume_id in processor.sources:
+                # Objects that are inherited, or lie in an image, have no row of their own.
+                stored = await processor.mapped_objects(self.volume_id, from_object, _TRIM_BATCH)
             if len(stored) == _TRIM_BATCH:
                 resident = [index for index in resident if index <= stored[-1]]
             for object_index in sorted({*stored, *resident}):

@@ -355,7 +355,7 @@ class VolumeTable:
 
     def to_trim(self) -> list[Volume]:
         """Volumes that have something behind their size to be cleared."""
-        return [volume for volume in self.by_name.values() if volume.needs_trim and volume.block_count]
+        return [volume for volume in self.by_name.values() if volume.needs_trim and volume.may_have_blocks]
 
     # -- attributes --------------------------------------------------------------------------
 
@@ -385,6 +385,16 @@ class VolumeTable:
             except BaseException:
                 volume.mode, volume.uid, volume.gid = old.mode, old.uid, old.gid
                 raise
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which a volume is born now."""
+        return self._clock.epoch
+
+    async def fit(self, volume: Volume) -> None:
+        """Have a volume that stands on an image of another size be of its own."""
+        async with self.lock:
+            await volume.fit()
 
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
         """Set a volume's size; see :meth:`Volume.truncate`."""

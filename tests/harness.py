@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from snapfs.backends import CrashPlan, Device, MemoryDevice
+from snapfs.backends import CrashPlan, Device, DeviceFile, MemoryDevice
 from snapfs.check import Report, check_pool
 from snapfs.pool import Pool, create_pool
 from snapfs.snapshot import Snapshot
@@ -20,6 +20,7 @@ class World:
 
     def __init__(self, processor_count: int = 4, device_count: int = 1, capacity_bytes: int | None = None) -> None:
         self.home = MemoryDevice()
+        self.outside = MemoryDevice()
         self.devices = {str(number): MemoryDevice(capacity_bytes) for number in range(device_count)}
         create_pool(self.home, dict(self.devices), processor_count)
         for device in self.devices.values():
@@ -28,16 +29,31 @@ class World:
     def open_device(self, path: str) -> Device:
         return self.devices[path]
 
+    def open_image(self, path: str, writable: bool) -> DeviceFile:
+        return self.outside.open(path.lstrip("/"))
+
+    def has_image(self, path: str) -> bool:
+        return path.lstrip("/") in self.outside.names("")
+
+    def make_image(self, path: str, contents: bytes) -> None:
+        """An image outside of the pool, durable."""
+        file = self.outside.create(path.lstrip("/"))
+        file.write(contents, 0)
+        file.sync()
+        file.close()
+        self.outside.sync_names("")
+
     def lose_power(self, plan: CrashPlan) -> None:
         """What was not synced may be gone."""
         self.home = self.home.crash(plan)
+        self.outside = self.outside.crash(CrashPlan(plan.seed + 2, plan.keep, plan.torn))
         self.devices = {
             path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn)) for path, device in self.devices.items()
         }
 
     def check(self) -> Report:
         """The verifier's report; fails on damage."""
-        report = check_pool(self.home, WHERE, self.open_device)
+        report = check_pool(self.home, WHERE, self.open_device, self.has_image)
         self.home.close()
         assert not report.is_damaged, report.findings
         return report
@@ -56,7 +72,7 @@ class Running:
         self.pool: Pool
 
     async def start(self, nursery: trio.Nursery) -> None:
-        self.pool = Pool.open(self.world.home, WHERE, self.world.open_device)
+        self.pool = Pool.open(self.world.home, WHERE, self.world.open_device, "test", self.world.open_image)
         await self.pool.recover()
         self._ended = trio.Event()
         self._scope: trio.CancelScope = await nursery.start(self._run)

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snapfs.backends import CrashPlan
-from snapfs.errors import ExistsError, HeldError, NotFoundError, SnapfsError
+from snapfs.errors import ExistsError, HeldError, NotFoundError, SnapfsError, UnsupportedError
+from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.making import VolumeWish
 
 from .harness import Running, World, read_snapshot, read_volume
 
@@ -52,6 +54,7 @@ class Model:
         self.volumes: dict[bytes, ModelVolume] = {}
         self.snapshots: dict[bytes, dict[bytes, tuple[object, bytes]]] = {}
         self.held: set[bytes] = set()
+        self.in_place: set[object] = set()
 
 
 offsets = st.one_of(
@@ -66,6 +69,7 @@ operations = st.one_of(
     ),
     st.tuples(st.just("truncate"), st.sampled_from(NAMES), offsets),
     st.tuples(st.just("create"), st.sampled_from(NAMES)),
+    st.tuples(st.just("create-special"), st.sampled_from(NAMES), st.sampled_from(["cow", "image-cow", "image"])),
     st.tuples(st.just("remove"), st.sampled_from(NAMES)),
     st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
     st.tuples(st.just("sync"), st.sampled_from(NAMES)),
@@ -90,6 +94,7 @@ class Runner:
         self.nursery = nursery
         self.clock = clock
         self.running = Running(self.world)
+        self.image_count = 0
 
     async def start(self) -> None:
         self.running = Running(self.world)
@@ -129,6 +134,23 @@ class Runner:
             return
         self.model.volumes[name] = ModelVolume()
         await self.running.pool.volumes.create(name)
+
+    async def do_create_special(self, name: bytes, kind: str) -> None:
+        if name in self.model.volumes:
+            return
+        contents = b""
+        path = ""
+        if kind != "cow":
+            self.image_count += 1
+            path = f"/image{self.image_count}"
+            contents = bytes(index * 7 & 0xFF for index in range(9000)) + bytes(5 << 20) + b"end" * 3000
+            self.world.make_image(path, contents)
+        change_mode = REDIRECT if kind == "image" else COPY_ON_WRITE
+        await self.running.pool.maker.create(VolumeWish(name, None, change_mode, path))
+        self.model.volumes[name] = ModelVolume(bytearray(contents))
+        self.model.volumes[name].synced()
+        if change_mode == COPY_ON_WRITE:
+            self.model.in_place.add(self.model.volumes[name].identity)
 
     async def do_remove(self, name: bytes) -> None:
         if self.model.volumes.pop(name, None) is not None:
@@ -196,6 +218,10 @@ class Runner:
         if snapshot not in self.model.snapshots or wanted is None:
             return
         now = {volume.identity: (one, volume) for one, volume in self.model.volumes.items()}
+        if any(identity in self.model.in_place for identity, _ in wanted.values()):
+            with pytest.raises((UnsupportedError, ExistsError)):
+                await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
+            return
         if any(identity not in now and one in self.model.volumes for one, (identity, _) in wanted.items()):
             with pytest.raises(ExistsError):
                 await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
@@ -268,12 +294,21 @@ async def run_operations(ops: list[tuple], clock: trio.testing.MockClock) -> Non
         await runner.finish()
 
 
+beginnings = st.sampled_from(
+    [
+        [("create", b"a"), ("create", b"b")],
+        [("create-special", b"a", "cow"), ("create", b"b")],
+        [("create-special", b"a", "image-cow"), ("create-special", b"b", "image")],
+    ]
+)
+
+
 @settings(
     max_examples=int(os.environ.get("SNAPFS_MODEL_EXAMPLES", "300")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
-@given(st.lists(operations, min_size=4, max_size=30))
-def test_any_operations_agree_with_the_model(ops: list[tuple]) -> None:
+@given(beginnings, st.lists(operations, min_size=4, max_size=30))
+def test_any_operations_agree_with_the_model(beginning: list[tuple], ops: list[tuple]) -> None:
     clock = trio.testing.MockClock()
-    trio.run(run_operations, [("create", b"a"), ("create", b"b"), *ops], clock, clock=clock)
+    trio.run(run_operations, [*beginning, *ops], clock, clock=clock)

@@ -11,6 +11,7 @@ import click
 
 from ..errors import SnapfsError
 from . import (
+    changelog,
     check,
     clone,
     create,
@@ -39,6 +40,7 @@ for _command in (
     mount.mount,
     umount.umount,
     create.create,
+    changelog.changelog,
     snapshot.snapshot,
     listing.list_snapshots,
     delete.delete,

@@ -8,7 +8,12 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
+import trio
+
 from ..errors import BadCommandError, NotFoundError, SnapfsError
+from ..formats import POOL_FILE
+from ..fuse.control import CommandContext, run_line
+from ..pool import open_pool
 
 Answer = dict[str, Any]
 _READ_BYTES = 1 << 20
@@ -33,16 +38,12 @@ def control_path(mount_point: str) -> str:
 
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
-    if any("\n" in word for word in [*words, *(value for _, value in options or [])]):
-        raise BadCommandError("a word has a line break", "Leave it out")
-    line = " ".join(
-        [words[0], *(shlex.quote(word) for word in words[1:]), *(shlex.quote(f"{k}={v}") for k, v in options or [])]
-    )
+    line = _line(words, options)
     fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
     try:
         failed: OSError | None = None
         try:
-            os.write(fd, os.fsencode(line) + b"\n")
+            os.write(fd, line + b"\n")
         except OSError as error:
             failed = error
         answer = _read_answer(fd)
@@ -54,6 +55,23 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
         refused.errno = answer.get("errno") or (failed.errno if failed is not None else refused.errno) or 5
         raise refused
     return answer
+
+
+def ask_anywhere(where: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
+    """Like :func:`ask`, of a mount or of a pool that is not mounted, which is opened for it."""
+    if not os.path.exists(os.path.join(where, POOL_FILE)):
+        return ask(where, *words, options=options)
+    line = _line(words, options)
+
+    async def run() -> Answer:
+        async with open_pool(where, f"snapfs {words[0]}") as pool:
+
+            async def resize(name: bytes, size_bytes: int) -> None:
+                await pool.volumes.truncate(pool.volumes.get(name), size_bytes)
+
+            return await run_line(CommandContext(pool, resize), line) or {}
+
+    return trio.run(run)
 
 
 def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
@@ -74,6 +92,16 @@ def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, st
             for job in jobs:
                 progress.update(bar, completed=job["done"], total=job["total"], description=f"{words[0]} {job['what']}")
         return answer.result()
+
+
+def _line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> bytes:
+    """A command as a line, without its end. Raises BadCommandError for a word that no line can hold."""
+    if any("\n" in word for word in [*words, *(value for _, value in options or [])]):
+        raise BadCommandError("a word has a line break", "Leave it out")
+    line = " ".join(
+        [words[0], *(shlex.quote(word) for word in words[1:]), *(shlex.quote(f"{k}={v}") for k, v in options or [])]
+    )
+    return os.fsencode(line)
 
 
 def _read_answer(fd: int) -> Answer:

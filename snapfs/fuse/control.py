@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import BadCommandError, SnapfsError, TooLargeError
 from ..geometry import volume_size_bytes_max
+from ..making import CHANGE_MODES, VolumeWish
 from ..pool import Pool
 from ..status import snapshot_entry, snapshot_entry_with_space
 from ..units import format_size, parse_size, show_name
 
 LINE_BYTES_MAX = 65536
-OPTION_KEYS = frozenset({"volume", "note", "space", "hold", "force"})
+OPTION_KEYS = frozenset(
+    {
+        "volume",
+        "note",
+        "space",
+        "hold",
+        "force",
+        "size",
+        "mode",
+        "source",
+        "change-log",
+        "capacity",
+        "device",
+        "free-oldest",
+    }
+)
 Answer = dict[str, object]
 ResizeFile = Callable[[bytes, int], Awaitable[None]]
 
@@ -52,6 +69,13 @@ class Command:
     def all_of(self, key: str) -> list[bytes]:
         """Every value given for an option."""
         return [value for one, value in self.options if one == key]
+
+    def one_of(self, key: str) -> str | None:
+        """The value of an option that may be given once. Raises BadCommandError."""
+        values = self.all_of(key)
+        if len(values) > 1:
+            raise BadCommandError(f"{key} is given more than once", "Give it once")
+        return show_name(values[0]) if values else None
 
     def flag(self, key: str) -> bool:
         """Whether an option is given as yes. Raises BadCommandError for anything but yes and no."""
@@ -133,6 +157,74 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
     return snapshot_entry(snapshot)
 
 
+async def _create(context: CommandContext, command: Command) -> Answer:
+    """create VOLUME [size=SIZE] [mode=redirect|cow] [source=PATH] [change-log=NAME]: make a volume."""
+    command.word_count(1, 1, "the name of a volume")
+    command.known_options("size", "mode", "source", "change-log")
+    size, mode = command.one_of("size"), command.one_of("mode") or "redirect"
+    if mode not in CHANGE_MODES:
+        raise BadCommandError(f"there is no mode {mode!r}", f"Modes: {', '.join(CHANGE_MODES)}")
+    size_bytes = None if size is None else parse_size(size)
+    _check_size(context, size_bytes or 0)
+    wish = VolumeWish(
+        command.words[0],
+        size_bytes,
+        CHANGE_MODES[mode],
+        command.one_of("source") or "",
+        (command.one_of("change-log") or "").encode("utf-8", "surrogateescape"),
+        uid=os.getuid(),
+        gid=os.getgid(),
+    )
+    volume = await context.pool.maker.create(wish)
+    return {"volume": show_name(wish.name), "volume_id": volume.volume_id, "size_bytes": volume.size_bytes}
+
+
+async def _changelog(context: CommandContext, command: Command) -> Answer:
+    """changelog create NAME capacity=SIZE device=PATH... [free-oldest=yes] | resize NAME SIZE | remove NAME | list."""
+    action = show_name(command.words[0]) if command.words else ""
+    function = _CHANGELOG_ACTIONS.get(action)
+    if function is None:
+        raise BadCommandError(f"changelog cannot {action!r}", f"It can {', '.join(_CHANGELOG_ACTIONS)}")
+    return await function(context, Command(command.words[1:], command.options))
+
+
+async def _changelog_create(context: CommandContext, command: Command) -> Answer:
+    command.word_count(1, 1, "the name of a change log volume")
+    command.known_options("capacity", "device", "free-oldest")
+    capacity = command.one_of("capacity")
+    paths = [show_name(path) for path in command.all_of("device")]
+    if capacity is None or not paths:
+        raise BadCommandError("a change log volume needs a capacity and a device", "Write capacity=50G device=/path")
+    for path in paths:
+        if not path.startswith("/"):
+            raise BadCommandError(f"the device {path} is not an absolute path", "Write it from / on")
+    capacity_bytes = parse_size(capacity)
+    frees_oldest = command.flag("free-oldest")
+    await context.pool.changelogs.create(command.words[0], paths, capacity_bytes, frees_oldest=frees_oldest)
+    return {"name": show_name(command.words[0]), "capacity_bytes": capacity_bytes}
+
+
+async def _changelog_resize(context: CommandContext, command: Command) -> Answer:
+    command.word_count(2, 2, "the name of a change log volume and a size")
+    command.known_options()
+    capacity_bytes = parse_size(show_name(command.words[1]))
+    await context.pool.changelogs.resize(command.words[0], capacity_bytes)
+    return {"name": show_name(command.words[0]), "capacity_bytes": capacity_bytes}
+
+
+async def _changelog_remove(context: CommandContext, command: Command) -> Answer:
+    command.word_count(1, 1, "the name of a change log volume")
+    command.known_options()
+    await context.pool.changelogs.remove(command.words[0])
+    return {"name": show_name(command.words[0])}
+
+
+async def _changelog_list(context: CommandContext, command: Command) -> Answer:
+    command.word_count(0, 0, "no name")
+    command.known_options()
+    return {"change_log_volumes": context.pool.changelogs.entries()}
+
+
 async def _rollback(context: CommandContext, command: Command) -> Answer:
     """rollback NAME [volume=V]... [force=yes]: put volumes back to a snapshot; the present is kept as another one."""
     command.word_count(1, 1, "the name of a snapshot")
@@ -204,11 +296,15 @@ async def _resize(context: CommandContext, command: Command) -> Answer:
     name, size = command.words
     context.pool.volumes.get(name)
     size_bytes = parse_size(show_name(size))
+    _check_size(context, size_bytes)
+    await context.resize_file(name, size_bytes)
+    return {"volume": show_name(name), "size_bytes": size_bytes}
+
+
+def _check_size(context: CommandContext, size_bytes: int) -> None:
     size_bytes_max = volume_size_bytes_max(len(context.pool.processors))
     if size_bytes > size_bytes_max:
         raise TooLargeError(f"volumes of this pool go up to {format_size(size_bytes_max)}", "Give a smaller size")
-    await context.resize_file(name, size_bytes)
-    return {"volume": show_name(name), "size_bytes": size_bytes}
 
 
 async def _sync(context: CommandContext, command: Command) -> Answer:
@@ -241,8 +337,16 @@ async def _help(context: CommandContext, command: Command) -> Answer:
 
 
 CommandFunction = Callable[[CommandContext, Command], Awaitable[Answer]]
+_CHANGELOG_ACTIONS: Mapping[str, CommandFunction] = {
+    "create": _changelog_create,
+    "resize": _changelog_resize,
+    "remove": _changelog_remove,
+    "list": _changelog_list,
+}
 COMMANDS: Mapping[str, CommandFunction] = {
     "snapshot": _snapshot,
+    "create": _create,
+    "changelog": _changelog,
     "delete": _delete,
     "rename": _rename,
     "rollback": _rollback,

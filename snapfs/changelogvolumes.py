@@ -1,0 +1,194 @@
+"""Change log volumes: making, resizing, removing and listing them.
+
+A change log volume is where the change logs of the volumes that name it are kept: a set of devices,
+with a capacity. Each processor keeps its part of the logs there.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import trio
+
+from .backends import Device
+from .catalogaccess import CatalogAccess
+from .errors import BusyVolumeError, ExistsError, NotFoundError, UnreadableError
+from .events import EventLog
+from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor
+from .geometry import BLOCK_SHIFT
+from .placement import Placement, Quota
+from .processor import Processor
+from .tasks import Wakeup
+from .traits import TraitsTable
+from .units import check_name, show_name
+
+OpenDevice = Callable[[str], Device]
+FULL_PERCENT = 95
+
+
+class ChangeLogVolumes:
+    """The change log volumes of a pool. ``nearly_full`` is set when one that frees the oldest gets full."""
+
+    def __init__(
+        self,
+        catalog: CatalogAccess,
+        placement: Placement,
+        devices: dict[int, Device],
+        processors: Sequence[Processor],
+        traits: TraitsTable,
+        open_device: OpenDevice,
+        pool_id: str,
+        events: EventLog,
+    ) -> None:
+        self.nearly_full = Wakeup()
+        self._catalog = catalog
+        self._placement = placement
+        self._devices = devices
+        self._processors = processors
+        self._traits = traits
+        self._open_device = open_device
+        self._pool_id = pool_id
+        self._events = events
+        self._lock = trio.Lock()
+
+    async def load(self) -> None:
+        """Count what is in use."""
+        for processor in self._processors:
+            counts = await processor.access.ask(processor.access.store.block_counts_by_device)
+            for device_id, count in counts.items():
+                quota = self._placement.quota_of(device_id)
+                if quota is not None:
+                    quota.used_blocks += count
+        for quota in self._placement.quotas.values():
+            quota.on_level = self._on_level
+
+    def _on_level(self, quota: Quota, percent: int) -> None:
+        self._events.note(
+            "change-log-full" if percent >= 100 else "change-log-filling",
+            logging.WARNING,
+            name=quota.name,
+            percent=percent,
+            used_bytes=quota.used_blocks << BLOCK_SHIFT,
+            capacity_bytes=quota.row.capacity_bytes,
+        )
+        if percent >= FULL_PERCENT and quota.row.frees_oldest:
+            self.nearly_full.set()
+
+    def get(self, name: bytes) -> Quota:
+        """The change log volume of that name. Raises NotFoundError."""
+        for quota in self._placement.quotas.values():
+            if quota.row.name == name:
+                return quota
+        raise NotFoundError(f"there is no change log volume {show_name(name)!r}", "See snapfs changelog list")
+
+    def entries(self) -> list[dict[str, object]]:
+        """All of them, for lists and status."""
+        return [
+            {
+                "name": quota.name,
+                "capacity_bytes": quota.row.capacity_bytes,
+                "used_bytes": quota.used_blocks << BLOCK_SHIFT,
+                "percent": quota.percent,
+                "frees_oldest": bool(quota.row.frees_oldest),
+                "devices": [
+                    {"device_id": device_id, "path": self._devices[device_id].local_path("")}
+                    for device_id in self._placement.devices_of(changelog_id)
+                ],
+            }
+            for changelog_id, quota in sorted(self._placement.quotas.items())
+        ]
+
+    async def create(
+        self, name: bytes, paths: Sequence[str], capacity_bytes: int, *, frees_oldest: bool = False
+    ) -> None:
+        """Make one, on empty directories; it is durable. Raises ExistsError, NotFoundError, BadNameError."""
+        check_name(name, "change log volume")
+        async with self._lock:
+            if any(quota.row.name == name for quota in self._placement.quotas.values()):
+                raise ExistsError(f"there is a change log volume {show_name(name)!r} already", "Choose another name")
+            known = set((await self._catalog.ask(self._catalog.catalog.device_paths)).values())
+            next_device_id, changelog_id = await self._catalog.ask(self._catalog.catalog.next_changelog_ids)
+            opened: dict[int, Device] = {}
+            with trio.CancelScope(shield=True):
+                try:
+                    for path in dict.fromkeys(paths):
+                        if path in known:
+                            raise ExistsError(f"{path} is a device of the pool already", "Give an empty directory")
+                        device_id = next_device_id + len(opened)
+                        opened[device_id] = await trio.to_thread.run_sync(self._prepare_device, path, device_id)
+                    row = ChangeLogVolumeRow(changelog_id, name, capacity_bytes, int(frees_oldest))
+                    rows = [
+                        (device_id, path, changelog_id)
+                        for device_id, path in zip(opened, dict.fromkeys(paths), strict=True)
+                    ]
+                    await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows))
+                except BaseException:
+                    for device in opened.values():
+                        _give_back(device)
+                    raise
+            self._devices.update(opened)
+            quota = self._placement.quotas[changelog_id] = Quota(row)
+            quota.on_level = self._on_level
+            for device_id in opened:
+                self._placement.add_device(device_id, changelog_id)
+        self._events.note("change-log-volume-created", name=show_name(name), capacity_bytes=capacity_bytes)
+
+    def _prepare_device(self, path: str, device_id: int) -> Device:
+        try:
+            if path and os.path.isdir(path) and os.listdir(path):
+                raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
+            device = self._open_device(path)
+        except FileNotFoundError:
+            raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir") from None
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir") from None
+            raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give an empty directory") from error
+        try:
+            if DEVICE_FILE in device.names(""):
+                raise ExistsError(f"{path} is a device of a pool already", "Give an empty directory")
+            device.write_file(DEVICE_FILE, DeviceDescriptor(self._pool_id, device_id).to_json())
+        except BaseException:
+            device.close()
+            raise
+        return device
+
+    async def resize(self, name: bytes, capacity_bytes: int) -> None:
+        """Give one another capacity, durably. Less than is in use is allowed: then nothing more goes in."""
+        async with self._lock:
+            quota = self.get(name)
+            row = quota.row._replace(capacity_bytes=capacity_bytes)
+            await self._catalog.save([], lambda: CatalogBatch(changelogs=[row]))
+            quota.resize(row)
+        self._events.note("change-log-volume-resized", name=show_name(name), capacity_bytes=capacity_bytes)
+
+    async def remove(self, name: bytes) -> None:
+        """Remove one that no volume names and that is empty, durably. Raises BusyVolumeError."""
+        async with self._lock:
+            quota = self.get(name)
+            changelog_id = quota.row.changelog_id
+            if quota.used_blocks or any(row.changelog_id == changelog_id for row in self._traits.rows.values()):
+                raise BusyVolumeError(
+                    f"change log volume {show_name(name)!r} is in use",
+                    "Remove the volumes and snapshots that have their change logs there",
+                )
+            device_ids = self._placement.devices_of(changelog_id)
+            batch = CatalogBatch(dropped_changelogs=[changelog_id], dropped_devices=device_ids)
+            await self._catalog.save([], lambda: batch)
+            self._placement.remove_changelog(changelog_id)
+            for device_id in device_ids:
+                _give_back(self._devices.pop(device_id))
+        self._events.note("change-log-volume-removed", name=show_name(name))
+
+
+def _give_back(device: Device) -> None:
+    """A device that is none of the pool's any more."""
+    try:
+        device.remove(DEVICE_FILE)
+    except OSError:
+        return
+    finally:
+        device.close()

@@ -1,0 +1,343 @@
+"""Copy-on-write volumes, volumes over images and change log volumes, on pools in memory."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from snapfs.backends import CrashPlan, MemoryDevice
+from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
+from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.making import VolumeWish
+
+from .harness import Running, World, open_world, read_snapshot, read_volume
+from .test_t3_clones import BLOCK, OBJECT, allocated_blocks, put
+
+
+def image(world: World, path: str) -> bytes:
+    file = world.outside.open(path.lstrip("/"))
+    contents = bytearray(file.size())
+    file.read_into(contents, 0)
+    file.close()
+    return bytes(contents)
+
+
+async def test_the_source_is_overwritten_in_place_and_snapshots_keep_what_it_held() -> None:
+    world = World()
+    world.make_image("/image", b"0" * 3 * OBJECT)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        assert volume.size_bytes == 3 * OBJECT
+        assert await read_volume(pool, b"v") == b"0" * 3 * OBJECT
+        await put(pool, b"v", 100, b"1" * 5000)
+        await pool.snapshots.create(b"first")
+        await put(pool, b"v", BLOCK, b"2" * BLOCK)
+        await put(pool, b"v", 2 * OBJECT, b"2" * BLOCK)
+        await pool.snapshots.create(b"second")
+        await put(pool, b"v", 2 * OBJECT, b"3" * 2 * BLOCK)
+        await put(pool, b"v", 2 * OBJECT, b"4" * BLOCK)
+        first = bytearray(b"0" * 3 * OBJECT)
+        first[100:5100] = b"1" * 5000
+        second = bytearray(first)
+        second[BLOCK : 2 * BLOCK] = b"2" * BLOCK
+        second[2 * OBJECT : 2 * OBJECT + BLOCK] = b"2" * BLOCK
+        now = bytearray(second)
+        now[2 * OBJECT : 2 * OBJECT + BLOCK] = b"4" * BLOCK
+        now[2 * OBJECT + BLOCK : 2 * OBJECT + 2 * BLOCK] = b"3" * BLOCK
+        assert await read_snapshot(pool, pool.snapshots.get(b"first"), b"v") == first
+        assert await read_snapshot(pool, pool.snapshots.get(b"second"), b"v") == second
+        assert await read_volume(pool, b"v") == now
+    assert image(world, "/image") == now
+    # Preserved: two blocks after the first snapshot, two after the second.
+    assert allocated_blocks(world) == 4
+    world.check_clean()
+    async with open_world(world) as pool:
+        await pool.snapshots.delete(b"second")
+        await pool.reclaimer.reclaim_all()
+        assert await read_snapshot(pool, pool.snapshots.get(b"first"), b"v") == first
+        # What the second had of 2 * OBJECT is needed by none; the block behind it still is by the first.
+        assert allocated_blocks(world) == 3
+        await pool.snapshots.delete(b"first")
+        await pool.reclaimer.reclaim_all()
+        assert allocated_blocks(world) == 0
+        assert await read_volume(pool, b"v") == now
+    world.check_clean()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_power_cuts_during_overwrites_harm_no_snapshot(seed: int) -> None:
+    world = World(processor_count=2)
+    world.make_image("/image", bytes(index // BLOCK % 251 + 1 for index in range(64 * BLOCK)))
+    before = image(world, "/image")
+    async with trio.open_nursery() as nursery:
+        running = Running(world)
+        await running.start(nursery)
+        pool = running.pool
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        for number in range(seed * 3 + 1):
+            await put(pool, b"v", (number * 7 % 60) * BLOCK + number % 3 * 100, b"x" * (BLOCK + number))
+        await running.crash(CrashPlan(seed, (seed % 3) / 2))
+        world.check()
+        running = Running(world)
+        await running.start(nursery)
+        assert await read_snapshot(running.pool, running.pool.snapshots.get(b"s"), b"v") == before
+        await running.pool.reclaimer.reclaim_all()
+        await running.stop()
+    world.check_clean()
+
+
+async def test_a_reader_of_a_snapshot_never_sees_the_overwritten_source() -> None:
+    async with open_world(World(processor_count=2)) as pool:
+        await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"a" * 2 * OBJECT)
+        snapshot = await pool.snapshots.create(b"s")
+        members = await pool.snapshots.members(snapshot)
+        view = await pool.snapshots.open_volume(snapshot, members.get(b"v")[0])
+        done = trio.Event()
+
+        async def write() -> None:
+            for number in range(200):
+                await put(pool, b"v", number * 37 % 500 * BLOCK, b"b" * BLOCK)
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            while not done.is_set():
+                assert bytes(await view.read(0, 512 * BLOCK)) == b"a" * 512 * BLOCK
+                await trio.sleep(0)
+        pool.snapshots.close_volume(view)
+
+
+async def test_writers_side_by_side_share_a_commit_and_lose_nothing() -> None:
+    async with open_world(World(processor_count=2)) as pool:
+        await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"a" * 2 * OBJECT)
+        snapshot = await pool.snapshots.create(b"s")
+        commits = sum(one.commit_count for one in pool.processors)
+        async with pool.volumes.opened(b"v") as volume, trio.open_nursery() as nursery:
+            for number in range(64):
+                # Two halves of each block, and four snapshots in between.
+                nursery.start_soon(volume.write, number * 2048, bytes([number + 1]) * 2048)
+                if number % 16 == 8:
+                    nursery.start_soon(pool.snapshots.create)
+        expected = b"".join(bytes([number + 1]) * 2048 for number in range(64)) + b"a" * (2 * OBJECT - 64 * 2048)
+        assert await read_volume(pool, b"v") == expected
+        assert await read_snapshot(pool, snapshot, b"v") == b"a" * 2 * OBJECT
+        assert sum(one.commit_count for one in pool.processors) - commits < 64
+
+
+async def test_a_clone_of_a_copy_on_write_volume_keeps_what_it_shows() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 3 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"a" * 3 * OBJECT)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"b" * BLOCK)
+        await pool.clones.clone(b"s", b"v", b"c")
+        await put(pool, b"c", BLOCK, b"c" * BLOCK)
+        await put(pool, b"v", 0, b"d" * 3 * OBJECT)
+        expected = b"a" * BLOCK + b"c" * BLOCK + b"a" * (3 * OBJECT - 2 * BLOCK)
+        assert await read_volume(pool, b"c") == expected
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert await read_volume(pool, b"c") == expected
+        await put(pool, b"v", 0, b"e" * 3 * OBJECT)
+        assert await read_volume(pool, b"c") == expected
+        await pool.volumes.truncate(pool.volumes.get(b"c"), 100)
+        await pool.volumes.truncate(pool.volumes.get(b"c"), OBJECT)
+        assert await read_volume(pool, b"c") == b"a" * 100 + bytes(OBJECT - 100)
+        await pool.volumes.remove(b"c")
+        await pool.reclaimer.reclaim_all()
+    world.check_clean()
+
+
+async def test_shrinking_preserves_and_fits_the_image() -> None:
+    world = World()
+    world.make_image("/image", b"0" * (2 * OBJECT + 5000))
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        await pool.volumes.truncate(volume, 5000)
+        assert len(image(world, "/image")) == 5000
+        await pool.volumes.truncate(volume, OBJECT + 1)
+        assert await read_volume(pool, b"v") == b"0" * 5000 + bytes(OBJECT - 4999)
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"0" * (2 * OBJECT + 5000)
+        assert len(image(world, "/image")) == OBJECT + 1
+    world.check_clean()
+
+
+async def test_a_removed_copy_on_write_volume_leaves_nothing_and_its_image_where_it_was() -> None:
+    world = World()
+    world.make_image("/image", b"0" * OBJECT)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.maker.create(VolumeWish(b"w", 1 << 20, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"1" * BLOCK)
+        await put(pool, b"w", 0, b"1" * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"2" * BLOCK)
+        await put(pool, b"w", 0, b"2" * BLOCK)
+        await pool.volumes.remove(b"v")
+        await pool.volumes.remove(b"w")
+        await pool.reclaimer.reclaim_all()
+        assert (await read_snapshot(pool, pool.snapshots.get(b"s"), b"v"))[: 2 * BLOCK] == b"1" * BLOCK + b"0" * BLOCK
+        assert (await read_snapshot(pool, pool.snapshots.get(b"s"), b"w"))[:BLOCK] == b"1" * BLOCK
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert not pool.volumes.traits.rows
+        assert allocated_blocks(world) == 0
+    assert image(world, "/image") == b"2" * BLOCK + b"0" * (OBJECT - BLOCK)
+    world.check_clean()
+
+
+async def test_a_redirecting_volume_leaves_its_image_untouched() -> None:
+    world = World()
+    contents = bytes(index % 251 for index in range(OBJECT + 6000))
+    world.make_image("/image", contents)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, REDIRECT, "/image"))
+        assert await read_volume(pool, b"v") == contents
+        assert volume.block_count == 1024 + 2
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 50, b"x" * 5000)
+        await put(pool, b"v", 2 * OBJECT, b"y" * 10)
+        expected = bytearray(2 * OBJECT + 10)
+        expected[: len(contents)] = contents
+        expected[50:5050] = b"x" * 5000
+        expected[2 * OBJECT :] = b"y" * 10
+        assert await read_volume(pool, b"v") == expected
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == contents
+        await pool.clones.clone(b"s", b"v", b"c")
+        assert await read_volume(pool, b"c") == contents
+        await pool.volumes.truncate(volume, 100)
+        await pool.volumes.truncate(volume, OBJECT)
+        assert await read_volume(pool, b"v") == expected[:100] + bytes(OBJECT - 100)
+        await pool.clones.rollback(b"s")
+        assert await read_volume(pool, b"v") == contents
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert await read_volume(pool, b"c") == contents
+        # Its last block is its own already, with zeros behind its end.
+        assert await pool.clones.flatten(b"c") == 1025 * BLOCK
+        await pool.reclaimer.reclaim_all()
+        assert await read_volume(pool, b"c") == contents
+    assert image(world, "/image") == contents
+    world.check_clean()
+
+
+async def test_bad_sources_are_refused() -> None:
+    world = World()
+    world.make_image("/image", b"0" * BLOCK)
+    async with open_world(world) as pool:
+        for path, error in (("/none", NotFoundError), ("image", BadCommandError)):
+            with pytest.raises(error):
+                await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, path))
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        with pytest.raises(InUseError):
+            await pool.maker.create(VolumeWish(b"w", None, REDIRECT, "/image"))
+        with pytest.raises(ExistsError):
+            await pool.maker.create(VolumeWish(b"v", 5, COPY_ON_WRITE))
+        with pytest.raises(NotFoundError):
+            await pool.maker.create(VolumeWish(b"w", 5, changelog_name=b"none"))
+        assert set(pool.volumes.by_name) == {b"v"}
+    world.check_clean()
+
+
+# -- change log volumes ----------------------------------------------------------------------
+
+
+def changelog_world() -> World:
+    world = World()
+    for path in ("/logs-a", "/logs-b"):
+        world.devices[path] = MemoryDevice()
+    return world
+
+
+def device_blocks(world: World, *paths: str) -> int:
+    inner = World.__new__(World)
+    inner.devices = {path: world.devices[path] for path in paths}
+    return allocated_blocks(inner)
+
+
+@pytest.mark.parametrize("change_mode", [REDIRECT, COPY_ON_WRITE])
+async def test_change_logs_lie_in_their_volume_on_all_processors_and_fill_it(change_mode: int) -> None:
+    world = changelog_world()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs-a", "/logs-b"], 100 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", 8 * OBJECT, change_mode, changelog_name=b"logs"))
+        for number in range(8):
+            await put(pool, b"v", number * OBJECT, b"1" * 20 * BLOCK)
+        assert device_blocks(world, "/logs-a", "/logs-b") == 0
+        snapshot = await pool.snapshots.create(b"s")
+        before = await read_volume(pool, b"v")
+        for number in range(8):
+            await put(pool, b"v", number * OBJECT, b"2" * 10 * BLOCK)
+        assert device_blocks(world, "/logs-a") == device_blocks(world, "/logs-b") == 40
+        names = [world.devices[path].names(f"logs/{index}") for path in ("/logs-a", "/logs-b") for index in range(4)]
+        assert sum(len(one) > 0 for one in names) == 4
+        events = pool.events.contents.decode()
+        assert "change-log-filling" in events and '"percent": 80' in events
+        with pytest.raises(NoSpaceError):
+            for number in range(8):
+                await put(pool, b"v", number * OBJECT + 10 * BLOCK, b"3" * 10 * BLOCK)
+        assert await read_snapshot(pool, snapshot, b"v") == before
+        assert "change-log-full" in pool.events.contents.decode()
+    world.check()
+    async with open_world(world) as pool:
+        assert pool.changelogs.get(b"logs").used_blocks == 100
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == before
+        await pool.changelogs.resize(b"logs", 200 * BLOCK)
+        for number in range(8):
+            await put(pool, b"v", number * OBJECT + 10 * BLOCK, b"3" * 10 * BLOCK)
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == before
+        with pytest.raises(BusyVolumeError):
+            await pool.changelogs.remove(b"logs")
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert pool.changelogs.get(b"logs").used_blocks == 0
+        await pool.changelogs.remove(b"logs")
+        assert not pool.changelogs.entries()
+        assert not world.devices["/logs-a"].names("")
+    world.check_clean()
+
+
+async def test_a_full_one_may_free_the_oldest_snapshots_that_nothing_holds() -> None:
+    world = changelog_world()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs-a"], 100 * BLOCK, frees_oldest=True)
+        await pool.maker.create(VolumeWish(b"v", OBJECT, COPY_ON_WRITE, changelog_name=b"logs"))
+        await pool.volumes.create(b"other")
+        await put(pool, b"v", 0, b"1" * 500 * BLOCK)
+        await pool.snapshots.create(b"held", hold_tags=["keep"])
+        await pool.snapshots.create(b"unrelated", [b"other"])
+        for number in range(12):
+            await pool.snapshots.create(b"s%d" % number)
+            for _ in range(100):
+                try:
+                    await put(pool, b"v", number * 20 * BLOCK, bytes([number + 1]) * 20 * BLOCK)
+                    break
+                except NoSpaceError:
+                    await trio.sleep(0.01)
+            if number == 3:
+                await pool.snapshots.release(b"held", "keep")
+        assert b"held" not in pool.snapshots.by_name
+        assert b"unrelated" in pool.snapshots.by_name
+        assert b"s11" in pool.snapshots.by_name
+        assert "snapshot-freed" in pool.events.contents.decode()
+    world.check()
+
+
+async def test_bad_change_log_volumes_are_refused() -> None:
+    world = changelog_world()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs-a"], 100 * BLOCK)
+        with pytest.raises(ExistsError):
+            await pool.changelogs.create(b"logs", ["/logs-b"], 100 * BLOCK)
+        with pytest.raises(ExistsError):
+            await pool.changelogs.create(b"more", ["/logs-a"], 100 * BLOCK)
+        assert not world.devices["/logs-b"].names("")
+        with pytest.raises(NotFoundError):
+            await pool.changelogs.resize(b"none", 5)
+    world.check_clean()

@@ -1,0 +1,137 @@
+"""Copy-on-write volumes, adopted images and change log volumes on real mounts, with real tools."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounted, loop_device, mounted_filesystem, run, snapfs
+
+pytestmark = pytest.mark.mount
+
+
+def test_an_adopted_image_stays_a_plain_image(mounted: Mounted, tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    run("truncate", "-s", "64M", image)
+    run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0", image)
+    with loop_device(image) as device, mounted_filesystem(device, tmp_path / "a") as folder:
+        (folder / "file").write_text("before")
+    snapfs("create", mounted.path / "disk", "--mode", "cow", "--source", image)
+    volume = mounted.path / "disk"
+    assert volume.stat().st_size == 64 << 20
+    snapfs("snapshot", mounted.path, "s")
+    with loop_device(volume) as device, mounted_filesystem(device, tmp_path / "a") as folder:
+        assert (folder / "file").read_text() == "before"
+        (folder / "file").write_text("after")
+        (folder / "big").write_bytes(os.urandom(4 << 20))
+    run("e2fsck", "-fn", volume)
+    kept = mounted.snapshots / "s" / "disk"
+    with (
+        loop_device(kept, "--read-only") as device,
+        mounted_filesystem(device, tmp_path / "b", "-o", "ro,noload") as folder,
+    ):
+        assert (folder / "file").read_text() == "before"
+        assert not (folder / "big").exists()
+    found = next(one for one in mounted.status()["volumes"] if one["name"] == "disk")
+    assert (found["mode"], found["source"]) == ("cow", str(image))
+    assert found["blocks_since_snapshot"] > 0
+    mounted.unmount()
+    mounted.check()
+    # Other tools read it now.
+    run("e2fsck", "-fn", image)
+    with loop_device(image) as device, mounted_filesystem(device, tmp_path / "c") as folder:
+        assert (folder / "file").read_text() == "after"
+        big = (folder / "big").read_bytes()
+    mounted.mount()
+    with loop_device(volume) as device, mounted_filesystem(device, tmp_path / "a") as folder:
+        assert (folder / "big").read_bytes() == big
+    assert mounted.status()["changed_images"] == [str(image)]
+    mounted.remount()
+    assert mounted.status()["changed_images"] == []
+
+
+def test_a_redirecting_volume_over_a_block_device(mounted: Mounted, tmp_path: Path) -> None:
+    image = tmp_path / "base.raw"
+    contents = os.urandom(8 << 20)
+    image.write_bytes(contents)
+    with loop_device(image, "--read-only") as device:
+        snapfs("create", mounted.path / "v", "--source", device)
+        volume = mounted.path / "v"
+        assert volume.read_bytes() == contents
+        with open(volume, "r+b") as file:
+            file.seek(5 << 20)
+            file.write(b"x" * 10000)
+        changed = contents[: 5 << 20] + b"x" * 10000 + contents[(5 << 20) + 10000 :]
+        mounted.remount()
+        assert volume.read_bytes() == changed
+        mounted.unmount()
+        mounted.check()
+    assert image.read_bytes() == contents
+    mounted.mount()
+    # Without the device: an error, and no zeros.
+    with pytest.raises(OSError) as caught:
+        volume.read_bytes()
+    assert caught.value.errno in (errno.ENODEV, errno.EIO)
+    volume.unlink()
+
+
+def test_sources_that_cannot_be(mounted: Mounted, tmp_path: Path) -> None:
+    (mounted.path / "v").write_bytes(b"1" * 4096)
+    failed = snapfs("create", mounted.path / "w", "--mode", "cow", "--source", mounted.path / "v", expect=2)
+    assert "lies in the pool or its mount" in failed.stderr
+    snapfs("create", mounted.path / "w", "--source", mounted.pool / "pool.json", expect=2)
+    snapfs("create", mounted.path / "w", "--source", tmp_path / "none", expect=1)
+    snapfs("create", mounted.path / "w", "--source", tmp_path, expect=1)
+    snapfs("create", mounted.path / "w", expect=2)
+    assert sorted(path.name for path in mounted.path.iterdir()) == [".snapfs", ".snapshots", "v"]
+
+
+@pytest.mark.parametrize("mode", ["cow", "redirect"])
+def test_a_full_change_log_volume_stops_the_writer_and_harms_no_snapshot(
+    mounted: Mounted, tmp_path: Path, mode: str
+) -> None:
+    folders = [tmp_path / "logs-a", tmp_path / "logs-b"]
+    for folder in folders:
+        folder.mkdir()
+    devices = [word for folder in folders for word in ("--device", folder)]
+    snapfs("changelog", "create", mounted.path, "logs", *devices, "--capacity", "8M")
+    snapfs("create", mounted.path / "v", "--size", "64M", "--mode", mode, "--change-log", "logs")
+    volume = mounted.path / "v"
+    before = os.urandom(32 << 20)
+    with open(volume, "r+b") as file:
+        file.write(before)
+    snapfs("snapshot", mounted.path, "s")
+    fd = os.open(volume, os.O_RDWR | os.O_DIRECT)
+
+    buffer = mmap.mmap(-1, 1 << 20)
+    buffer.write(b"n" * (1 << 20))
+    written = 0
+    with pytest.raises(OSError) as caught:
+        for number in range(32):
+            os.pwrite(fd, buffer, number << 20)
+            written += 1
+    os.close(fd)
+    assert caught.value.errno == errno.ENOSPC
+    assert written == 8
+    kept = mounted.snapshots / "s" / "v"
+    assert kept.read_bytes()[: 32 << 20] == before
+    listed = json.loads(snapfs("changelog", "list", mounted.path, "--json").stdout)
+    assert listed[0]["percent"] == 100
+    assert all(any(path.rglob("logs/*/*")) for path in folders)
+    events = [json.loads(line) for line in (mounted.path / ".snapfs" / "events").read_text().splitlines()]
+    assert [one["percent"] for one in events if one["event"] == "change-log-filling"] == [80, 95]
+    snapfs("changelog", "resize", mounted.path, "logs", "16M")
+    with open(volume, "r+b") as file:
+        file.seek(8 << 20)
+        file.write(b"m" * (4 << 20))
+    mounted.remount()
+    assert kept.read_bytes()[: 32 << 20] == before
+    assert volume.read_bytes()[: 13 << 20] == b"n" * (8 << 20) + b"m" * (4 << 20) + before[12 << 20 : 13 << 20]
+    mounted.unmount()
+    assert "12.0 MiB" in snapfs("changelog", "list", mounted.pool).stdout
+    mounted.mount()
