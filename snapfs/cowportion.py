@@ -48,6 +48,8 @@ class _Run:
 class CowPortion(Portion):
     """One copy-on-write volume on one processor."""
 
+    is_in_place = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._source_id = self._neighbours.sources[self.volume_id].log_id
@@ -123,14 +125,14 @@ class CowPortion(Portion):
         offset = log_offset(object_index, self._processor_count) + (first << BLOCK_SHIFT)
         self._source_file().punch(offset, (BLOCKS_PER_OBJECT - first) << BLOCK_SHIFT)
 
-    async def fit_source(self, size_bytes: int) -> None:
+    async def fit_source(self, size_bytes: int, *, may_cut: bool) -> None:
         """See :meth:`Portion.fit_source`."""
         source = self._neighbours.sources[self.volume_id]
         if source.kind != IMAGE_LOG:
             return
         await self._open_log(self._source_id, {})
         log = self._logs.known[self._source_id]
-        await self._with_logs([log], partial(_fit, log, size_bytes))
+        await self._with_logs([log], partial(_fit, log, size_bytes, may_cut))
         self._source_file()
 
     # -- preserving --------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def _copy_over(source: ChangeLog, log: ChangeLog, runs: list[_Run], processor_co
             at = end
 
 
-def _fit(log: ChangeLog, size_bytes: int) -> None:
+def _fit(log: ChangeLog, size_bytes: int, may_cut: bool) -> None:
     assert log.file is not None
-    if log.file.size() != size_bytes:
+    if log.file.size() < size_bytes or (may_cut and log.file.size() > size_bytes):
         log.file.truncate(size_bytes)

@@ -153,6 +153,8 @@ class _Mount:
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(self._tell_when_ready, ready)
                 nursery.start_soon(self._tell_cuts)
+                if "ro" not in self._options:
+                    nursery.start_soon(self._pool.scheduler.run)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
                 nursery.cancel_scope.cancel()
         finally:

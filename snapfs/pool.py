@@ -49,6 +49,7 @@ from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
+from .scheduler import Scheduler
 from .shardstate import EpochClock
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
@@ -258,6 +259,7 @@ class Pool:
         self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.events)
         self.freer = OldestFreer(self.changelogs, self.placement, self.snapshots, self.reclaimer, self.events)
         self.images = ImageWatch(self.catalog, self.volumes.traits, self.placement, self.events)
+        self.scheduler = Scheduler(self.catalog, self.snapshots, self.events, catalog.schedules())
         self.jobs = Jobs()
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
         self.volumes.load(catalog.volumes(), after_crash=self._after_crash)

@@ -84,12 +84,16 @@ class Neighbours:
 class Portion:
     """One volume on one processor.
 
+    ``is_in_place``: what is written goes over what was there.
+
     ``last_instant`` bounds the instants that can hold the volume: NEVER for a live one, the one
     before its removal for a removed one. ``is_gone``: it has no live maps any more, only copies that
     snapshots need. ``users`` counts who has it open. ``failure`` is set when a
     sync failed; then it takes no more writes. ``generation`` grows when point-in-time copies come
     to point elsewhere: what was found out about them before is to be found out again.
     """
+
+    is_in_place = False
 
     def __init__(
         self,
@@ -427,8 +431,8 @@ class Portion:
         for log, offset, length in freed:
             self._free(log, object_index, offset, length)
 
-    async def fit_source(self, size_bytes: int) -> None:
-        """Give the image that the volume is written over its size."""
+    async def fit_source(self, size_bytes: int, *, may_cut: bool) -> None:
+        """Give the image that the volume is written over this size; without ``may_cut`` at least this."""
 
     def _unpinned(
         self, state: ObjectState, object_index: int, first: int, last: int, current: ChangeLog | None

@@ -313,6 +313,23 @@ class SnapshotTable:
                 counts[volume_id] = counts.get(volume_id, 0) + count
         return counts
 
+    def at(self, moment_ns: int) -> Snapshot:
+        """The last snapshot made at or before a moment. Raises NotFoundError."""
+        found = [one for one in self.by_id.values() if one.created_ns <= moment_ns]
+        if not found:
+            raise NotFoundError("there is no snapshot of that time or before", "See the times with snapfs list")
+        return max(found, key=lambda one: (one.created_ns, one.instant))
+
+    async def has_changed_since(self, snapshot: Snapshot, volume_names: Iterable[bytes] | None = None) -> bool:
+        """Whether the volumes named, or all (None), are other than a snapshot holds them, or others."""
+        chosen = self._chosen(volume_names)
+        await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
+        now = list(self._volumes.by_name.values()) if chosen is None else chosen
+        if any(volume.epoch > snapshot.instant for volume in now):
+            return True
+        members = await self.members(snapshot)
+        return {volume.volume_id for volume in now} != set(members.by_id)
+
     def changelog_of(self, volume_id: VolumeId) -> int:
         """The change log volume of a volume that a snapshot holds."""
         return self._volumes.traits.get(volume_id).changelog_id

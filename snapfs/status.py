@@ -54,6 +54,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             }
             for device_id, device in pool.devices.items()
         ],
+        "schedules": pool.scheduler.entries(),
         "changed_images": pool.images.changed,
         "change_log_volumes": pool.changelogs.entries(),
         "volumes": [await volume_status(pool, volume) for volume in pool.volumes.by_name.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import UTC, datetime
 
@@ -11,6 +12,17 @@ NAME_MAX_BYTES = 255
 OFFSET_MAX = (1 << 63) - 1
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SIZE = re.compile(r"\s*(\d{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
+_DURATION = re.compile(r"(\d{1,9})([smhdw]?)")
+_DURATION_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_MOMENT_FORMS = (
+    "%Y-%m-%dT%H:%M:%SZ",
+    "%Y-%m-%dT%H:%M:%S",
+    "%Y-%m-%dT%H%M%SZ",
+    "%Y-%m-%dT%H:%MZ",
+    "%Y-%m-%dT%H:%M",
+    "%Y-%m-%d",
+    "GMT-%Y.%m.%d-%H.%M.%S",
+)
 _POWERS = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
@@ -35,6 +47,31 @@ def format_size(size_bytes: int) -> str:
         return f"{size_bytes} B" if size_bytes else "0"
     power = min((abs(size_bytes).bit_length() - 1) // 10, len(_UNITS))
     return f"{size_bytes / (1 << 10 * power):.1f} {_UNITS[power - 1]}"
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of ``15m``, ``1h``, ``30s``, ``2d``, ``1w``, ``900``. Raises BadCommandError."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise BadCommandError(f"{text[:64]!r} is not a length of time", "Write it as 30s, 15m, 1h, 1d or 1w")
+    return int(match[1]) * _DURATION_S[match[2] or "s"]
+
+
+def parse_moment(text: str, now_ns: int) -> int:
+    """The moment that ``2026-11-22T08:31:13Z``, ``1h`` (ago), ``latest`` or ``GMT-2026.11.22-08.31.13`` names.
+
+    All are UTC; a date alone is its first moment. The last form is that of Samba's shadow_copy2. The
+    end of the second that is named counts. Raises BadNameError.
+    """
+    if text == "latest":
+        return OFFSET_MAX
+    if _DURATION.fullmatch(text):
+        return now_ns - parse_duration(text) * 1_000_000_000
+    for form in _MOMENT_FORMS:
+        with contextlib.suppress(ValueError):
+            found = datetime.strptime(text, form).replace(tzinfo=UTC)
+            return (int(found.timestamp()) + (1 if "%S" in form else 0)) * 1_000_000_000 - ("%S" in form)
+    raise BadNameError(f"{text[:64]!r} is not a moment", "Write @2026-11-22T08:31:13Z, @1h or @latest")
 
 
 def utc_name(when_ns: int) -> str:

@@ -487,7 +487,7 @@ class Volume(VolumeView):
         """An image that is written over is to have the volume's size."""
         self.open()
         try:
-            await self.portions[0].fit_source(self.size_bytes)
+            await self.portions[0].fit_source(self.size_bytes, may_cut=False)
         finally:
             self.close()
 
@@ -519,12 +519,15 @@ class Volume(VolumeView):
                 return
             self._trim = _TRIM_RUNNING
             self.open()
+            size_bytes = self.size_bytes
             try:
                 await self._zero_tail()
                 for processor, portion in zip(self.processors, self.portions, strict=True):
                     if processor.tally.counts.get(self.volume_id) or self.volume_id in self._traits.rows:
                         await self._trim_portion(processor, portion)
-                await self.portions[0].fit_source(self.size_bytes)
+                # To this size, behind which all is cleared; not to one that it shrank to meanwhile. It
+                # does not grow before this is over.
+                await self.portions[0].fit_source(size_bytes, may_cut=True)
                 if self._trim == _TRIM_RUNNING:
                     self._trim = _TRIM_DONE
             finally:
@@ -564,6 +567,8 @@ class Volume(VolumeView):
             if self._traits.ancestors(self.volume_id) or self.volume_id in processor.sources:
                 # Objects that are inherited, or lie in an image, have no row of their own.
                 stored = await processor.mapped_objects(self.volume_id, from_object, _TRIM_BATCH)
+                if portion.is_in_place:
+                    resident = []
             if len(stored) == _TRIM_BATCH:
                 resident = [index for index in resident if index <= stored[-1]]
             for object_index in sorted({*stored, *resident}):

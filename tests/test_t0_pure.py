@@ -236,7 +236,7 @@ def test_every_error_has_an_errno_an_exit_code_and_words() -> None:
 LAYERS = [
     ["errors"],
     ["units"],
-    ["geometry"],
+    ["geometry", "schedule"],
     ["blockmap", "snapshotindex", "tasks", "jobs"],
     ["formats", "events"],
     ["database", "traits", "image"],
@@ -249,7 +249,7 @@ LAYERS = [
     ["reclaim", "volume"],
     ["volumes", "snapshot"],
     ["snapshots"],
-    ["reclaimer"],
+    ["reclaimer", "scheduler"],
     ["clones", "making", "changelogvolumes"],
     ["freeing", "imagewatch"],
     ["pool"],

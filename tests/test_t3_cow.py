@@ -341,3 +341,33 @@ async def test_bad_change_log_volumes_are_refused() -> None:
         with pytest.raises(NotFoundError):
             await pool.changelogs.resize(b"none", 5)
     world.check_clean()
+
+
+async def test_a_truncate_during_the_clearing_after_a_crash_loses_nothing_that_a_snapshot_holds() -> None:
+    world = World(processor_count=2)
+    contents = b"1" * (OBJECT + 9000)
+    world.make_image("/image", contents)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        portion = pool.processors[0].portion(volume.volume_id)
+        fit, truncating = portion.fit_source, trio.Event()
+
+        async def late_fit(size_bytes: int, *, may_cut: bool) -> None:
+            # The clearing is done with the old size when the volume shrinks.
+            if not truncating.is_set():
+                truncating.set()
+                while volume.size_bytes != 100:
+                    await trio.sleep(0.001)
+            await fit(size_bytes, may_cut=may_cut)
+
+        portion.fit_source = late_fit  # type: ignore[method-assign]
+        pool.volumes.open(volume)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.fit)
+            await truncating.wait()
+            await pool.volumes.truncate(volume, 100)
+        pool.volumes.close(volume)
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == contents
+        assert image(world, "/image") == b"1" * 100
+    world.check_clean()

@@ -20,7 +20,8 @@ FIRST_PROCESSOR = 16
 _ITEM_BITS = 32
 _ITEM_MASK = (1 << _ITEM_BITS) - 1
 _SNAPSHOT_FOLDER = 0
-MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 1
+_MOMENT_FOLDER = FIRST_VOLUME_ID - 1
+MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 2
 
 SNAPSHOTS_NAME = b".snapshots"
 META_NAME = b".snapfs"
@@ -35,6 +36,11 @@ def of_volume(volume_id: VolumeId) -> int:
 def of_snapshot(snapshot_id: SnapshotId) -> int:
     """A snapshot's folder."""
     return snapshot_id << _ITEM_BITS | _SNAPSHOT_FOLDER
+
+
+def of_moment(snapshot_id: SnapshotId) -> int:
+    """A snapshot's folder under the name of a moment: of its own, since the kernel has a folder in one place only."""
+    return snapshot_id << _ITEM_BITS | _MOMENT_FOLDER
 
 
 def of_manifest(snapshot_id: SnapshotId, variant: int = 1) -> int:
@@ -69,7 +75,7 @@ def volume_id_of(inode: int) -> VolumeId | None:
 
 def is_snapshot_folder(inode: int) -> bool:
     """Whether it is a snapshot's folder."""
-    return inode > _ITEM_MASK and inode & _ITEM_MASK == _SNAPSHOT_FOLDER
+    return inode > _ITEM_MASK and inode & _ITEM_MASK in (_SNAPSHOT_FOLDER, _MOMENT_FOLDER)
 
 
 def is_manifest(inode: int) -> bool:

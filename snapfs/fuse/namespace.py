@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..backends import Space
-from ..errors import NotFoundError, ReadOnlyError, ReservedNameError, SnapfsError
+from ..errors import BadNameError, NotFoundError, ReadOnlyError, ReservedNameError, SnapfsError
 from ..formats import Attributes
 from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
 from ..manifest import manifest_of
 from ..pool import Pool
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
+from ..units import parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
 from . import names
@@ -120,6 +121,8 @@ class Namespace:
         if parent == names.SNAPSHOTS:
             if name in (b".", b".."):
                 return await self.node(names.SNAPSHOTS if name == b"." else names.ROOT)
+            if name[:1] == b"@":
+                return self._moment_node(name)
             snapshot = self.pool.snapshots.by_name.get(name)
             if snapshot is None:
                 raise NoEntryError("there is no such snapshot")
@@ -130,6 +133,14 @@ class Namespace:
         node = await self.node(inode)
         # A volume under its number is for the helper alone: the kernel must ask each time.
         return node._replace(entry_timeout_s=0.0) if names.volume_id_of(inode) is not None else node
+
+    def _moment_node(self, name: bytes) -> Node:
+        """The last snapshot at or before a moment, which is not listed."""
+        try:
+            snapshot = self.pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
+        except (BadNameError, NotFoundError):
+            raise NoEntryError("there is no snapshot of that moment") from None
+        return self._snapshot_node(snapshot)._replace(inode=names.of_moment(snapshot.snapshot_id))
 
     def _lookup_in_root(self, name: bytes) -> Node:
         volume = self.pool.volumes.by_name.get(name)
@@ -262,7 +273,7 @@ class Namespace:
             return self._snapshot_file_node(inode, attributes, members.block_counts.get(volume_id, 0))
         if names.is_manifest(inode):
             return self._manifest_node(snapshot, inode)
-        return self._snapshot_node(snapshot)
+        return self._snapshot_node(snapshot)._replace(inode=inode)
 
     def _snapshot_file_node(self, inode: int, attributes: Attributes, block_count: int) -> Node:
         return Node(
