@@ -180,7 +180,11 @@ def open_local_image(path: str, writable: bool) -> LocalImage:
     try:
         if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
             raise OSError(errno.EINVAL, "it is neither a file nor a block device")
-        return LocalImage(fd)
+        image = LocalImage(fd)
+        if stat.S_ISBLK(os.fstat(fd).st_mode) and not image.size():
+            # A loop device that was detached is there, without a size; its zeros are nobody's.
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return image
     except BaseException:
         os.close(fd)
         raise

@@ -68,6 +68,13 @@ def partial_map(log_id: int, count: int) -> BlockMap:
     return array("I", [log_id]) * count + array("I", [HOLE]) * (BLOCKS_PER_OBJECT - count)
 
 
+def other_count(block_map: BlockMap, first: int, last: int, log_id: int) -> int:
+    """Blocks in a range that do not lie in a log."""
+    if isinstance(block_map, int):
+        return 0 if block_map == log_id else last - first
+    return last - first - block_map[first:last].count(log_id)
+
+
 def simplified(block_map: BlockMap) -> BlockMap:
     """The same map, as an int where all entries are equal."""
     if isinstance(block_map, int) or block_map[0] != block_map[-1]:

@@ -26,7 +26,8 @@ class ChangeLog:
 
     ``file`` is None while it is closed. ``users`` counts threads that read from the file; with one
     it is not closed. ``dirty``: written to since its last sync. ``unnamed``: its name on the device
-    is not durable yet. ``held``: has state that is not committed, or takes writes.
+    is not durable yet. ``held``: has state that is not committed, or takes writes. ``pins`` counts
+    those that are about to name blocks of it; with one it does not die.
     """
 
     __slots__ = (
@@ -41,6 +42,7 @@ class ChangeLog:
         "kind",
         "live_before",
         "log_id",
+        "pins",
         "quota",
         "sealed",
         "unnamed",
@@ -61,6 +63,7 @@ class ChangeLog:
         self.kind = row.kind
         self.file: DeviceFile | None = None
         self.users = 0
+        self.pins = 0
         self.dirty = False
         self.unnamed = False
         self.held = 0
@@ -218,15 +221,18 @@ class ChangeLogs:
         for log in logs:
             log.unnamed = False
 
-    def punch(self, log_id: int, device_id: int, offset: int, length: int) -> None:
-        """Give a range of a log's file back to its device. Blocks; runs in a thread."""
+    def punch(self, log_id: int, device_id: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Give ranges ``(offset, length)`` of a log's file back to its device, durably. Blocks; runs in a thread."""
         # A file of its own: the log's may be closed meanwhile, and its descriptor be another's.
         try:
             file = self._devices[device_id].open(self._name(log_id))
         except FileNotFoundError:
             return
         try:
-            file.punch(offset, length)
+            for offset, length in ranges:
+                file.punch(offset, length)
+            # Whoever asked forgets the ranges now: a power cut must not bring them back.
+            file.sync()
         finally:
             file.close()
 

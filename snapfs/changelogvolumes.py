@@ -55,15 +55,17 @@ class ChangeLogVolumes:
         self._lock = trio.Lock()
 
     async def load(self) -> None:
-        """Count what is in use."""
+        """Count what is in use. What recovery freed before is left out of the stores already."""
+        for known in self._placement.quotas.values():
+            known.used_blocks = 0
         for processor in self._processors:
             counts = await processor.access.ask(processor.access.store.block_counts_by_device)
             for device_id, count in counts.items():
                 quota = self._placement.quota_of(device_id)
                 if quota is not None:
                     quota.used_blocks += count
-        for quota in self._placement.quotas.values():
-            quota.on_level = self._on_level
+        for known in self._placement.quotas.values():
+            known.on_level = self._on_level
 
     def _on_level(self, quota: Quota, percent: int) -> None:
         self._events.note(

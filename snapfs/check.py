@@ -7,12 +7,13 @@ the shard stores, the maps against the logs, the logs against the space they tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from . import blockmap
 from .backends import Device, open_local_image
 from .catalog import Catalog
+from .counting import inherited_count, stands_on_cow
 from .database import Database, read_copy
 from .errors import DamagedError, SnapfsError
 from .formats import (
@@ -30,7 +31,7 @@ from .formats import (
     log_folder,
     shard_file,
 )
-from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT, VolumeId, blocks_of, log_offset
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset
 from .pool import OpenDevice, check_generations, lock_pool, open_devices, read_descriptor, running_pool
 from .repair import repair_running
 from .shardstore import ShardStore
@@ -309,40 +310,14 @@ class _ShardCheck:
             if row is not None:
                 mapped += blockmap.mapped_count(row.block_map)
                 self._check_end(volume_id, row)
-        if self._stands_on_cow(volume_id):
-            # How much of its source holds data is not counted.
+        if stands_on_cow(self.context.traits, volume_id):
             return
-        mapped += self._inherited_count(volume_id, live.keys())
+        if volume_id in self.context.volumes:
+            count = self.context.descriptor.processor_count
+            mapped += inherited_count(self.store, self.context.traits, volume_id, live.keys(), count)
         counted = self.store.block_counts().get(volume_id, 0)
         if counted != mapped and volume_id not in self.context.removed:
             self.report.add(LEAK, self.where, f"volume {volume_id} has {mapped} blocks mapped, {counted} are counted")
-
-    def _stands_on_cow(self, volume_id: VolumeId) -> bool:
-        traits = self.context.traits
-        return any(traits.get(one).change_mode == COPY_ON_WRITE for one in traits.family_of(volume_id))
-
-    def _inherited_count(self, volume_id: VolumeId, own: Collection[int]) -> int:
-        """Mapped blocks of the objects that a volume has no map of, and its ancestors have."""
-        ancestors = self.context.traits.ancestors(volume_id)
-        root = ancestors[-1].volume_id if ancestors else volume_id
-        if volume_id not in self.context.volumes or self.context.traits.get(root).change_mode == COPY_ON_WRITE:
-            return 0
-        ids = [one.volume_id for one in ancestors]
-        count = from_object = 0
-        seen = set(own)
-        while objects := self.store.objects_from(ids, from_object, 4096):
-            for object_index in objects:
-                found = None if object_index in own else self.store.inherited_map(ancestors, object_index)
-                if found is not None:
-                    seen.add(object_index)
-                    count += blockmap.mapped_count(found)
-            from_object = objects[-1] + 1
-        image_blocks = blocks_of(self.context.traits.get(root).source_size_bytes)
-        index, step = self.store.processor_index, self.context.descriptor.processor_count
-        for object_index in range(index, -(-image_blocks // BLOCKS_PER_OBJECT), step):
-            if object_index not in seen:
-                count += min(BLOCKS_PER_OBJECT, image_blocks - object_index * BLOCKS_PER_OBJECT)
-        return count
 
     def _check_object(self, volume_id: VolumeId, object_index: int, copies: list[CopyRow], live: MapRow | None) -> None:
         where = f"{self.where}: volume {volume_id}, object {object_index}"
@@ -386,7 +361,7 @@ class _ShardCheck:
                 continue
             elif log.volume_id not in self.context.traits.family_of(volume_id):
                 self.report.add(DAMAGE, where, f"{count} blocks lie in a change log of volume {log.volume_id}")
-            elif log.epoch > epoch and not self._stands_on_cow(log.volume_id):
+            elif log.epoch > epoch and not stands_on_cow(self.context.traits, log.volume_id):
                 self.report.add(DAMAGE, where, f"a map of epoch {epoch} names log {log_id} of {log.epoch}")
             named = self.named.setdefault(log_id, _NamedBlocks())
             named.masks[object_index] = named.masks.get(object_index, 0) | ((1 << count) - 1) << block

@@ -24,7 +24,7 @@ from .portion import Portion
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .shardstate import NotResidentError, OldBlocks
-from .snapshot import Snapshot
+from .snapshot import Snapshot, SnapshotMembers
 from .snapshots import SnapshotTable
 from .units import check_name, show_name, utc_name
 from .volume import Volume
@@ -113,8 +113,8 @@ class Clones:
                 # The log that tells the count of then may not be stored yet.
                 await processor.commit([portion])
             store = processor.access.store
-            then = await processor.access.ask(store.live_count_at, source_id, instant)
-            count = processor.tally.counts.get(source_id, 0) if then is None else then
+            stored = await processor.access.ask(store.live_count_at, source_id, instant)
+            count = processor.block_count_at(source_id, instant, stored)
             if count:
                 await processor.commit([], ShardBatch(portions=[(volume_id, count)]))
                 processor.tally.add(volume_id, count)
@@ -141,7 +141,7 @@ class Clones:
                 if not force:
                     await self._wait_until_closed(volumes)
                 await self._snapshots.before_cut(volumes)
-                undo = await self._replace(snapshot, targets, force=force)
+                undo = await self._replace(snapshot, members, wanted, force=force)
             await self.after_rollback(volumes)
         self._events.note(
             "rolled-back",
@@ -178,12 +178,16 @@ class Clones:
                     "Close what uses it, or force the rollback: its users then see other contents at once",
                 )
 
-    async def _replace(self, snapshot: Snapshot, targets: Sequence[_Target], *, force: bool) -> Snapshot:
+    async def _replace(
+        self, snapshot: Snapshot, members: SnapshotMembers, wanted: Sequence[bytes], *, force: bool
+    ) -> Snapshot:
         """The present as a snapshot, and the volumes as they were, in one commit."""
-        volumes = [target.volume for target in targets if target.volume is not None]
         async with AsyncExitStack() as stack:
             # In this order: a truncate trims while it has the lock of the volumes.
             await stack.enter_async_context(self._volumes.lock)
+            # One may have been removed meanwhile, or its name been taken.
+            targets = [self._target(*members.get(name)) for name in wanted]
+            volumes = [target.volume for target in targets if target.volume is not None]
             for volume in volumes:
                 await stack.enter_async_context(volume.kept_from_trimming())
             if not force:
@@ -193,8 +197,6 @@ class Clones:
                         raise BusyVolumeError(f"volume {show_name(volume.name)!r} is open", "Close what uses it")
             await stack.enter_async_context(_writers_held(volumes))
             rows = [self._row_after(target, snapshot) for target in targets]
-            for target, row in zip(targets, rows, strict=True):
-                await self._note_counts(target.source_id, snapshot.instant, row.volume_id)
             traits = [
                 self._traits(
                     row.volume_id,
@@ -208,15 +210,16 @@ class Clones:
                 one if target.volume is None else one._replace(changelog_id=self._changelog_of(target.volume))
                 for one, target in zip(traits, targets, strict=True)
             ]
-            for one in traits:
-                self._volumes.traits.put(one)
             try:
+                for target, row in zip(targets, rows, strict=True):
+                    await self._note_counts(target.source_id, snapshot.instant, row.volume_id)
+                for one in traits:
+                    self._volumes.traits.put(one)
                 undo = await self._commit(snapshot, volumes, rows, traits)
             except BaseException:
                 for one in traits:
                     self._volumes.traits.drop(one.volume_id)
-                    for processor in self._processors:
-                        processor.tally.drop(one.volume_id)
+                await self._volumes.forget_counts(one.volume_id for one in traits)
                 raise
             for target, row in zip(targets, rows, strict=True):
                 self._volumes.take_back(target.volume, row, Epoch(undo.instant + 1))
@@ -257,34 +260,21 @@ class Clones:
         """Copy what a clone shares into change logs of its own; how many bytes.
 
         It may be in use meanwhile. Stopped halfway, what is done is done. Raises NotFoundError,
-        NoSpaceError.
+        NoSpaceError, BusyVolumeError when it is rolled back meanwhile.
         """
         async with self._volumes.opened(volume_name) as volume:
             volume_id = volume.volume_id
             if self._volumes.traits.get(volume_id).change_mode == COPY_ON_WRITE:
                 return 0
             with self._jobs.running("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
-                for processor, portion in zip(self._processors, list(volume.portions), strict=True):
-                    await self._flatten_portion(processor, portion, job)
+                for processor in self._processors:
+                    await _Flattening(volume, processor, job).run()
             await volume.sync()
-            if volume.volume_id != volume_id:
-                raise BusyVolumeError(f"volume {show_name(volume_name)!r} was rolled back meanwhile", "Try again")
             if self._volumes.traits.get(volume_id).inherits:
                 await self._reclaimer.stop_inheriting(volume_id)
         self._events.note("flattened", name=show_name(volume_name), copied_bytes=job.done)
         self._reclaimer.wake()
         return job.done
-
-    async def _flatten_portion(self, processor: Processor, portion: Portion, job: Job) -> None:
-        from_object = 0
-        while True:
-            objects = await processor.mapped_objects(portion.volume_id, from_object, _FLATTEN_BATCH)
-            if not objects:
-                return
-            for object_index in objects:
-                job.done += await _flatten_object(portion, object_index)
-            await processor.commit([portion])
-            from_object = objects[-1] + 1
 
 
 @asynccontextmanager
@@ -298,37 +288,59 @@ async def _writers_held(volumes: Sequence[Volume]) -> AsyncIterator[None]:
             release()
 
 
-async def _flatten_object(portion: Portion, object_index: int) -> int:
-    """Copy the blocks of an object that lie in others' logs; how many bytes."""
-    copied = 0
-    old_blocks: OldBlocks = {}
-    block = 0
-    while True:
-        try:
-            run = next((one for one in portion.shared_runs_now(object_index) if one[0] >= block), None)
-        except NotResidentError as missing:
-            await missing.fetch(old_blocks)
-            continue
-        if run is None:
-            # An object that nothing was copied for is still to get a map of its own.
-            while True:
-                try:
+class _Flattening:
+    """One processor's part of a clone being made independent, for as long as it is that volume."""
+
+    def __init__(self, volume: Volume, processor: Processor, job: Job) -> None:
+        self._volume = volume
+        self._volume_id = volume.volume_id
+        self._processor = processor
+        self._job = job
+
+    async def run(self) -> None:
+        """Copy, object by object."""
+        from_object = 0
+        while objects := await self._processor.mapped_objects(self._volume_id, from_object, _FLATTEN_BATCH):
+            for object_index in objects:
+                await self._copy_object(object_index)
+            await self._processor.commit([self._portion_now()])
+            from_object = objects[-1] + 1
+
+    def _portion_now(self) -> Portion:
+        """The portion to be written to, until the next await. Raises BusyVolumeError after a rollback."""
+        if self._volume.volume_id != self._volume_id:
+            raise BusyVolumeError(f"volume {show_name(self._volume.name)!r} was rolled back meanwhile", "Try again")
+        self._volume.check_writers_now()
+        return self._volume.portions[self._processor.index]
+
+    async def _copy_object(self, object_index: int) -> None:
+        old_blocks: OldBlocks = {}
+        block = 0
+        while True:
+            try:
+                portion = self._portion_now()
+                run = next((one for one in portion.shared_runs_now(object_index) if one[0] >= block), None)
+                if run is None:
+                    # One of which nothing was copied is still to get a map of its own.
                     portion.settle_now(object_index)
-                except NotResidentError as missing:
-                    await missing.fetch(old_blocks)
-                else:
-                    return copied
+                    return
+                block = run[0]
+                await self._copy_run(portion, object_index, run, old_blocks)
+            except NotResidentError as missing:
+                await missing.fetch(old_blocks)
+
+    async def _copy_run(
+        self, portion: Portion, object_index: int, run: tuple[int, int, int], old_blocks: OldBlocks
+    ) -> None:
         block, count, log_id = run
-        buffer = bytearray(count << BLOCK_SHIFT)
-        try:
-            segments = portion.segments(log_id, object_index, block << BLOCK_SHIFT, len(buffer), 0)
-            await portion.read_segments(segments, memoryview(buffer))
-            # Logs of others do not change, so what was read holds for the blocks that still lie there.
-            for first, length, same in portion.runs_now(object_index, block, block + count):
-                if same == log_id:
-                    at = (first - block) << BLOCK_SHIFT
-                    data = memoryview(buffer)[at : at + (length << BLOCK_SHIFT)]
-                    portion.write_now(object_index, first << BLOCK_SHIFT, data, old_blocks)
-                    copied += len(data)
-        except NotResidentError as missing:
-            await missing.fetch(old_blocks)
+        buffer = memoryview(bytearray(count << BLOCK_SHIFT))
+        segments = portion.segments(log_id, object_index, block << BLOCK_SHIFT, len(buffer), 0)
+        await portion.read_segments(segments, buffer)
+        # Logs of others do not change, so what was read holds for the blocks that still lie there.
+        portion = self._portion_now()
+        for first, length, same in portion.runs_now(object_index, block, block + count):
+            if same == log_id:
+                at = (first - block) << BLOCK_SHIFT
+                data = buffer[at : at + (length << BLOCK_SHIFT)]
+                portion.write_now(object_index, first << BLOCK_SHIFT, data, old_blocks)
+                self._job.done += len(data)

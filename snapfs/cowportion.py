@@ -14,6 +14,7 @@ latest copy means the source itself. When a copy goes, the one before it takes o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,7 +26,7 @@ from . import blockmap
 from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog
-from .errors import DamagedError, SyncFailedError
+from .errors import DamagedError, NoSpaceError, SyncFailedError
 from .formats import IMAGE_LOG, CopyRow, FreedRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
 from .portion import Portion
@@ -68,10 +69,11 @@ class CowPortion(Portion):
         self.ready_to_write_now(object_index, inside, data, old_blocks)
         self._source_file().write(data, log_offset(object_index, self._processor_count) + inside)
 
-    def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> None:
-        """See :meth:`Portion.ready_to_write_now`."""
+    def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> int:
+        """See :meth:`Portion.ready_to_write_now`; what goes into the log is there by then."""
         first = inside >> BLOCK_SHIFT
         self._check_preserved(object_index, first, (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT)
+        return 0
 
     def _known_state(self, object_index: int) -> ObjectState:
         """An object with its latest copy known. Raises NotResidentError."""
@@ -153,32 +155,64 @@ class CowPortion(Portion):
 
     async def _preserve(self, object_index: int, first: int, last: int, old_blocks: OldBlocks) -> None:
         """Preserve a range of blocks, durably. Those that come meanwhile are served together."""
-        self._wanted.append((object_index, first, last))
+        mine = (object_index, first, last)
+        self._wanted.append(mine)
         with trio.CancelScope(shield=True):
             async with self._preserve_turn:
                 wanted, self._wanted = self._wanted, []
-                if wanted:
-                    await self._preserve_all(wanted)
+                try:
+                    if wanted:
+                        await self._preserve_all(wanted)
+                except NoSpaceError:
+                    # There may be room for this one, if not for all; the others ask again.
+                    if len(wanted) == 1 or mine not in wanted:
+                        raise
+                    await self._preserve_all([mine])
 
     async def _preserve_all(self, wanted: list[tuple[int, int, int]]) -> None:
         runs: list[_Run] = []
-        for object_index, first, last in dict.fromkeys(wanted):
+        for object_index, first, last in _joined(wanted):
             runs += await self._planned(object_index, first, last)
         log = self._log
-        if log is None or not runs:
+        if log is None or log.sealed or not runs:
             # A snapshot was cut meanwhile, or all is preserved: whoever asked looks again.
             return
-        if log.quota is not None:
-            log.quota.check(sum(run.count for run in runs))
         source = self._logs.known[self._source_id]
+        log.pins += 1
+        reserved = 0
+        try:
+            await self._with_logs([source], partial(_read_runs, source, runs, self._processor_count))
+            if log.quota is not None:
+                reserved = sum(_stored_count(run) for run in runs)
+                log.quota.check(reserved)
+                log.quota.add(reserved)
+            await self._with_logs([log], partial(_write_runs, log, runs, self._processor_count))
+        except BaseException:
+            self._give_back_runs(log, runs)
+            raise
+        finally:
+            if log.quota is not None:
+                log.quota.add(-reserved)
+            log.pins -= 1
+        # Only now: a commit under way may have synced it before all was written.
         self._mark_dirty(log)
-        await self._with_logs([source, log], partial(_copy_over, source, log, runs, self._processor_count))
         changed = {run.object_index: self._point_copy_at(log, run) for run in runs}
         await self._neighbours.commit(self)
         for object_index, copy in changed.items():
             state = self.objects.get(object_index)
             if state is not None and copy is not None and state.copied == copy.instant:
                 state.kept = copy
+
+    def _give_back_runs(self, log: ChangeLog, runs: list[_Run]) -> None:
+        """After a failure: what was written of these is named by nothing."""
+        for run in runs:
+            self._give_back_blocks(log, run, range(run.count))
+
+    def _give_back_blocks(self, log: ChangeLog, run: _Run, indexes: Iterable[int]) -> None:
+        base = log_offset(run.object_index, self._processor_count)
+        for index in indexes:
+            self._freed.append(FreedRow(log.log_id, base + ((run.first + index) << BLOCK_SHIFT), BLOCK_SIZE))
+        self._seal(log)
 
     async def _planned(self, object_index: int, first: int, last: int) -> list[_Run]:
         while True:
@@ -195,7 +229,7 @@ class CowPortion(Portion):
             raise NotResidentError(partial(self._open_log, self._source_id))
         if not self._needs_copy(state) and (state.kept is None or not self._names_source(state.kept, first, last)):
             return []
-        if self._log is None or self._epoch < self._clock.epoch:
+        if self._log is None or self._log.sealed or self._epoch < max(self._clock.epoch, self.named_epoch):
             self._enter_epoch()
         self._keep_copy(object_index, state)
         if state.kept is None:
@@ -227,23 +261,25 @@ class CowPortion(Portion):
         None when the copy went meanwhile; then what was preserved goes too.
         """
         copy = self._latest_copy_now(run.object_index)
-        base = log_offset(run.object_index, self._processor_count)
-        if copy is None:
-            self._freed.append(FreedRow(log.log_id, base + (run.first << BLOCK_SHIFT), run.count << BLOCK_SHIFT))
-            self._seal(log)
-            return None
-        entries = blockmap.expanded(blockmap.keep(copy.block_map))
+        entries = blockmap.expanded(HOLE if copy is None else blockmap.keep(copy.block_map))
         stored = 0
+        leftover = []
         for index in range(run.count):
+            is_zero = run.contents.startswith(_ZERO_BLOCK, index << BLOCK_SHIFT)
             if entries[run.first + index] == self._source_id:
-                is_zero = run.contents.startswith(_ZERO_BLOCK, index << BLOCK_SHIFT)
                 entries[run.first + index] = HOLE if is_zero else log.log_id
                 stored += not is_zero
-        copy = copy._replace(block_map=blockmap.simplified(entries))
-        self._put_pending(copy)
+            elif not is_zero and entries[run.first + index] != log.log_id:
+                leftover.append(index)
         if stored:
             log.add_blocks(stored)
-            self._note_changed(log)
+        self._note_changed(log)
+        if leftover:
+            self._give_back_blocks(log, run, leftover)
+        if copy is None:
+            return None
+        copy = copy._replace(block_map=blockmap.simplified(entries))
+        self._put_pending(copy)
         return copy
 
     def _latest_copy_now(self, object_index: int) -> CopyRow | None:
@@ -378,20 +414,47 @@ class CowPortion(Portion):
         return found
 
 
-def _copy_over(source: ChangeLog, log: ChangeLog, runs: list[_Run], processor_count: int) -> None:
-    """Read what the source holds, and write to the log all of it that is not zero. Blocks."""
-    assert source.file is not None and log.file is not None
+def _joined(wanted: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Ranges of blocks by object, those that overlap as one."""
+    found: list[tuple[int, int, int]] = []
+    for object_index, first, last in sorted(wanted):
+        if found and found[-1][0] == object_index and first <= found[-1][2]:
+            found[-1] = (object_index, found[-1][1], max(last, found[-1][2]))
+        else:
+            found.append((object_index, first, last))
+    return found
+
+
+def _read_runs(source: ChangeLog, runs: list[_Run], processor_count: int) -> None:
+    """Read what the source holds. It is as long as what was written to it; behind that it holds zeros. Blocks."""
+    assert source.file is not None
     for run in runs:
         offset = log_offset(run.object_index, processor_count) + (run.first << BLOCK_SHIFT)
         run.contents = bytearray(run.count << BLOCK_SHIFT)
-        # A source is as long as what was written to it; behind that it holds zeros.
         source.file.read_into(run.contents, offset)
+
+
+def _zero_groups(run: _Run) -> Iterator[tuple[bool, int]]:
+    """Blocks of zeros and others in turn, with how many there are in a row."""
+    for is_zero, group in groupby(
+        range(run.count), key=lambda index: run.contents.startswith(_ZERO_BLOCK, index << BLOCK_SHIFT)
+    ):
+        yield is_zero, sum(1 for _ in group)
+
+
+def _stored_count(run: _Run) -> int:
+    return sum(count for is_zero, count in _zero_groups(run) if not is_zero)
+
+
+def _write_runs(log: ChangeLog, runs: list[_Run], processor_count: int) -> None:
+    """Write to the log all that is not zero. Blocks."""
+    assert log.file is not None
+    for run in runs:
+        offset = log_offset(run.object_index, processor_count) + (run.first << BLOCK_SHIFT)
         view = memoryview(run.contents)
         at = 0
-        for is_zero, group in groupby(
-            range(run.count), key=lambda index: run.contents.startswith(_ZERO_BLOCK, index << BLOCK_SHIFT)
-        ):
-            end = at + (sum(1 for _ in group) << BLOCK_SHIFT)
+        for is_zero, count in _zero_groups(run):
+            end = at + (count << BLOCK_SHIFT)
             if not is_zero:
                 log.file.write_new(view[at:end], offset + at)
             at = end

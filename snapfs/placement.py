@@ -138,8 +138,7 @@ class Placement:
                 "Put it back where it was, then open the volume again",
             ) from error
         wanted = traits.source_size_bytes
-        if wanted and image.size() < (1 if traits.change_mode == COPY_ON_WRITE else wanted):
-            # A device that was detached is there and has no size; its zeros are nobody's.
+        if traits.change_mode != COPY_ON_WRITE and image.size() < wanted:
             size_bytes = image.size()
             image.close()
             raise DeviceMissingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -317,8 +318,9 @@ class Pool:
         # What lies behind the volumes' sizes is cleared later; that it is due must outlive this run.
         marks = CatalogBatch(meta={"clean": 0}, trim_all=self._after_crash)
         await self.catalog.save([], lambda: marks)
+        known = {*self.volumes.by_id, *self.volumes.removed, *self.volumes.traits.rows}
         for processor in self.processors:
-            await processor.forget_unborn(self.volumes.next_volume_id)
+            await processor.forget_unborn(known)
         await self.reclaimer.drop_unpublished(self._published_instant)
         if self._after_crash:
             for processor in self.processors:
@@ -355,6 +357,14 @@ class Pool:
             seen[key] = device.space()
         return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
 
+    async def _trim_images(self) -> None:
+        """Images that are written over are left with their volumes' sizes."""
+        for volume in self.volumes.to_trim():
+            if self.volumes.traits.get(volume.volume_id).source_path:
+                with contextlib.suppress(SnapfsError, OSError):
+                    await volume.trim()
+                    await volume.sync()
+
     async def close(self) -> None:
         """Make everything durable and close. What fails is raised, when all else is closed."""
         if self.is_closing:
@@ -367,6 +377,7 @@ class Pool:
                     await processor.commit([one for one in processor.portions.values() if one.failure is None])
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
                 if self._is_recovered:
+                    await self._trim_images()
                     await self.images.note()
                     await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
             finally:

@@ -31,6 +31,7 @@ from .geometry import (
     blocks_of,
     log_offset,
 )
+from .placement import Quota
 from .shardstate import EpochClock, NotResidentError, ObjectState, OldBlocks, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
@@ -267,7 +268,7 @@ class Portion:
             return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
         if log.quota is not None:
-            log.quota.check(last - first)
+            log.quota.check(blockmap.other_count(state.block_map, first, last, log.log_id))
         try:
             self._touch(log).write_new(replacement.payload, base + replacement.start)
         except OSError:
@@ -278,8 +279,11 @@ class Portion:
         for old_log, offset, length in replacement.freed:
             self._free(old_log, object_index, offset, length)
 
-    def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> None:
-        """Raise what would keep :meth:`write_now` from going through, and change nothing."""
+    def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> int:
+        """Raise what would keep :meth:`write_now` from going through, and change nothing.
+
+        Gives the blocks that it would put into the change log.
+        """
         state = self.objects.get(object_index)
         if state is None:
             raise NotResidentError(partial(self._load, object_index))
@@ -287,6 +291,8 @@ class Portion:
         if log is None or self._epoch < self._clock.epoch:
             log = self._enter_epoch()
         self._plan(state, object_index, inside, data, log, old_blocks)
+        first, last = inside >> BLOCK_SHIFT, (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT
+        return blockmap.other_count(state.block_map, first, last, log.log_id)
 
     def _touch(self, log: ChangeLog) -> DeviceFile:
         """The file of a log that is about to be written to. Raises SyncFailedError when it must not be."""
@@ -479,14 +485,15 @@ class Portion:
         if self.is_shared(log):
             block, count = (offset & (OBJECT_SIZE - 1)) >> BLOCK_SHIFT, length >> BLOCK_SHIFT
             self._candidates.append(CandidateRow(log.log_id, object_index, block, count))
-            return
-        log.add_blocks(-(length >> BLOCK_SHIFT))
-        self._freed.append(FreedRow(log.log_id, offset, length))
-        self._note_changed(log)
-        self._seal(log)
+        else:
+            log.add_blocks(-(length >> BLOCK_SHIFT))
+            self._freed.append(FreedRow(log.log_id, offset, length))
+        if log.volume_id == self.volume_id:
+            self._seal(log)
 
     def _seal(self, log: ChangeLog) -> None:
-        """Keep new writes out of a log that has ranges freed."""
+        """Keep new writes out of a log that has ranges freed, or may have."""
+        self._note_changed(log)
         if not log.sealed:
             log.sealed = 1
             if log.epoch == max(self._clock.epoch, self.named_epoch):
@@ -600,8 +607,13 @@ class Portion:
             self._admit(index, found.get(index), inherited.get(index))
 
     async def _load_alone(self, object_index: int) -> None:
-        rows = await self._access.ask(self._access.store.maps, self.volume_id, object_index, object_index)
-        inherited = None if rows or self.is_gone else await self.inherited_map(object_index)
+        store = self._access.store
+        inherited = None
+        rows = await self._access.ask(store.maps, self.volume_id, object_index, object_index)
+        if not rows and not self.is_gone:
+            inherited = await self.inherited_map(object_index)
+            # It may have got a map of its own meanwhile, and have left memory again.
+            rows = await self._access.ask(store.maps, self.volume_id, object_index, object_index)
         self._admit(object_index, rows[0] if rows else None, inherited)
 
     def _admit(self, object_index: int, row: MapRow | None, inherited: BlockMap | None) -> None:
@@ -748,6 +760,11 @@ class Portion:
     def current_log(self) -> ChangeLog | None:
         """The log that takes writes, if there was one since the last snapshot."""
         return self._log
+
+    @property
+    def quota(self) -> Quota | None:
+        """What counts the blocks that writes put into the current change log."""
+        return None if self._log is None else self._log.quota
 
     @property
     def dirty_object_count(self) -> int:

@@ -22,7 +22,7 @@ from .backends import Device
 from .changelog import ChangeLog, ChangeLogs
 from .cowportion import CowPortion
 from .errors import SnapfsError
-from .formats import COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
+from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
@@ -382,7 +382,7 @@ class Processor:
 
     def _is_dead(self, log: ChangeLog) -> bool:
         """Nothing names a block of it, and it takes no more writes."""
-        return log.block_count == 0 and log.sealed != 0
+        return log.block_count == 0 and log.sealed != 0 and not log.pins
 
     def _write(self, commit: _Commit) -> None:
         """The blocking part of a commit: data, then maps."""
@@ -435,14 +435,13 @@ class Processor:
     def _punch_some(self) -> int:
         store = self.access.store
         rows = store.freed(_PUNCH_BATCH)
-        devices: dict[int, int | None] = {}
+        ranges: dict[int, list[tuple[int, int]]] = {}
         for _, row in rows:
-            if row.log_id not in devices:
-                log = store.log(row.log_id)
-                devices[row.log_id] = None if log is None else log.device_id
-            device_id = devices[row.log_id]
-            if device_id is not None:
-                self.logs.punch(row.log_id, device_id, row.offset, row.length)
+            ranges.setdefault(row.log_id, []).append((row.offset, row.length))
+        for log_id, of_log in ranges.items():
+            log = store.log(log_id)
+            if log is not None:
+                self.logs.punch(log_id, log.device_id, of_log)
         if rows:
             store.forget_freed(number for number, _ in rows)
         return len(rows)
@@ -458,13 +457,31 @@ class Processor:
             self.logs.remove_stray(device_id, name)
         return len(strays)
 
-    async def forget_unborn(self, next_volume_id: int) -> None:
-        """After opening: drop what was counted for volumes whose making a crash cut off."""
-        for volume_id in [one for one in self.tally.counts if one >= next_volume_id]:
-            self.tally.drop(volume_id)
-        for volume_id in [one for one in self.sources if one >= next_volume_id]:
-            del self.sources[volume_id]
-        await self.access.ask(self.access.store.forget_unborn, next_volume_id)
+    async def forget_unborn(self, known_ids: Collection[VolumeId]) -> None:
+        """After opening: drop what was counted for volumes whose making failed or was cut off, and their sources."""
+        for volume_id in [one for one in self.tally.counts if one not in known_ids]:
+            await self.forget_count(volume_id)
+        for volume_id in [one for one in self.sources if one not in known_ids]:
+            await self.drop_source(volume_id)
+
+    async def forget_count(self, volume_id: VolumeId) -> None:
+        """Drop what was counted for a volume that is not to be."""
+        self.tally.drop(volume_id)
+        await self.commit([], ShardBatch(dropped_portions=[volume_id]))
+
+    def block_count_at(self, volume_id: VolumeId, instant: int, stored: int | None) -> int:
+        """Blocks that a volume had mapped here at an instant; ``stored`` is what the store tells of that.
+
+        The first change log begun since tells it, also while only memory knows that log.
+        """
+        begun = [
+            (log.epoch, log.log_id, log.live_before)
+            for log in self.logs.known.values()
+            if log.volume_id == volume_id and log.epoch > instant and log.kind == CHANGE_LOG
+        ]
+        if begun and stored is None:
+            return min(begun)[2]
+        return self.tally.counts.get(volume_id, 0) if stored is None else stored
 
     async def recover_from_crash(self) -> None:
         """Before the first write: keep new writes out of logs that may hold what was never committed."""
@@ -478,6 +495,9 @@ class Processor:
         """Give back blocks of these logs, which take no writes, that nothing names; how many."""
         freed = 0
         for log in logs:
+            if log.kind != CHANGE_LOG:
+                # No map need name what a source holds.
+                continue
             extents = await self.access.in_thread(self.logs.data_extents, log.log_id, log.device_id)
             objects = objects_with_data(extents, self.index, self.processor_count)
             for start in range(0, len(objects), OBJECTS_A_STEP):

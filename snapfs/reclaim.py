@@ -180,32 +180,28 @@ async def _idle_logs(processor: Processor) -> list[LogId]:
     ]
 
 
-async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | None) -> None:
-    """Give the objects that a volume inherits on one processor maps of its own.
+async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | None) -> bool:
+    """Give the objects that a volume inherits on one processor maps of its own; whether all have one, durably.
 
     ``span`` is None for a volume that is there; for one that only snapshots hold it tells for which
-    its point-in-time copies must hold. The data stays where it is.
+    its point-in-time copies must hold. The data stays where it is. Not all have one when the volume
+    is removed or rolled back meanwhile, or cannot be synced. Fetches, so without the commit lock.
     """
-    place: int | None = 0
-    while place is not None:
-        with trio.CancelScope(shield=True):
-            async with processor.access.commit_lock:
-                place = await _settle_some(processor, volume_id, span, place)
-        await trio.lowlevel.checkpoint()
-
-
-async def _settle_some(processor: Processor, volume_id: VolumeId, span: Span | None, from_object: int) -> int | None:
-    objects = await processor.mapped_objects(volume_id, from_object, _BATCH, own=False)
-    if not objects:
-        return None
-    if span is None:
+    from_object = 0
+    while objects := await processor.mapped_objects(volume_id, from_object, _BATCH, own=False):
         with processor.borrowed(volume_id) as portion:
-            for object_index in objects:
-                await _settle(portion, object_index)
-            await processor.commit_locked([portion])
-    elif span[0] <= span[1]:
-        await processor.commit_locked([], await _inherited_copies(processor, volume_id, span, objects))
-    return objects[-1] + 1
+            if portion.failure is not None or (span is None and portion.is_gone):
+                return False
+            if span is None:
+                for object_index in objects:
+                    await _settle(portion, object_index)
+                if portion.is_gone:
+                    return False
+                await processor.commit([portion])
+            elif span[0] <= span[1]:
+                await processor.commit([], await _inherited_copies(processor, portion, span, objects))
+        from_object = objects[-1] + 1
+    return True
 
 
 async def _settle(portion: Portion, object_index: int) -> None:
@@ -218,17 +214,16 @@ async def _settle(portion: Portion, object_index: int) -> None:
             return
 
 
-async def _inherited_copies(processor: Processor, volume_id: VolumeId, span: Span, objects: list[int]) -> ShardBatch:
+async def _inherited_copies(processor: Processor, portion: Portion, span: Span, objects: list[int]) -> ShardBatch:
     """Copies of what a volume that is gone inherits, for the snapshots that hold it."""
     store = processor.access.store
     batch = ShardBatch()
-    with processor.borrowed(volume_id) as portion:
-        for object_index in objects:
-            if await processor.access.ask(store.latest_copy_instant, volume_id, object_index):
-                continue
-            found = await portion.inherited_map(object_index)
-            if found != blockmap.HOLE:
-                batch.copies.append(CopyRow(volume_id, object_index, Epoch(span[1]), Epoch(span[0]), found))
+    for object_index in objects:
+        if await processor.access.ask(store.latest_copy_instant, portion.volume_id, object_index):
+            continue
+        found = await portion.inherited_map(object_index)
+        if found != blockmap.HOLE:
+            batch.copies.append(CopyRow(portion.volume_id, object_index, Epoch(span[1]), Epoch(span[0]), found))
     return batch
 
 
@@ -294,10 +289,13 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     """Commit a batch that frees blocks of these logs; the logs that are empty now, whose files can go."""
     dead = []
     for log, block_count in changed.values():
+        # At once, so that nothing goes into it any more.
+        log.sealed = log.sealed or 1
         row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
-        if row_after.block_count == 0:
+        is_dead = row_after.block_count == 0 and not log.pins
+        if is_dead:
             dead.append(log)
-        if row_after.block_count or processor.snapshots.holds(log.volume_id, 0, log.epoch - 1):
+        if not is_dead or processor.snapshots.holds(log.volume_id, 0, log.epoch - 1):
             batch.logs.append(row_after)
         else:
             batch.dropped_logs.append(log.log_id)
@@ -306,7 +304,6 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     await processor.commit_locked([], batch)
     for log, block_count in changed.values():
         log.add_blocks(-block_count)
-        log.sealed = 1
     return dead
 
 

@@ -75,7 +75,7 @@ class Reclaimer:
         async with self._turn:
             aborted = self._snapshots.aborted
             while aborted:
-                await self._reserve.helped(partial(self._release_parts, *aborted[0]))
+                await self._reserve.helped(partial(self._release_aborted, *aborted[0]))
                 aborted.pop(0)
             for volume_id, epoch in self._volumes.to_dismantle():
                 await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
@@ -85,17 +85,30 @@ class Reclaimer:
                 await self._settle_inheritors(snapshot)
                 if snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id):
                     await self._reserve.helped(partial(self._release, snapshot))
+            failed: SnapfsError | OSError | None = None
             for volume in self._volumes.to_trim():
-                await self._reserve.helped(volume.trim)
+                try:
+                    await self._reserve.helped(volume.trim)
+                except (SnapfsError, OSError) as error:
+                    # One whose change log is full must not keep the others from being freed.
+                    failed = error
             await self._prune_traits()
             for processor in self._processors:
                 await reclaim.free_candidates(processor)
                 await processor.scrub_suspect_logs()
                 await processor.punch_freed()
             await self._reserve.refill()
+            if failed is not None:
+                raise failed
 
     async def _release_parts(self, snapshot_id: SnapshotId, instant: int) -> None:
         await side_by_side([partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors])
+
+    async def _release_aborted(self, snapshot_id: SnapshotId, instant: int) -> None:
+        """Take apart what was kept for a snapshot that came to nothing, attributes among it."""
+        await self._release_parts(snapshot_id, instant)
+        idle = await self._idle_versions(instant, self._index.next_of_all(instant))
+        await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))
 
     async def _release(self, snapshot: Snapshot) -> None:
         if snapshot.is_kept:
@@ -115,8 +128,9 @@ class Reclaimer:
                 if row.volume_id in self._volumes.removed:
                     continue
                 spans = await self._catalog.ask(self._catalog.catalog.version_span, row.volume_id)
-            await side_by_side([partial(reclaim.settle_volume, one, row.volume_id, spans) for one in self._processors])
-            await self.stop_inheriting(row.volume_id)
+            settled = [await reclaim.settle_volume(one, row.volume_id, spans) for one in self._processors]
+            if all(settled):
+                await self.stop_inheriting(row.volume_id)
 
     async def stop_inheriting(self, volume_id: VolumeId) -> None:
         """A volume has maps of its own for all that it inherited, durably: note it."""

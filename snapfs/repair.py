@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from . import blockmap, reclaim
+from .counting import inherited_count, stands_on_cow
+from .formats import CHANGE_LOG
+from .geometry import VolumeId
 from .pool import Pool
 from .processor import Processor
 from .snapshotindex import NEVER
@@ -24,14 +27,14 @@ async def repair_running(pool: Pool) -> list[str]:
     for processor in pool.processors:
         await reclaim.drop_unneeded_copies(processor, 0, NEVER)
         await processor.punch_freed()
-        done += await processor.access.ask(partial(_recount, processor))
+        done += await processor.access.ask(partial(_recount, processor, set(pool.volumes.by_id)))
         freed = await processor.scrub_logs(await processor.access.ask(processor.access.store.all_logs))
         if freed:
             done.append(f"processor {processor.index}: freed {freed} blocks that no map named")
     return done
 
 
-def _recount(processor: Processor) -> list[str]:
+def _recount(processor: Processor, live_ids: set[VolumeId]) -> list[str]:
     """Set counts to what maps and copies name. Blocks."""
     store = processor.access.store
     done = []
@@ -40,14 +43,18 @@ def _recount(processor: Processor) -> list[str]:
         for masks in named_masks(store, processor.traits.family_of(volume_id), 0, _EVERY_OBJECT).values():
             for log_id, mask in masks.items():
                 counts[log_id] = counts.get(log_id, 0) + mask.bit_count()
-        mapped = sum(blockmap.mapped_count(row.block_map) for row in store.some_maps(volume_id, 0, _EVERY_OBJECT))
+        live = {row.object_index: row for row in store.some_maps(volume_id, 0, _EVERY_OBJECT)}
+        mapped = sum(blockmap.mapped_count(row.block_map) for row in live.values())
+        if volume_id in live_ids:
+            mapped += inherited_count(store, processor.traits, volume_id, live, processor.processor_count)
         with store.database.transaction():
-            if store.block_counts().get(volume_id, 0) != mapped:
+            is_counted = not stands_on_cow(processor.traits, volume_id)
+            if is_counted and store.block_counts().get(volume_id, 0) != mapped:
                 store.set_block_count(volume_id, mapped)
                 done.append(f"processor {processor.index}: counted {mapped} blocks of volume {volume_id}")
             for log in store.logs_of(volume_id):
                 count = counts.get(log.log_id, 0)
-                if count != log.block_count:
+                if log.kind == CHANGE_LOG and count != log.block_count:
                     store.set_log_count(log.log_id, count)
                     done.append(f"processor {processor.index}: counted {count} blocks of change log {log.log_id}")
     return done

@@ -169,13 +169,6 @@ class ShardStore:
         """Logs with blocks that are still to be looked at."""
         return {row[0] for row in self.database.rows("SELECT DISTINCT log_id FROM candidates")}
 
-    def forget_unborn(self, next_volume_id: int) -> None:
-        """Drop the counts and sources of volumes that were never made: a crash came before their commit."""
-        for table in ("portions", "logs"):
-            if self.database.row(f"SELECT 1 FROM {table} WHERE volume_id >= ?", (next_volume_id,)):
-                with self.database.transaction():
-                    self.database.execute(f"DELETE FROM {table} WHERE volume_id >= ?", (next_volume_id,))
-
     def copy_at(self, volume_id: VolumeId, object_index: int, instant: int) -> CopyRow | None:
         """The point-in-time copy with the smallest instant at or after ``instant``."""
         row = self.database.row(
@@ -318,6 +311,29 @@ class ShardStore:
         """Blocks in change logs that anything names, by device."""
         rows = self.database.rows("SELECT device_id, sum(block_count) FROM logs WHERE kind = 0 GROUP BY device_id")
         return cast("dict[int, int]", dict(rows))
+
+    def changed_objects(self, volume_id: VolumeId, after: int, until: int) -> list[int]:
+        """Objects that changed after one instant and before or at another, in order."""
+        rows = self.database.rows(
+            "SELECT object_index FROM copies INDEXED BY copies_by_instant"
+            " WHERE instant >= ?2 AND instant < ?3 AND volume_id = ?1 AND epoch <= ?2",
+            (volume_id, after, until),
+        )
+        return sorted(row[0] for row in rows)
+
+    def changed_maps(
+        self, volume_id: VolumeId, after: int, until: int, from_object: int, limit: int
+    ) -> list[tuple[int, blockmap.BlockMap, blockmap.BlockMap]]:
+        """Objects behind ``from_object`` that changed between two instants, with their maps at both, in order."""
+        old = self.database.rows(
+            "SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index > ?4"
+            " AND instant >= ?2 AND instant < ?3 AND epoch <= ?2 ORDER BY object_index LIMIT ?5",
+            (volume_id, after, until, from_object, limit),
+        )
+        if not old:
+            return []
+        new = dict(self._maps_at(Ancestor(volume_id, until), from_object + 1, old[-1][0]))
+        return [(row[0], blockmap.decode(row[1]), new.get(row[0], blockmap.HOLE)) for row in old]
 
     def block_count_of(self, volume_id: VolumeId, epoch: int) -> int:
         """Blocks in a volume's change logs of one epoch."""

@@ -79,6 +79,15 @@ class TraitsTable:
             row = self.rows.get(row.origin_id)
         return found
 
+    def lineage(self, volume_id: VolumeId) -> list[Ancestor]:
+        """Of what a volume was cloned, nearest first, whether it still looks there or not."""
+        found = []
+        row = self.rows.get(volume_id)
+        while row is not None and row.origin_id:
+            found.append(Ancestor(row.origin_id, row.origin_instant))
+            row = self.rows.get(row.origin_id)
+        return found
+
     def is_origin(self, volume_id: VolumeId) -> bool:
         """Whether a clone was made of it that is still known."""
         return volume_id in self._shared_until

@@ -72,10 +72,13 @@ def punch_unnamed(
         return 0
     named = named_masks(store, family, objects[0][0], objects[-1][0])
     freed = 0
+    ranges = []
     for object_index, present in objects:
         unnamed = present & ~named.get(object_index, {}).get(log.log_id, 0)
         base = (object_index // processor_count) << OBJECT_SHIFT
         for block, count in mask_runs(unnamed):
-            logs.punch(log.log_id, log.device_id, base + (block << BLOCK_SHIFT), count * BLOCK_SIZE)
+            ranges.append((base + (block << BLOCK_SHIFT), count * BLOCK_SIZE))
             freed += count
+    if ranges:
+        logs.punch(log.log_id, log.device_id, ranges)
     return freed

@@ -249,6 +249,11 @@ class Volume(VolumeView):
 
         return let_go
 
+    def check_writers_now(self) -> None:
+        """Raises NotResidentError while writers are to wait."""
+        if self._truncated is not None:
+            raise NotResidentError(self._wait_for_truncate)
+
     def give_up(self) -> int:
         """Let go of the contents, to be others by :meth:`become`; how many have it open.
 
@@ -307,12 +312,16 @@ class Volume(VolumeView):
             (self.portions[object_index % self.processor_count], object_index, inside, view[at : at + step])
             for object_index, inside, step, at in pieces(offset, len(view))
         ]
+        block_count = 0
         for portion, object_index, inside, part in parts:
-            portion.ready_to_write_now(object_index, inside, part, old_blocks)
+            block_count += portion.ready_to_write_now(object_index, inside, part, old_blocks)
+        quota = parts[0][0].quota
+        if quota is not None:
+            quota.check(block_count)
         try:
             for portion, object_index, inside, part in parts:
                 portion.write_now(object_index, inside, part, old_blocks)
-        except OSError:
+        except (OSError, SnapfsError):
             if offset + len(view) > self.size_bytes:
                 # A part of it may lie behind the size, which stays as it was.
                 self._trim = _TRIM_DUE

@@ -7,9 +7,10 @@ if its commit fails.
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -196,22 +197,29 @@ class VolumeTable:
             self.check_free(attributes.name)
             row = self.new_row(attributes, origin_instant)
             next_id = self._next_volume_id
-            if prepare is not None:
-                await prepare(row.volume_id)
             traits = traits_of(row.volume_id)
             batch = CatalogBatch(meta={"next_volume_id": next_id}, traits=[traits] if traits is not None else [])
-            if traits is not None:
-                self.traits.put(traits)
             try:
+                if prepare is not None:
+                    await prepare(row.volume_id)
+                if traits is not None:
+                    self.traits.put(traits)
                 volume = self._volume(row, is_saved=False, needs_trim=False)
                 await self._catalog.save([volume], lambda: batch)
             except BaseException:
                 self.traits.drop(row.volume_id)
-                for processor in self.processors:
-                    processor.tally.drop(row.volume_id)
+                if prepare is not None:
+                    await self.forget_counts([row.volume_id])
                 raise
             self._add(volume)
             return volume
+
+    async def forget_counts(self, volume_ids: Iterable[VolumeId]) -> None:
+        """Drop what processors counted for volumes that could not be made, or have the next opening do it."""
+        for volume_id in volume_ids:
+            for processor in self.processors:
+                with contextlib.suppress(SnapfsError, OSError):
+                    await processor.forget_count(volume_id)
 
     def check_free(self, name: bytes) -> None:
         """Raises ExistsError when a volume has that name."""

@@ -239,7 +239,8 @@ class Runner:
     async def do_flatten(self, name: bytes) -> None:
         if name in self.model.volumes:
             await self.running.pool.clones.flatten(name)
-            self.model.volumes[name].synced()
+            if self.model.volumes[name].identity not in self.model.in_place:
+                self.model.volumes[name].synced()
 
     async def do_reclaim(self) -> None:
         await self.running.pool.reclaimer.reclaim_all()

@@ -874,3 +874,28 @@ async def test_a_volume_removed_during_its_trim_is_taken_apart() -> None:
         await pool.reclaimer.reclaim_all()
         assert log_bytes(world) == 0 and not pool.volumes.removed
     world.check_clean()
+
+
+async def test_what_was_given_back_stays_given_back_after_a_power_cut() -> None:
+    """A punch that was not synced came back, and nothing remembered it."""
+    world = World()
+    async with trio.open_nursery() as nursery:
+        running = Running(world)
+        await running.start(nursery)
+        pool = running.pool
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 8 * 4096)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"2" * 4 * 4096)
+        await pool.volumes.get(b"v").sync()
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        await pool.snapshots.create(b"t")
+        await put(pool, b"v", 0, b"3" * 4096)
+        await pool.volumes.get(b"v").sync()
+        await running.crash(CrashPlan(1, 0.0))
+        running = Running(world)
+        await running.start(nursery)
+        await running.pool.reclaimer.reclaim_all()
+        await running.stop()
+    world.check_clean()

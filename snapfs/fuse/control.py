@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from ..diff import VolumeChange, blame, diff
 from ..errors import BadCommandError, SnapfsError, TooLargeError
 from ..geometry import volume_size_bytes_max
 from ..making import CHANGE_MODES, VolumeWish
@@ -373,6 +374,48 @@ def _check_size(context: CommandContext, size_bytes: int) -> None:
         raise TooLargeError(f"volumes of this pool go up to {format_size(size_bytes_max)}", "Give a smaller size")
 
 
+async def _diff(context: CommandContext, command: Command) -> Answer:
+    """diff A [B]: what is other in snapshot B, or now, than in A: extents with offset, length and kind."""
+    command.word_count(1, 2, "the name of a snapshot, or of two")
+    command.known_options()
+    snapshots = [context.pool.snapshots.get(name) for name in command.words]
+    changes = await diff(context.pool, snapshots[0], snapshots[1] if len(snapshots) == 2 else None)
+    return {"volumes": [_change_entry(one) for one in changes]}
+
+
+def _change_entry(change: VolumeChange) -> dict[str, object]:
+    return {
+        "name": show_name(change.name),
+        "renamed_from": show_name(change.before.name)
+        if change.before is not None and change.before.name != change.name
+        else None,
+        "change": "added" if change.before is None else "removed" if change.after is None else "changed",
+        "size_bytes_before": None if change.before is None else change.before.size_bytes,
+        "size_bytes": None if change.after is None else change.after.size_bytes,
+        "changed_bytes": change.changed_bytes,
+        "extents": [
+            {"offset": one.offset, "length": one.length, "kind": "data" if one.is_data else "zero"}
+            for one in change.extents
+        ],
+    }
+
+
+async def _blame(context: CommandContext, command: Command) -> Answer:
+    """blame VOLUME OFFSET: the snapshots between which the block at an offset changed, newest first."""
+    command.word_count(2, 2, "a volume and an offset")
+    command.known_options()
+    changes = await blame(context.pool, command.words[0], parse_size(show_name(command.words[1])))
+    return {
+        "changes": [
+            {
+                "after": None if one.after is None else snapshot_entry(one.after),
+                "before": None if one.before is None else snapshot_entry(one.before),
+            }
+            for one in changes
+        ]
+    }
+
+
 async def _sync(context: CommandContext, command: Command) -> Answer:
     """sync: make everything that was written durable."""
     command.word_count(0, 0, "no words")
@@ -426,6 +469,8 @@ COMMANDS: Mapping[str, CommandFunction] = {
     "clone": _clone,
     "flatten": _flatten,
     "hold": _hold,
+    "diff": _diff,
+    "blame": _blame,
     "release": _release,
     "resize": _resize,
     "sync": _sync,
