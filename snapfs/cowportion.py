@@ -183,20 +183,24 @@ class CowPortion(Portion):
         try:
             await self._with_logs([source], partial(_read_runs, source, runs, self._processor_count))
             if log.quota is not None:
-                reserved = sum(_stored_count(run) for run in runs)
-                log.quota.check(reserved)
-                log.quota.add(reserved)
+                wanted_count = sum(_stored_count(run) for run in runs)
+                log.quota.check(wanted_count)
+                log.quota.add(wanted_count)
+                reserved = wanted_count
             await self._with_logs([log], partial(_write_runs, log, runs, self._processor_count))
         except BaseException:
+            if log.quota is not None:
+                log.quota.add(-reserved)
             self._give_back_runs(log, runs)
             raise
         finally:
-            if log.quota is not None:
-                log.quota.add(-reserved)
             log.pins -= 1
         # Only now: a commit under way may have synced it before all was written.
         self._mark_dirty(log)
+        named_before = log.block_count
         changed = {run.object_index: self._point_copy_at(log, run) for run in runs}
+        if log.quota is not None:
+            log.quota.add(log.block_count - named_before - reserved)
         await self._neighbours.commit(self)
         for object_index, copy in changed.items():
             state = self.objects.get(object_index)
@@ -271,8 +275,8 @@ class CowPortion(Portion):
                 stored += not is_zero
             elif not is_zero and entries[run.first + index] != log.log_id:
                 leftover.append(index)
-        if stored:
-            log.add_blocks(stored)
+        # The quota counts them already.
+        log.block_count += stored
         self._note_changed(log)
         if leftover:
             self._give_back_blocks(log, run, leftover)
