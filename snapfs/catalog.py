@@ -122,6 +122,10 @@ class Catalog:
         """All schedules."""
         return [ScheduleRow(*row) for row in self.database.rows("SELECT * FROM schedules ORDER BY name")]
 
+    def receives(self) -> dict[str, str]:
+        """By guid: the states of streams that are being received, or were cut off."""
+        return dict(cast("list[tuple[str, str]]", self.database.rows("SELECT * FROM receives")))
+
     def traits(self) -> list[VolumeTraits]:
         """Traits of all volumes that are not plain."""
         return [VolumeTraits(*row) for row in self.database.rows("SELECT * FROM traits")]
@@ -161,7 +165,7 @@ class Catalog:
         for snapshot_id, tag in self.database.rows("SELECT snapshot_id, tag FROM holds"):
             tags.setdefault(snapshot_id, set()).add(tag)
         rows = self.database.rows(
-            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note, schedule"
+            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note, schedule, guid"
             " FROM snapshots ORDER BY instant"
         )
         return [
@@ -174,6 +178,7 @@ class Catalog:
                 stall_ns=row[5],
                 note=row[6],
                 schedule=row[7],
+                guid=row[8],
                 hold_tags=frozenset(tags.get(row[0], ())),
             )
             for row in rows
@@ -217,6 +222,8 @@ class Catalog:
                 ("DELETE FROM traits WHERE volume_id = ?", [(one,) for one in batch.dropped_traits]),
                 ("DELETE FROM changelogs WHERE changelog_id = ?", [(one,) for one in batch.dropped_changelogs]),
                 ("DELETE FROM devices WHERE device_id = ?", [(one,) for one in batch.dropped_devices]),
+                ("DELETE FROM receives WHERE guid = ?", [(one,) for one in batch.dropped_receives]),
+                ("INSERT OR REPLACE INTO receives VALUES (?, ?)", batch.receives),
                 ("DELETE FROM schedules WHERE name = ?", [(one,) for one in batch.dropped_schedules]),
                 ("DELETE FROM versions WHERE volume_id = ? AND instant = ?", batch.dropped_versions),
                 ("DELETE FROM removed WHERE volume_id = ?", [(one,) for one in batch.dropped_removed]),
@@ -231,9 +238,9 @@ class Catalog:
                 ),
                 ("INSERT OR REPLACE INTO removed VALUES (?, ?)", batch.removed),
                 (
-                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
-                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note, row.schedule)
+                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note, row.schedule, row.guid)
                         for row in batch.snapshots
                     ],
                 ),

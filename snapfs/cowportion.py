@@ -121,11 +121,11 @@ class CowPortion(Portion):
         assert source.file is not None, "_check_preserved has seen to it"
         return source.file
 
-    def unmap_now(self, object_index: int, first: int) -> None:
-        """Make holes of an object's blocks from ``first`` on, once what they hold is preserved."""
-        self._check_preserved(object_index, first, BLOCKS_PER_OBJECT)
+    def unmap_now(self, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
+        """Make holes of an object's blocks from ``first`` up to ``last``, once what they hold is preserved."""
+        self._check_preserved(object_index, first, last)
         offset = log_offset(object_index, self._processor_count) + (first << BLOCK_SHIFT)
-        self._source_file().punch(offset, (BLOCKS_PER_OBJECT - first) << BLOCK_SHIFT)
+        self._source_file().punch(offset, (last - first) << BLOCK_SHIFT)
 
     async def fit_source(self, size_bytes: int, *, may_cut: bool) -> None:
         """See :meth:`Portion.fit_source`."""

@@ -119,6 +119,20 @@ async def diff(pool: Pool, before: Snapshot, after: Snapshot | None) -> list[Vol
     return sorted(changes, key=lambda one: one.name)
 
 
+async def content_of(pool: Pool, base: Snapshot | None, snapshot: Snapshot) -> list[VolumeChange]:
+    """Every volume of a snapshot, by name, with all that it holds, or with what is other than in ``base``."""
+    if base is not None and base.instant >= snapshot.instant:
+        raise BadCommandError("the base is not older than the snapshot", "Give an older one")
+    await _commit_all(pool)
+    old = {} if base is None else await states_at(pool, base)
+    found = []
+    for file_id, state in (await states_at(pool, snapshot)).items():
+        before = old.get(file_id)
+        extents = await changed_extents(pool, before, state)
+        found.append(VolumeChange(file_id, None if before is None else before.attributes, state.attributes, extents))
+    return sorted(found, key=lambda one: one.name)
+
+
 def _differ(before: Attributes, after: Attributes | None) -> bool:
     """Whether more than times is other."""
     return after is None or before[:5] != after[:5]

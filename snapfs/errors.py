@@ -132,6 +132,18 @@ class UnsupportedError(SnapfsError):
     errno = errno.EOPNOTSUPP
 
 
+class MissingBaseError(SnapfsError):
+    """A stream of changes whose base is not in the target. Nothing was changed."""
+
+    errno = errno.ENOENT
+
+
+class ChangedTargetError(SnapfsError):
+    """A stream of changes for volumes that changed since its base. Nothing was changed."""
+
+    errno = errno.EBUSY
+
+
 class InUseError(SnapfsError):
     """Another process has the pool open."""
 

@@ -217,7 +217,7 @@ class SnapshotRow(NamedTuple):
 
     ``volume_ids`` is None for a snapshot of all volumes. ``stall_ns`` is the longest time for
     which it kept the daemon from serving. ``schedule`` names the schedule that made it, empty for
-    one made by hand. ``hold_tags`` keep it from being deleted.
+    one made by hand. ``guid`` is that of the snapshot it was received from. ``hold_tags`` keep it from being deleted.
     """
 
     snapshot_id: SnapshotId
@@ -228,6 +228,7 @@ class SnapshotRow(NamedTuple):
     stall_ns: int
     note: str
     schedule: str = ""
+    guid: str = ""
     hold_tags: frozenset[str] = frozenset()
 
 
@@ -293,6 +294,12 @@ ALTER TABLE devices ADD COLUMN
   changelog_id INTEGER NOT NULL DEFAULT 0;  -- the change log volume it is of, 0: it holds the volumes' own data
 ALTER TABLE snapshots ADD COLUMN
   schedule TEXT NOT NULL DEFAULT '';        -- that made it; empty: made by hand
+ALTER TABLE snapshots ADD COLUMN
+  guid TEXT NOT NULL DEFAULT '';            -- of the snapshot it was received from, in another pool; empty: made here
+CREATE TABLE receives (         -- streams that are being received, or were cut off
+  guid TEXT PRIMARY KEY,          -- of the snapshot they bring
+  state TEXT NOT NULL             -- JSON, see transfer.py
+) STRICT, WITHOUT ROWID;
 CREATE TABLE holds (            -- tags that keep a snapshot from being deleted
   snapshot_id INTEGER NOT NULL,
   tag TEXT NOT NULL,
@@ -521,6 +528,8 @@ class CatalogBatch:
     dropped_devices: list[int] = field(default_factory=list)
     schedules: list[ScheduleRow] = field(default_factory=list)
     dropped_schedules: list[str] = field(default_factory=list)
+    receives: list[tuple[str, str]] = field(default_factory=list)
+    dropped_receives: list[str] = field(default_factory=list)
     shard_generations: list[tuple[int, int]] = field(default_factory=list)
     trim_all: bool = False
     meta: dict[str, int] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pyfuse3
@@ -25,6 +25,7 @@ from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
 from .tasks import Wakeup
+from .volume import Volume
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -108,13 +109,16 @@ class _Mount:
         self._mount_point = request.mount_point
         self._pool = pool
         self._options = _fuse_options(request)
-        self._namespace = Namespace(pool, request.mount_point, self._resize)
+        self._namespace = Namespace(pool, request.mount_point, self._resize, self._forget_pages)
         self._operations = Operations(self._namespace)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
+
+    async def _forget_pages(self, volumes: Sequence[Volume]) -> None:
+        await self._own_mount.refresh(volumes)
 
     def _is_own_path(self, path: str) -> bool:
         """Whether a file lies in the mount or in the pool."""

@@ -414,8 +414,8 @@ class Portion:
         state.block_map = blockmap.with_range(state.block_map, first, last, log.log_id)
         self._dirty_objects.add(object_index)
 
-    def unmap_now(self, object_index: int, first: int) -> None:
-        """Make holes of an object's blocks from ``first`` on; free those that no copy names.
+    def unmap_now(self, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
+        """Make holes of an object's blocks from ``first`` up to ``last``; free those that no copy names.
 
         A log that has blocks freed takes no more writes, so a range is never punched that was
         written anew.
@@ -423,14 +423,14 @@ class Portion:
         state = self.objects.get(object_index)
         if state is None:
             raise NotResidentError(partial(self._load, object_index))
-        count = blockmap.mapped_count(state.block_map, first)
+        count = blockmap.mapped_count(state.block_map, first, last)
         if count == 0:
             return
         if self._log is None or self._epoch < self._clock.epoch:
             self._enter_epoch()
-        freed = self._unpinned(state, object_index, first, BLOCKS_PER_OBJECT, None)
+        freed = self._unpinned(state, object_index, first, last, None)
         self._keep_copy(object_index, state)
-        state.block_map = blockmap.with_range(state.block_map, first, BLOCKS_PER_OBJECT, HOLE)
+        state.block_map = blockmap.with_range(state.block_map, first, last, HOLE)
         self._tally.add(self.volume_id, -count)
         self._count_changed = True
         self._dirty_objects.add(object_index)

@@ -34,6 +34,7 @@ class Snapshot:
         self.stall_ns = row.stall_ns
         self.note = row.note
         self.schedule = row.schedule
+        self.guid = row.guid
         self.hold_tags = row.hold_tags
         self.opens = 0
         self.is_kept = row.name is not None

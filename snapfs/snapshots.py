@@ -50,6 +50,7 @@ class _Wish:
     note: str
     hold_tags: frozenset[str]
     schedule: str
+    guid: str = ""
 
 
 @dataclass(slots=True)
@@ -138,15 +139,17 @@ class SnapshotTable:
         *,
         hold_tags: Iterable[str] = (),
         schedule: str = "",
+        guid: str = "",
     ) -> Snapshot:
         """Make a snapshot of the volumes named, or of all (None), at one instant; it is durable.
 
-        Without a name it gets the time in UTC. Raises BadNameError, ExistsError, NotFoundError,
+        Without a name it gets the time in UTC. ``guid`` is that of the snapshot it was received from.
+        Raises BadNameError, ExistsError, NotFoundError,
         NoSpaceError, SyncFailedError; then there is no snapshot.
         """
         if name is not None:
             check_name(name, "snapshot")
-        wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule)
+        wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule, guid)
         async with self.lock:
             self._check_free(name)
             chosen = self._chosen(volume_names)
@@ -231,6 +234,7 @@ class SnapshotTable:
             stall_ns,
             wish.note,
             wish.schedule,
+            wish.guid,
             wish.hold_tags,
         )
         return _Cut(row, parts, marks, chosen)

@@ -148,7 +148,7 @@ async def processor_status(processor: Processor) -> dict[str, object]:
     }
 
 
-def snapshot_entry(snapshot: Snapshot) -> dict[str, object]:
+def snapshot_entry(pool_id: str, snapshot: Snapshot) -> dict[str, object]:
     """A line of a list of snapshots."""
     return {
         "name": show_name(snapshot.name or b""),
@@ -159,6 +159,7 @@ def snapshot_entry(snapshot: Snapshot) -> dict[str, object]:
         "stall_us": snapshot.stall_ns / 1000,
         "note": snapshot.note,
         "schedule": snapshot.schedule or None,
+        "guid": snapshot.guid or f"{pool_id}:{snapshot.snapshot_id}",
         "holds": sorted(snapshot.hold_tags),
     }
 
@@ -166,4 +167,8 @@ def snapshot_entry(snapshot: Snapshot) -> dict[str, object]:
 async def snapshot_entry_with_space(pool: Pool, snapshot: Snapshot) -> dict[str, object]:
     """The same, with what the snapshot references and what only it holds."""
     referenced, exclusive = await pool.snapshots.space_of(snapshot)
-    return {**snapshot_entry(snapshot), "referenced_bytes": referenced, "exclusive_bytes": exclusive}
+    return {
+        **snapshot_entry(pool.descriptor.pool_id, snapshot),
+        "referenced_bytes": referenced,
+        "exclusive_bytes": exclusive,
+    }

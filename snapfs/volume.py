@@ -18,6 +18,7 @@ from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
+    BLOCKS_PER_OBJECT,
     OBJECT_MASK,
     OBJECT_SHIFT,
     OBJECT_SIZE,
@@ -517,6 +518,37 @@ class Volume(VolumeView):
                 raise
         await self.trim()
 
+    async def discard(self, offset: int, length: int) -> int:
+        """Have a range read as zeros, up to the end at most: whole blocks become holes, the rest is written over.
+
+        Gives the bytes in blocks that became holes. Needs the caller to keep cuts and truncates out.
+        """
+        end = min(offset + length, self.size_bytes)
+        before = self.block_count
+        self.open()
+        try:
+            position = offset
+            while position < end:
+                object_index, inside = position >> OBJECT_SHIFT, position & OBJECT_MASK
+                stop = min(end, (object_index + 1) << OBJECT_SHIFT)
+                aligned = -(-inside // BLOCK_SIZE) * BLOCK_SIZE
+                last_inside = inside + stop - position
+                is_tail = stop == self.size_bytes
+                last = -(-last_inside // BLOCK_SIZE) if is_tail else last_inside // BLOCK_SIZE
+                if inside % BLOCK_SIZE:
+                    await self.write(position, bytes(min(stop - position, aligned - inside)))
+                if last > aligned // BLOCK_SIZE:
+                    portion = self.portions[object_index % self.processor_count]
+                    await self._unmap(portion, object_index, aligned // BLOCK_SIZE, last)
+                if last_inside > last * BLOCK_SIZE >= aligned:
+                    await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
+                position = stop
+            self.before_change()
+            self.mtime_ns = self.ctime_ns = time.time_ns()
+        finally:
+            self.close()
+        return max(0, before - self.block_count) * BLOCK_SIZE
+
     async def trim(self) -> None:
         """Clear what lies behind the size: zero the rest of its last block, unmap all after it.
 
@@ -589,10 +621,10 @@ class Volume(VolumeView):
                 return
             from_object = stored[-1] + 1
 
-    async def _unmap(self, portion: Portion, object_index: int, first: int) -> None:
+    async def _unmap(self, portion: Portion, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
         while True:
             try:
-                portion.unmap_now(object_index, first)
+                portion.unmap_now(object_index, first, last)
             except NotResidentError as missing:
                 await missing.fetch({})
             else:

@@ -404,6 +404,14 @@ class VolumeTable:
         async with self.lock:
             await volume.fit()
 
+    async def discard(self, volume: Volume, offset: int, length: int) -> int:
+        """Have a range of a volume read as zeros; bytes that take no space any more. Durable at the next sync."""
+        async with self.lock:
+            freed_bytes = await volume.discard(offset, length)
+            if not volume.is_removed:
+                self._unsaved.add(volume)
+            return freed_bytes
+
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
         """Set a volume's size; see :meth:`Volume.truncate`."""
         async with self.lock:

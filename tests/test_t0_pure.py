@@ -236,7 +236,8 @@ def test_every_error_has_an_errno_an_exit_code_and_words() -> None:
 LAYERS = [
     ["errors"],
     ["units"],
-    ["geometry", "schedule"],
+    ["geometry", "schedule", "stream"],
+    ["transfer"],
     ["blockmap", "snapshotindex", "tasks", "jobs"],
     ["formats", "events"],
     ["database", "traits", "image"],

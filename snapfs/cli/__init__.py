@@ -27,6 +27,7 @@ from . import (
     schedule,
     snapshot,
     status,
+    transfer,
     umount,
 )
 
@@ -50,6 +51,8 @@ for _command in (
     rename.rename,
     rollback.rollback,
     clone.clone,
+    transfer.send,
+    transfer.receive,
     diff.diff,
     diff.blame,
     flatten.flatten,

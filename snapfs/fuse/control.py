@@ -9,11 +9,12 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..diff import VolumeChange, blame, diff
+from ..diff import VolumeChange, blame, content_of, diff
 from ..errors import BadCommandError, SnapfsError, TooLargeError
+from ..formats import CatalogBatch
 from ..geometry import volume_size_bytes_max
 from ..making import CHANGE_MODES, VolumeWish
 from ..pool import Pool
@@ -21,6 +22,7 @@ from ..schedule import make_schedule
 from ..scheduler import shown
 from ..status import snapshot_entry, snapshot_entry_with_space
 from ..units import check_tag, format_size, parse_size, show_name
+from ..volume import Volume
 
 LINE_BYTES_MAX = 65536
 OPTION_KEYS = frozenset(
@@ -42,18 +44,35 @@ OPTION_KEYS = frozenset(
         "keep",
         "skip-unchanged",
         "dry-run",
+        "guid",
+        "base",
     }
 )
 Answer = dict[str, object]
 ResizeFile = Callable[[bytes, int], Awaitable[None]]
+ForgetPages = Callable[[Sequence[Volume]], Awaitable[None]]
+
+
+async def nothing_to_forget(volumes: Sequence[Volume]) -> None:
+    """Without a mount nobody keeps pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandContext:
-    """What commands work on. ``resize_file`` goes through the kernel, which keeps sizes of its own."""
+    """What commands work on.
+
+    ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
+    what it keeps of volumes.
+    """
 
     pool: Pool
     resize_file: ResizeFile
+    forget_pages: ForgetPages = nothing_to_forget
+
+    @property
+    def pool_id(self) -> str:
+        """The pool's id."""
+        return self.pool.descriptor.pool_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +167,9 @@ def encode_answer(answer: Answer) -> bytes:
 
 
 async def _snapshot(context: CommandContext, command: Command) -> Answer:
-    """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT]: make a snapshot of all volumes, or of those named."""
+    """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT] [guid=GUID]: make one of all volumes, or of some."""
     command.word_count(0, 1, "one name or none")
-    command.known_options("volume", "note", "hold")
+    command.known_options("volume", "note", "hold", "guid")
     volumes = command.all_of("volume")
     try:
         note = b" ".join(command.all_of("note")).decode()
@@ -161,8 +180,9 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
         volumes or None,
         note,
         hold_tags=[show_name(tag) for tag in command.all_of("hold")],
+        guid=command.one_of("guid") or "",
     )
-    return snapshot_entry(snapshot)
+    return snapshot_entry(context.pool_id, snapshot)
 
 
 async def _create(context: CommandContext, command: Command) -> Answer:
@@ -400,6 +420,61 @@ def _change_entry(change: VolumeChange) -> dict[str, object]:
     }
 
 
+async def _extents(context: CommandContext, command: Command) -> Answer:
+    """extents NAME [base=BASE]: what a snapshot holds, or what is other in it than in another: for snapfs send."""
+    command.word_count(1, 1, "the name of a snapshot")
+    command.known_options("base")
+    pool = context.pool
+    snapshot = pool.snapshots.get(command.words[0])
+    base_name = command.one_of("base")
+    base = None if base_name is None else pool.snapshots.get(base_name.encode("utf-8", "surrogateescape"))
+    volumes = []
+    for one in await content_of(pool, base, snapshot):
+        assert one.after is not None
+        volumes.append(
+            {
+                **one.after._asdict(),
+                "name": show_name(one.after.name),
+                "base_name": None if one.before is None else show_name(one.before.name),
+                "extents": [[extent.offset, extent.length, int(extent.is_data)] for extent in one.extents],
+            }
+        )
+    return {
+        "snapshot": snapshot_entry(context.pool_id, snapshot),
+        "base": None if base is None else snapshot_entry(context.pool_id, base),
+        "volumes": volumes,
+    }
+
+
+async def _receive_state(context: CommandContext, command: Command) -> Answer:
+    """receive-state put GUID STATE | drop GUID | list: how far streams have come: for snapfs receive."""
+    command.known_options()
+    catalog = context.pool.catalog
+    action, *words = [show_name(word) for word in command.words] or [""]
+    if action == "put" and len(words) == 2:
+        await catalog.save([], lambda: CatalogBatch(receives=[(words[0], words[1])]))
+        return {}
+    if action == "drop" and len(words) == 1:
+        await catalog.save([], lambda: CatalogBatch(dropped_receives=words))
+        return {}
+    if action == "list" and not words:
+        states = await catalog.ask(catalog.catalog.receives)
+        return {"states": {guid: json.loads(state) for guid, state in states.items()}}
+    raise BadCommandError("receive-state takes put GUID STATE, drop GUID, or list", "It is for snapfs receive")
+
+
+async def _discard(context: CommandContext, command: Command) -> Answer:
+    """discard VOLUME OFFSET LENGTH: a range is to read as zeros; whole blocks of it take no space any more."""
+    command.word_count(3, 3, "a volume, an offset and a length")
+    command.known_options()
+    offset, length = (parse_size(show_name(word)) for word in command.words[1:])
+    volume = context.pool.volumes.get(command.words[0])
+    await context.pool.snapshots.before_cut([volume])
+    freed_bytes = await context.pool.volumes.discard(volume, offset, length)
+    await context.forget_pages([volume])
+    return {"volume": show_name(command.words[0]), "freed_bytes": freed_bytes}
+
+
 async def _blame(context: CommandContext, command: Command) -> Answer:
     """blame VOLUME OFFSET: the snapshots between which the block at an offset changed, newest first."""
     command.word_count(2, 2, "a volume and an offset")
@@ -408,8 +483,8 @@ async def _blame(context: CommandContext, command: Command) -> Answer:
     return {
         "changes": [
             {
-                "after": None if one.after is None else snapshot_entry(one.after),
-                "before": None if one.before is None else snapshot_entry(one.before),
+                "after": None if one.after is None else snapshot_entry(context.pool_id, one.after),
+                "before": None if one.before is None else snapshot_entry(context.pool_id, one.before),
             }
             for one in changes
         ]
@@ -432,7 +507,7 @@ async def _list(context: CommandContext, command: Command) -> Answer:
     chosen = [snapshots.get(name) for name in command.words] or list(snapshots.by_name.values())
     chosen.sort(key=lambda one: one.instant)
     if command.all_of("space") == [b"no"]:
-        return {"snapshots": [snapshot_entry(one) for one in chosen]}
+        return {"snapshots": [snapshot_entry(context.pool_id, one) for one in chosen]}
     found = []
     for snapshot in chosen:
         if snapshot.snapshot_id in snapshots.by_id:
@@ -471,6 +546,9 @@ COMMANDS: Mapping[str, CommandFunction] = {
     "hold": _hold,
     "diff": _diff,
     "blame": _blame,
+    "discard": _discard,
+    "extents": _extents,
+    "receive-state": _receive_state,
     "release": _release,
     "resize": _resize,
     "sync": _sync,

@@ -41,6 +41,13 @@ def truncate(path: str, size_bytes: int) -> None:
     os.truncate(path, size_bytes)
 
 
+def set_size_and_times(path: str, size_bytes: int, atime_ns: int, mtime_ns: int) -> None:
+    """Have the kernel, which trusts its own, take a file's size and times from the daemon."""
+    if os.stat(path).st_size != size_bytes:
+        os.truncate(path, size_bytes)
+    os.utime(path, ns=(atime_ns, mtime_ns))
+
+
 def device_of(path: str) -> int:
     """The device number of the filesystem that a path is on."""
     return os.stat(path).st_dev
@@ -81,6 +88,7 @@ def detach(path: str, files: list[str]) -> None:
 CALLS: dict[str, Callable[..., int | None]] = {
     "fsync": fsync,
     "truncate": truncate,
+    "set_size_and_times": set_size_and_times,
     "device_of": device_of,
     "unmount": unmount,
     "detach": detach,

@@ -17,7 +17,6 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from ..units import parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
 from . import names
-from .control import CommandContext, ControlSession
+from .control import CommandContext, ControlSession, ForgetPages, ResizeFile
 from .handles import ControlHandle, EventsHandle, Handle, SnapshotHandle, TextHandle, VolumeHandle
 
 # Long: once it is over, the kernel asks before every write, until one answer arrives with no write
@@ -94,7 +93,7 @@ class Namespace:
     ``writer_counts`` counts the open files that can leave dirty pages in the kernel.
     """
 
-    def __init__(self, pool: Pool, mount_point: str, resize_file: Callable[[bytes, int], Awaitable[None]]) -> None:
+    def __init__(self, pool: Pool, mount_point: str, resize_file: ResizeFile, forget_pages: ForgetPages) -> None:
         self.pool = pool
         self.mount_point = mount_point
         self.helper_pid = 0
@@ -102,7 +101,7 @@ class Namespace:
         self._uid = os.getuid()
         self._gid = os.getgid()
         self._mounted_ns = time.time_ns()
-        self._control = CommandContext(pool, resize_file)
+        self._control = CommandContext(pool, resize_file, forget_pages)
         self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
         self._manifest_sizes: dict[SnapshotId, tuple[int, int]] = {}
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}

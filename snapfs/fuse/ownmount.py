@@ -126,7 +126,8 @@ class OwnMount:
             # In a thread: it waits for pages that are being read, which are answered meanwhile.
             await trio.to_thread.run_sync(self._invalidate, volume.file_id)
             with contextlib.suppress(FileNotFoundError):
-                await self._call("truncate", self._path_of(volume.file_id), volume.size_bytes)
+                times = (volume.atime_ns, volume.mtime_ns)
+                await self._call("set_size_and_times", self._path_of(volume.file_id), volume.size_bytes, *times)
 
     async def cut_events(self, size_bytes: int) -> None:
         """Tell the kernel that the events have become shorter. Raises OSError."""

@@ -1,0 +1,104 @@
+"""``snapfs send`` and ``snapfs receive``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import click
+
+from ..errors import BadCommandError
+from ..formats import POOL_FILE
+from ..transfer import OnProgress, Receiver, ResumePoint, say_nothing
+from ..transfer import send as send_stream
+from .control import ask
+from .output import print_json
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[OnProgress]:
+    """A progress bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield say_nothing
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+
+
+@contextlib.contextmanager
+def _mounted(where: str) -> Iterator[str]:
+    """The mount; of a pool that is not mounted one for as long as this lasts."""
+    if not os.path.exists(os.path.join(where, POOL_FILE)):
+        yield where
+        return
+    command = [sys.executable, "-m", "snapfs"]
+    with tempfile.TemporaryDirectory(prefix="snapfs-receive-") as folder:
+        subprocess.run([*command, "mount", where, folder], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run([*command, "umount", folder], check=True)
+
+
+@click.command()
+@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+@click.argument("name", metavar="SNAP")
+@click.option("--from", "base", metavar="BASE", help="Send only what changed since this snapshot.")
+@click.option("--resume-token", metavar="TOKEN", help="Go on with a stream that was cut off, as snapfs receive told.")
+@click.option(
+    "--level", default=3, show_default=True, type=click.IntRange(0, 19), help="How hard to compress (zstd); 0 not."
+)
+def send(mount_point: str, name: str, base: str | None, resume_token: str | None, level: int) -> None:
+    """Write the snapshot SNAP of MOUNT to standard output, as a stream for snapfs receive.
+
+    Only blocks that hold data are sent; with --from only those that are other than in BASE, which the receiver
+    must have received. The stream is compressed and carries checksums. The format is told in
+    docs/stream-format.md.
+    """
+    if sys.stdout.isatty():
+        raise BadCommandError("a stream is not for a terminal", "Write it to a file or a pipe: snapfs send ... > file")
+    resume = None if resume_token is None else ResumePoint.from_token(resume_token)
+    with _progress(f"send {name}") as on_progress:
+        send_stream(ask, mount_point, name, sys.stdout.buffer, base, resume, on_progress, level)
+
+
+@click.command()
+@click.argument("where", metavar="POOL|MOUNT", type=click.Path())
+@click.option("--name", metavar="NAME", help="Call the snapshot so, and not as it was.")
+@click.option("--force", is_flag=True, help="Roll back volumes that changed since the base of the stream.")
+@click.option("--resumable", is_flag=True, help="Keep what a broken stream brought, and tell a token to go on with.")
+@click.option("--tokens", is_flag=True, help="Receive nothing; list the tokens of streams that were cut off.")
+@click.option("--json", "as_json", is_flag=True, help="Print the snapshot that was made as JSON.")
+def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: bool, as_json: bool) -> None:
+    """Read a stream of snapfs send from standard input, and make its snapshot.
+
+    A whole stream makes its volumes; none of those names may be taken. A stream with a base needs that
+    snapshot here, and its volumes as that holds them. The snapshot is made when all has come, and what was
+    sent was read back from it and found equal; before that there is none.
+
+    A stream that breaks off leaves nothing behind. With --resumable what came is kept, and a token is
+    told: give it to snapfs send --resume-token, and receive that stream with --resumable as well.
+    """
+    with _mounted(where) as mount_point:
+        if tokens:
+            states = ask(mount_point, "receive-state", "list")["states"]
+            for guid, state in sorted(states.items()):
+                click.echo(ResumePoint(guid, state["volume_place"], state["offset"]).to_token())
+            return
+        with _progress("receive") as on_progress:
+            receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)
+            made = receiver.receive(sys.stdin.buffer, name, on_progress)
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(made["name"])

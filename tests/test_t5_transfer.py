@@ -1,0 +1,245 @@
+"""Sending and receiving snapshots between real mounts: whole, in steps, broken, gone on with."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs.errors import DamagedError, SnapfsError, TooNewError
+from snapfs.stream import BEGIN, DATA, END, VERSION, ZERO, StreamWriter, read_stream
+
+from .conftest import SNAPFS, Mounted, snapfs
+
+MIB = 1 << 20
+
+
+def sent(mounted: Mounted, *words: object) -> bytes:
+    done = subprocess.run([*SNAPFS, "send", str(mounted.path), *map(str, words)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def received(mounted: Mounted, stream: bytes, *words: object, expect: int = 0) -> str:
+    command = [*SNAPFS, "receive", *map(str, words), str(mounted.path)]
+    done = subprocess.run(command, input=stream, capture_output=True, check=False)
+    assert done.returncode == expect, done.stderr
+    assert b"Traceback" not in done.stderr
+    return (done.stdout + done.stderr).decode()
+
+
+def same(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir() if path.name[0] != ".")
+    assert names == sorted(path.name for path in other.iterdir() if path.name[0] != ".")
+    for name in names:
+        first, second = (one / name).stat(), (other / name).stat()
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+        for field in ("st_size", "st_mode", "st_uid", "st_gid", "st_mtime_ns"):
+            assert getattr(first, field) == getattr(second, field), (name, field)
+
+
+@pytest.mark.mount
+def test_a_chain_of_snapshots_arrives_equal(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts("--processors", "3")
+    disk = source.path / "disk"
+    with open(disk, "wb") as file:
+        file.truncate(300 * MIB)
+        file.write(os.urandom(3 * MIB))
+        file.seek(200 * MIB)
+        file.write(b"text " * 100000)
+    (source.path / "small").write_bytes(b"x" * 1001)
+    os.chmod(source.path / "small", 0o640)
+    os.chown(source.path / "small", 12, 34)
+    source.snapshot("one")
+    whole = sent(source, "one")
+    assert len(whole) < 4 * MIB
+    assert received(target, whole).strip() == "one"
+    same(source.snapshots / "one", target.snapshots / "one")
+    with open(disk, "r+b") as file:
+        file.seek(MIB)
+        file.write(b"changed" * 1000)
+        file.truncate(250 * MIB)
+    source.ask("discard disk 209715200 100000")
+    os.rename(source.path / "small", source.path / "renamed")
+    (source.path / "third").write_bytes(os.urandom(5000))
+    source.snapshot("two")
+    step = sent(source, "two", "--from", "one")
+    assert len(step) < 100000
+    received(target, step)
+    same(source.snapshots / "two", target.snapshots / "two")
+    same(source.snapshots / "one", target.snapshots / "one")
+    same(target.snapshots / "two", target.path)
+    # And on from there, through a rollback of the source, into a pool that is not mounted.
+    snapfs("rollback", source.path, "one", "--volume", "disk")
+    with open(disk, "r+b") as file:
+        file.write(b"again")
+    source.snapshot("three")
+    target.unmount()
+    command = [*SNAPFS, "receive", str(target.pool)]
+    stream = sent(source, "three", "--from", "two")
+    assert subprocess.run(command, input=stream, capture_output=True, check=False).returncode == 0
+    target.mount()
+    same(source.snapshots / "three", target.snapshots / "three")
+
+
+@pytest.mark.mount
+def test_bases_that_are_missing_or_differ_are_refused_with_words(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    volume = source.path / "v"
+    volume.write_bytes(b"1" * 100000)
+    source.snapshot("one")
+    volume.write_bytes(b"2" * 100000)
+    source.snapshot("two")
+    step = sent(source, "two", "--from", "one")
+    assert "base 'one' of the stream is not here" in received(target, step, expect=1)
+    assert os.listdir(target.path) == [".snapshots", ".snapfs"]
+    received(target, sent(source, "one"))
+    assert "received already" in received(target, sent(source, "one"), expect=1)
+    # One of that name, but another.
+    target.snapshot("two")
+    assert "there is a snapshot 'two' already" in received(target, step, expect=1)
+    (target.path / "v").write_bytes(b"mine")
+    assert "has changed since 'one'" in received(target, step, "--name", "second", expect=1)
+    assert (target.path / "v").read_bytes() == b"mine"
+    received(target, step, "--name", "second", "--force")
+    assert (target.snapshots / "second" / "v").read_bytes() == b"2" * 100000
+    undo = next(name for name in os.listdir(target.snapshots) if name.endswith("-before-rollback"))
+    assert (target.snapshots / undo / "v").read_bytes() == b"mine"
+    failed = subprocess.run([*SNAPFS, "send", str(source.path), "none"], capture_output=True, check=False)
+    assert failed.returncode == 1 and b"there is no snapshot" in failed.stderr
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("cut", ["short", "flipped"])
+def test_a_broken_stream_leaves_the_target_as_it_was(mounts: Callable[..., Mounted], cut: str) -> None:
+    source, target = mounts(), mounts()
+    volume = source.path / "v"
+    volume.write_bytes(os.urandom(5 * MIB))
+    source.snapshot("one")
+    whole = sent(source, "one")
+    volume.write_bytes(os.urandom(5 * MIB))
+    source.snapshot("two")
+    step = sent(source, "two", "--from", "one")
+
+    def broken(stream: bytes) -> bytes:
+        middle = len(stream) * 2 // 3
+        if cut == "short":
+            return stream[:middle]
+        return stream[:middle] + bytes([stream[middle] ^ 1]) + stream[middle + 1 :]
+
+    words = received(target, broken(whole), expect=4)
+    assert "stream" in words
+    assert sorted(os.listdir(target.path)) == [".snapfs", ".snapshots"]
+    received(target, whole)
+    received(target, broken(step), expect=4)
+    assert os.listdir(target.snapshots) == ["one"]
+    same(source.snapshots / "one", target.path)
+    received(target, step)
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
+def test_a_stream_goes_on_where_it_stopped(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "a").write_bytes(os.urandom(2 * MIB))
+    (source.path / "b").write_bytes(os.urandom(6 * MIB))
+    source.snapshot("s")
+    whole = sent(source, "s")
+    words = received(target, whole[: len(whole) * 2 // 3], "--resumable", expect=4)
+    token = words.split("--resume-token ")[1].split()[0].rstrip(".")
+    assert os.listdir(target.snapshots) == []
+    assert snapfs("receive", target.path, "--tokens").stdout.split() == [token]
+    target.remount()
+    rest = sent(source, "s", "--resume-token", token)
+    assert len(rest) < len(whole) * 2 // 3
+    received(target, rest, "--resumable")
+    same(source.snapshots / "s", target.snapshots / "s")
+    assert snapfs("receive", target.path, "--tokens").stdout == ""
+    assert "resume token" in snapfs("send", source.path, "s", "--resume-token", "x", expect=2).stderr
+
+
+@pytest.mark.mount
+def test_discard_gives_room_back_and_reads_as_zeros(mounted: Mounted) -> None:
+    volume = mounted.path / "v"
+    contents = os.urandom(8 * MIB)
+    volume.write_bytes(contents)
+    with open(volume, "r+b") as file:
+        os.fsync(file.fileno())
+    before = volume.stat().st_blocks
+    # Read, so that the kernel has the pages.
+    assert volume.read_bytes() == contents
+    answer = mounted.ask(f"discard v 5000 {6 * MIB}")
+    assert answer["ok"] and answer["freed_bytes"] == 6 * MIB - 4096
+    expected = contents[:5000] + bytes(6 * MIB) + contents[5000 + 6 * MIB :]
+    assert volume.read_bytes() == expected
+    assert volume.stat().st_blocks == before - (6 * MIB - 4096) // 512
+    mounted.remount()
+    assert volume.read_bytes() == expected
+    assert not mounted.ask("discard v 1")["ok"]
+    assert mounted.ask(f"discard v 0 {1 << 40}")["ok"]
+    assert volume.read_bytes() == bytes(8 * MIB)
+    assert volume.stat().st_blocks == 0
+
+
+# -- the format ------------------------------------------------------------------------------
+
+
+def a_stream(level: int = 3) -> bytes:
+    file = io.BytesIO()
+    writer = StreamWriter(file, level)
+    writer.fields(BEGIN, {"version": VERSION, "x": 1})
+    writer.data(4096, b"data" * 1000)
+    writer.zero(1 << 40, 12345)
+    writer.fields(END, {})
+    assert writer.stored_bytes == len(file.getvalue())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_frames_survive(level: int) -> None:
+    frames = list(read_stream(io.BytesIO(a_stream(level))))
+    assert [frame.kind for frame in frames] == [BEGIN, DATA, ZERO, END]
+    assert (frames[1].offset, frames[1].data) == (4096, b"data" * 1000)
+    assert (frames[2].offset, frames[2].length) == (1 << 40, 12345)
+
+
+def test_worked_bytes_of_the_format() -> None:
+    # As docs/stream-format.md has them.
+    assert a_stream(0)[:14] == b"snapfs-stream\n"
+    assert a_stream(0)[14:24] == bytes.fromhex("01 00 16000000 16000000")
+    assert a_stream(0)[24:46] == b'{"version": 1, "x": 1}'
+
+
+@given(st.data())
+def test_any_change_of_a_stream_is_noticed(data: st.DataObject) -> None:
+    stream = bytearray(a_stream())
+    place = data.draw(st.integers(0, len(stream) - 1))
+    how = data.draw(st.sampled_from(["flip", "cut", "drop", "repeat"]))
+    if how == "flip":
+        stream[place] ^= data.draw(st.integers(1, 255))
+    elif how == "cut":
+        del stream[place:]
+    elif how == "drop":
+        del stream[place]
+    else:
+        stream[place:place] = stream[place : place + 1]
+        if bytes(stream) == a_stream():
+            return
+    try:
+        found = list(read_stream(io.BytesIO(bytes(stream))))
+    except (DamagedError, TooNewError):
+        return
+    # A byte repeated behind the end is nobody's.
+    assert how == "repeat" and found == list(read_stream(io.BytesIO(a_stream())))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_behind_the_magic_give_an_error_in_words(garbage: bytes) -> None:
+    with pytest.raises(SnapfsError):
+        list(read_stream(io.BytesIO(b"snapfs-stream\n" + garbage)))
