@@ -75,6 +75,13 @@ def other_count(block_map: BlockMap, first: int, last: int, log_id: int) -> int:
     return last - first - block_map[first:last].count(log_id)
 
 
+def any_in(block_map: BlockMap, first: int, last: int, log_id: int) -> bool:
+    """Whether any block of a range lies in a log."""
+    if isinstance(block_map, int):
+        return block_map == log_id
+    return log_id in block_map[first:last]
+
+
 def simplified(block_map: BlockMap) -> BlockMap:
     """The same map, as an int where all entries are equal."""
     if isinstance(block_map, int) or block_map[0] != block_map[-1]:

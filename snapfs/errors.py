@@ -144,6 +144,12 @@ class ChangedTargetError(SnapfsError):
     errno = errno.EBUSY
 
 
+class MissingToolError(SnapfsError):
+    """A program that is needed for this is not installed. Nothing was done."""
+
+    errno = errno.ENOENT
+
+
 class InUseError(SnapfsError):
     """Another process has the pool open."""
 

@@ -266,6 +266,10 @@ class Portion:
         if blockmap.is_uniform(state.block_map, first, last, log.log_id):
             self._touch(log).write(data, base + inside)
             return
+        if _is_zero(inside, data) and not blockmap.any_in(state.block_map, first, last, log.log_id):
+            # Blocks of zeros become holes; one that the current log has is overwritten, so that it stays open.
+            self.unmap_now(object_index, first, last)
+            return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
         if log.quota is not None:
             log.quota.check(blockmap.other_count(state.block_map, first, last, log.log_id))
@@ -864,6 +868,14 @@ class Portion:
         self._freed.clear()
         self._candidates.clear()
         self._count_changed = False
+
+
+def _is_zero(inside: int, data: Buffer) -> bool:
+    """Whether a write is of whole blocks, and of zeros alone. Nearly always its first bytes tell."""
+    if data[0] or inside & _BLOCK_MASK or len(data) & _BLOCK_MASK:
+        return False
+    contents = data if isinstance(data, bytes) else bytes(data)
+    return contents.count(0) == len(contents)
 
 
 async def _look_again(old_blocks: OldBlocks) -> None:

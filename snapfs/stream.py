@@ -59,7 +59,7 @@ class StreamWriter:
             if len(smaller) < len(payload):
                 stored, compression = smaller, _ZSTD
         header = _HEADER.pack(kind, compression, len(stored), len(payload))
-        self._chain = hashlib.blake2b(self._chain + header + stored, digest_size=_DIGEST_BYTES).digest()
+        self._chain = _checksum(self._chain, header, stored)
         self._put(header)
         self._put(stored)
         self._put(self._chain)
@@ -92,10 +92,17 @@ def read_stream(file: IO[bytes]) -> Iterator[Frame]:
         if max(stored_length, length) > _PAYLOAD_BYTES_MAX:
             raise DamagedError("the stream is damaged: a frame of impossible length", _AGAIN)
         stored = _take(file, stored_length)
-        chain = hashlib.blake2b(chain + header + stored, digest_size=_DIGEST_BYTES).digest()
+        chain = _checksum(chain, header, stored)
         if _take(file, _DIGEST_BYTES) != chain:
             raise DamagedError("the stream is damaged: a checksum is wrong", _AGAIN)
         yield _decoded(kind, _expanded(compression, stored, length))
+
+
+def _checksum(before: bytes, header: bytes, stored: bytes) -> bytes:
+    found = hashlib.blake2b(before, digest_size=_DIGEST_BYTES)
+    found.update(header)
+    found.update(stored)
+    return found.digest()
 
 
 _AGAIN = "Send it again; with a resume token it goes on where it stopped"

@@ -237,7 +237,7 @@ LAYERS = [
     ["errors"],
     ["units"],
     ["geometry", "schedule", "stream"],
-    ["transfer"],
+    ["transfer", "images"],
     ["blockmap", "snapshotindex", "tasks", "jobs"],
     ["formats", "events"],
     ["database", "traits", "image"],

@@ -326,3 +326,26 @@ async def test_holds() -> None:
             await pool.snapshots.delete(b"s")
         await pool.snapshots.release(b"s", "backup")
         await pool.snapshots.delete(b"s")
+
+
+async def test_blocks_of_zeros_become_holes() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        volume = pool.volumes.get(b"v")
+        await put(pool, b"v", 0, bytes(3 * OBJECT))
+        assert volume.size_bytes == 3 * OBJECT and volume.block_count == 0
+        await put(pool, b"v", 0, b"1" * 10 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 2 * BLOCK, bytes(4 * BLOCK))
+        assert volume.block_count == 6
+        # One of zeros and other bytes is data, and so is one of this epoch that is written over.
+        await put(pool, b"v", 0, b"2" + bytes(BLOCK - 1))
+        await put(pool, b"v", 0, bytes(BLOCK))
+        assert volume.block_count == 6
+        assert await read_volume(pool, b"v") == bytes(BLOCK) + b"1" * BLOCK + bytes(
+            4 * BLOCK
+        ) + b"1" * 4 * BLOCK + bytes(3 * OBJECT - 10 * BLOCK)
+        assert (await read_snapshot(pool, pool.snapshots.get(b"s"), b"v"))[: 10 * BLOCK] == b"1" * 10 * BLOCK
+    assert allocated_blocks(world) == 10 + 1
+    world.check_clean()

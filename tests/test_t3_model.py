@@ -68,6 +68,8 @@ operations = st.one_of(
         st.just("write"), st.sampled_from(NAMES), st.integers(0, 40000), st.integers(1, 9000), st.integers(1, 255)
     ),
     st.tuples(st.just("truncate"), st.sampled_from(NAMES), offsets),
+    st.tuples(st.just("zero"), st.sampled_from(NAMES), st.integers(0, 3500), st.integers(1, 600)),
+    st.tuples(st.just("discard"), st.sampled_from(NAMES), offsets, lengths),
     st.tuples(st.just("create"), st.sampled_from(NAMES)),
     st.tuples(st.just("create-special"), st.sampled_from(NAMES), st.sampled_from(["cow", "image-cow", "image"])),
     st.tuples(st.just("remove"), st.sampled_from(NAMES)),
@@ -116,6 +118,28 @@ class Runner:
         volume.note()
         async with self.running.pool.volumes.opened(name) as real:
             await real.write(offset, data)
+
+    async def do_zero(self, name: bytes, block: int, count: int) -> None:
+        volume = self.model.volumes.get(name)
+        if volume is None:
+            return
+        offset, length = block * 4096, count * 4096
+        if len(volume.data) < offset + length:
+            volume.data.extend(bytes(offset + length - len(volume.data)))
+        volume.data[offset : offset + length] = bytes(length)
+        volume.note()
+        async with self.running.pool.volumes.opened(name) as real:
+            await real.write(offset, bytes(length))
+
+    async def do_discard(self, name: bytes, offset: int, length: int) -> None:
+        volume = self.model.volumes.get(name)
+        if volume is None:
+            return
+        end = min(offset + length, len(volume.data))
+        if end > offset:
+            volume.data[offset:end] = bytes(end - offset)
+        volume.note()
+        await self.running.pool.volumes.discard(self.running.pool.volumes.get(name), offset, length)
 
     async def do_truncate(self, name: bytes, size: int) -> None:
         volume = self.model.volumes.get(name)

@@ -54,7 +54,17 @@ class FakeSnapshots:
         now_ns = self._wall_ns()
         number = self._next
         self._next += 1
-        row = SnapshotRow(SnapshotId(number), name, Epoch(number), now_ns, None, 0, "", schedule, frozenset(hold_tags))
+        row = SnapshotRow(
+            SnapshotId(number),
+            name,
+            Epoch(number),
+            now_ns,
+            None,
+            0,
+            "",
+            schedule=schedule,
+            hold_tags=frozenset(hold_tags),
+        )
         self.by_id[number] = Snapshot(row)
         self.made_ns.append(now_ns)
         return self.by_id[number]

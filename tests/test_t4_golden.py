@@ -42,3 +42,30 @@ async def test_a_pool_of_an_earlier_version_opens(name: str, tmp_path: Path) -> 
         assert await read_snapshot(pool, second, b"v") == changed[:9000]
         assert (first.note, second.volume_ids is None) == ("a note", False)
         await pool.volumes.create(b"new")
+
+
+async def test_a_pool_of_0_2_0_opens(tmp_path: Path) -> None:
+    """Made of: v = 'one ' * 3000; w cow, 'cow ' * 5000; snapshot first; 'two ' in both; clone c of first/v,
+    'fork' in it; snapshot second of v; rollback of v to first; a schedule."""
+    with tarfile.open(GOLDEN / "pool-0.2.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path = tmp_path / "pool"
+    home = open_home(str(path))
+    report = check_pool(home, str(path), embedded_device_opener(home))
+    home.close()
+    assert not report.is_damaged, report.findings
+    one, cow = b"one " * 3000, b"cow " * 5000
+    two = one[:4096] + b"two " + one[4100:]
+    async with snapfs.open_pool(path) as pool:
+        assert await read_volume(pool, b"v") == one
+        assert await read_volume(pool, b"w") == cow[:8192] + b"two " + cow[8196:]
+        assert await read_volume(pool, b"c") == b"fork" + one[4:]
+        first, second = (pool.snapshots.get(name) for name in (b"first", b"second"))
+        undo = next(one for name, one in pool.snapshots.by_name.items() if name.endswith(b"-before-rollback"))
+        assert await read_snapshot(pool, first, b"w") == cow
+        assert await read_snapshot(pool, first, b"v") == one
+        assert await read_snapshot(pool, second, b"v") == two == await read_snapshot(pool, undo, b"v")
+        assert first.hold_tags == {"kept"}
+        assert [one["keep"] for one in pool.scheduler.entries()] == ["7d,12m"]
+        await pool.clones.rollback(b"second")
+        assert await read_volume(pool, b"v") == two

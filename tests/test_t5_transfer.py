@@ -243,3 +243,27 @@ def test_any_change_of_a_stream_is_noticed(data: st.DataObject) -> None:
 def test_any_bytes_behind_the_magic_give_an_error_in_words(garbage: bytes) -> None:
     with pytest.raises(SnapfsError):
         list(read_stream(io.BytesIO(b"snapfs-stream\n" + garbage)))
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vdi"])
+def test_images_go_out_and_come_in(mounted: Mounted, tmp_path: Path, image_format: str) -> None:
+    volume = mounted.path / "disk"
+    with open(volume, "wb") as file:
+        file.truncate(64 * MIB)
+        file.seek(10 * MIB)
+        file.write(os.urandom(2 * MIB))
+    kept = mounted.snapshot("s") / "disk"
+    before = kept.read_bytes()
+    with open(volume, "r+b") as file:
+        file.write(b"later")
+    image = tmp_path / "image"
+    snapfs("export", kept, image, "--format", image_format)
+    assert image.stat().st_blocks * 512 < 4 * MIB
+    snapfs("export", kept, image, expect=1)
+    snapfs("import", image, mounted.path / "back")
+    assert (mounted.path / "back").read_bytes() == before
+    snapfs("import", image, mounted.path / "back", expect=1)
+    snapfs("import", tmp_path / "none", mounted.path / "other", expect=1)
+    snapfs("export", mounted.path / "none", tmp_path / "other", expect=1)
+    assert not (mounted.path / "other").exists() and not (tmp_path / "other").exists()

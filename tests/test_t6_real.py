@@ -333,6 +333,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             mounted.snapshot("s")
             fd = os.open(mounted.path / "filler", os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
             buffer = mmap.mmap(-1, MIB)
+            buffer.write(b"f" * MIB)
             with pytest.raises(OSError, match="No space left") as caught:
                 for number in range(200):
                     os.pwrite(fd, buffer, number * MIB)

@@ -13,26 +13,10 @@ import click
 
 from ..errors import BadCommandError
 from ..formats import POOL_FILE
-from ..transfer import OnProgress, Receiver, ResumePoint, say_nothing
+from ..transfer import Receiver, ResumePoint
 from ..transfer import send as send_stream
 from .control import ask
-from .output import print_json
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[OnProgress]:
-    """A progress bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield say_nothing
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+from .output import print_json, progress_bar
 
 
 @contextlib.contextmanager
@@ -68,7 +52,7 @@ def send(mount_point: str, name: str, base: str | None, resume_token: str | None
     if sys.stdout.isatty():
         raise BadCommandError("a stream is not for a terminal", "Write it to a file or a pipe: snapfs send ... > file")
     resume = None if resume_token is None else ResumePoint.from_token(resume_token)
-    with _progress(f"send {name}") as on_progress:
+    with progress_bar(f"send {name}") as on_progress:
         send_stream(ask, mount_point, name, sys.stdout.buffer, base, resume, on_progress, level)
 
 
@@ -95,7 +79,7 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
             for guid, state in sorted(states.items()):
                 click.echo(ResumePoint(guid, state["volume_place"], state["offset"]).to_token())
             return
-        with _progress("receive") as on_progress:
+        with progress_bar("receive") as on_progress:
             receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)
             made = receiver.receive(sys.stdin.buffer, name, on_progress)
     if as_json:

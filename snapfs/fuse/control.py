@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shlex
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from ..making import CHANGE_MODES, VolumeWish
 from ..pool import Pool
 from ..schedule import make_schedule
 from ..scheduler import shown
+from ..snapshot import Snapshot
 from ..status import snapshot_entry, snapshot_entry_with_space
-from ..units import check_tag, format_size, parse_size, show_name
+from ..units import check_tag, format_size, parse_moment, parse_size, show_name
 from ..volume import Volume
 
 LINE_BYTES_MAX = 65536
@@ -425,7 +427,7 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
     command.word_count(1, 1, "the name of a snapshot")
     command.known_options("base")
     pool = context.pool
-    snapshot = pool.snapshots.get(command.words[0])
+    snapshot = _snapshot_of(pool, command.words[0])
     base_name = command.one_of("base")
     base = None if base_name is None else pool.snapshots.get(base_name.encode("utf-8", "surrogateescape"))
     volumes = []
@@ -444,6 +446,13 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
         "base": None if base is None else snapshot_entry(context.pool_id, base),
         "volumes": volumes,
     }
+
+
+def _snapshot_of(pool: Pool, name: bytes) -> Snapshot:
+    """The snapshot of a name, or of a moment."""
+    if name[:1] == b"@":
+        return pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
+    return pool.snapshots.get(name)
 
 
 async def _receive_state(context: CommandContext, command: Command) -> Answer:

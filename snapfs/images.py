@@ -1,0 +1,135 @@
+"""Copying volumes out to disk images and images in, through mounts; qemu-img does what is not raw."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import IO
+
+from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableError
+
+RAW = "raw"
+FORMATS = (RAW, "qcow2", "vmdk", "vdi", "vpc", "vhdx")
+_PIECE_BYTES = 1 << 20
+OnProgress = Callable[[int, int], None]
+Extents = list[tuple[int, int]]
+
+
+def _qemu_img(*words: str) -> str:
+    """Run qemu-img; what it prints. Raises MissingToolError, UnreadableError with its words."""
+    tool = shutil.which("qemu-img")
+    if tool is None:
+        raise MissingToolError("qemu-img is not installed", "Install qemu-utils, or use the format raw")
+    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise UnreadableError(said[-1], "See what qemu-img info says of it")
+    return done.stdout
+
+
+def export_image(source: str, extents: Extents, target: str, image_format: str, on_progress: OnProgress) -> None:
+    """Copy a file of a mount to a new image; ``extents`` are where it holds data.
+
+    Raises ExistsError when the target is there, MissingToolError, UnreadableError. What was begun is removed.
+    """
+    if os.path.lexists(target):
+        raise ExistsError(f"{target} is there already", "Choose another name")
+    try:
+        if image_format == RAW:
+            _export_raw(source, extents, target, on_progress)
+        else:
+            _qemu_img("convert", "-f", RAW, "-O", image_format, "--", source, target)
+    except BaseException:
+        if os.path.lexists(target):
+            os.unlink(target)
+        raise
+
+
+def _export_raw(source: str, extents: Extents, target: str, on_progress: OnProgress) -> None:
+    total = sum(length for _, length in extents)
+    with open(source, "rb", buffering=0) as volume, open(target, "xb", buffering=0) as image:
+        done = 0
+        for at, data in _pieces(volume, extents):
+            _write(image, at, data)
+            done += len(data)
+            on_progress(done, total)
+        image.truncate(os.fstat(volume.fileno()).st_size)
+        os.fsync(image.fileno())
+
+
+def _pieces(file: IO[bytes], extents: Extents) -> Iterator[tuple[int, bytes]]:
+    for offset, length in extents:
+        done = 0
+        while done < length:
+            data = os.pread(file.fileno(), min(_PIECE_BYTES, length - done), offset + done)
+            if not data:
+                raise UnreadableError("the file is shorter than it should be", "Check it, then try again")
+            yield offset + done, data
+            done += len(data)
+
+
+def _write(file: IO[bytes], offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[count:], offset + count
+
+
+def image_format_of(path: str) -> str:
+    """What kind of image a file is; raw without qemu-img. Raises NotFoundError."""
+    if not os.path.exists(path):
+        raise NotFoundError(f"there is no image {path}", "Give the path of one")
+    if shutil.which("qemu-img") is None:
+        return RAW
+    found = json.loads(_qemu_img("info", "--output", "json", "--", path))["format"]
+    return str(found)
+
+
+def import_image(source: str, target: str, image_format: str, on_progress: OnProgress) -> None:
+    """Copy an image to a new file of a mount. Raises as :func:`export_image`; what was begun is removed."""
+    if os.path.lexists(target):
+        raise ExistsError(f"there is a volume {target} already", "Choose another name")
+    try:
+        if image_format == RAW:
+            _import_raw(source, target, on_progress)
+        else:
+            size_bytes = json.loads(_qemu_img("info", "--output", "json", "--", source))["virtual-size"]
+            with open(target, "xb") as volume:
+                volume.truncate(size_bytes)
+            # Into the file that is there: with -n it makes none.
+            _qemu_img("convert", "-n", "-f", image_format, "-O", RAW, "--", source, target)
+            with open(target, "r+b") as volume:
+                os.fsync(volume.fileno())
+    except BaseException:
+        if os.path.lexists(target):
+            os.unlink(target)
+        raise
+
+
+def _import_raw(source: str, target: str, on_progress: OnProgress) -> None:
+    with open(source, "rb", buffering=0) as image, open(target, "xb", buffering=0) as volume:
+        size_bytes = os.lseek(image.fileno(), 0, os.SEEK_END)
+        volume.truncate(size_bytes)
+        for at, data in _pieces(image, list(_data_extents(image.fileno(), size_bytes))):
+            _write(volume, at, data)
+            on_progress(at + len(data), size_bytes)
+        os.fsync(volume.fileno())
+
+
+def _data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    position = 0
+    while position < size_bytes:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            end = min(size_bytes, os.lseek(fd, start, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            # A block device has no holes.
+            start, end = position, size_bytes
+        yield start, end - start
+        position = end
