@@ -10,7 +10,15 @@ import trio
 
 import snapfs
 from snapfs.backends import DirectoryDevice
-from snapfs.pool import create_pool
+from snapfs.formats import COPY_ON_WRITE
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool, create_pool
+from snapfs.schedule import make_schedule
+
+
+async def write(pool: Pool, name: bytes, offset: int, data: bytes) -> None:
+    async with pool.volumes.opened(name) as volume:
+        await volume.write(offset, data)
 
 
 async def make(folder: str) -> None:
@@ -21,17 +29,18 @@ async def make(folder: str) -> None:
     home.close()
     device.close()
     async with snapfs.open_pool(os.path.join(folder, "pool")) as pool:
-        for name, data in ((b"v", b"one " * 3000), (b"w", b"gone")):
-            await pool.volumes.create(name)
-            async with pool.volumes.opened(name) as volume:
-                await volume.write(0, data)
-        await pool.snapshots.create(b"first", note="a note")
-        async with pool.volumes.opened(b"v") as volume:
-            await volume.write(4096, b"two ")
-            await pool.volumes.truncate(volume, 9000)
+        await pool.volumes.create(b"v")
+        await write(pool, b"v", 0, b"one " * 3000)
+        await pool.maker.create(VolumeWish(b"w", 20000, COPY_ON_WRITE))
+        await write(pool, b"w", 0, b"cow " * 5000)
+        await pool.snapshots.create(b"first", note="a note", hold_tags=["kept"])
+        await write(pool, b"v", 4096, b"two ")
+        await write(pool, b"w", 8192, b"two ")
+        await pool.clones.clone(b"first", b"v", b"c")
+        await write(pool, b"c", 0, b"fork")
         await pool.snapshots.create(b"second", [b"v"])
-        await pool.volumes.remove(b"w")
-        await pool.reclaimer.reclaim_all()
+        await pool.clones.rollback(b"first", [b"v"])
+        await pool.scheduler.add(make_schedule("daily", "1d", "03:30", keep="7d,12m"))
     with tarfile.open(os.path.join(folder, f"pool-{snapfs.__version__}.tar.gz"), "w:gz") as archive:
         archive.add(
             os.path.join(folder, "pool"), "pool", filter=lambda one: None if one.name == "pool/reserve" else one
