@@ -133,6 +133,18 @@ async def content_of(pool: Pool, base: Snapshot | None, snapshot: Snapshot) -> l
     return sorted(found, key=lambda one: one.name)
 
 
+async def names_gone(pool: Pool, base: Snapshot | None, snapshot: Snapshot) -> list[bytes]:
+    """Volumes that a base holds and a snapshot does not, though it would; by their names in the base."""
+    if base is None:
+        return []
+    now = await states_at(pool, snapshot)
+    return sorted(
+        state.attributes.name
+        for file_id, state in (await states_at(pool, base)).items()
+        if file_id not in now and snapshot.volume_ids is None
+    )
+
+
 def _differ(before: Attributes, after: Attributes | None) -> bool:
     """Whether more than times is other."""
     return after is None or before[:5] != after[:5]

@@ -587,8 +587,13 @@ class Volume(VolumeView):
         while True:
             try:
                 block_map = portion.map_now(object_index)
-                is_hole = not (block_map if isinstance(block_map, int) else block_map[inside >> BLOCK_SHIFT])
-                if not is_hole:
+                tail = memoryview(bytearray(length))
+                try:
+                    portion.read_now(block_map, object_index, inside, tail)
+                except BlockingIOError:
+                    await portion.read_segments(portion.segments(block_map, object_index, inside, length, 0), tail)
+                # Nearly always it is zeros, and stays where it is.
+                if any(tail):
                     portion.write_now(object_index, inside, bytes(length), old_blocks)
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)

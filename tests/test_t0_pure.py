@@ -238,6 +238,7 @@ LAYERS = [
     ["units"],
     ["geometry", "schedule", "stream"],
     ["transfer", "images"],
+    ["receive"],
     ["blockmap", "snapshotindex", "tasks", "jobs"],
     ["formats", "events"],
     ["database", "traits", "image"],

@@ -134,3 +134,16 @@ def test_differing_runs_cover_exactly_the_blocks_that_differ(old: object, new: o
             assert block not in covered
             covered[block] = is_data
     assert covered == {block: after[block] != 0 for block in range(len(before)) if before[block] != after[block]}
+
+
+async def test_a_rollback_changes_no_block_of_a_volume_whose_end_is_in_the_middle_of_one() -> None:
+    async with open_world(World()) as pool:
+        for name, size in ((b"v", 5000), (b"w", 100)):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, b"1" * size)
+        await pool.snapshots.create(b"a")
+        undo = await pool.clones.rollback(b"a")
+        assert undo.name is not None
+        await pool.snapshots.delete(undo.name)
+        await pool.reclaimer.reclaim_all()
+        assert await diff(pool, pool.snapshots.get(b"a"), None) == []

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs.errors import DamagedError, SnapfsError, TooNewError
-from snapfs.stream import BEGIN, DATA, END, VERSION, ZERO, StreamWriter, read_stream
+from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VERSION, VOLUME, ZERO, StreamWriter, read_stream
 
-from .conftest import SNAPFS, Mounted, snapfs
+from .conftest import SNAPFS, Mounted, snapfs, wait_until
 
 MIB = 1 << 20
 
@@ -267,3 +267,159 @@ def test_images_go_out_and_come_in(mounted: Mounted, tmp_path: Path, image_forma
     snapfs("import", tmp_path / "none", mounted.path / "other", expect=1)
     snapfs("export", mounted.path / "none", tmp_path / "other", expect=1)
     assert not (mounted.path / "other").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.mount
+def test_names_that_were_exchanged_shifted_replaced_and_removed_arrive(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    for name in "abcdef":
+        (source.path / name).write_bytes(name.encode() * 5001)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    path = source.path
+    for before, after in (("a", "x"), ("b", "a"), ("x", "b"), ("d", "dd"), ("c", "d")):
+        os.rename(path / before, path / after)
+    (path / "new").write_bytes(b"new" * 3000)
+    os.rename(path / "new", path / "e")
+    os.unlink(path / "f")
+    source.snapshot("two")
+    step = sent(source, "two", "--from", "one")
+    (target.path / "mine").write_bytes(b"mine")
+    # Cut off, all names are what they were.
+    received(target, step[:-100], expect=4)
+    os.rename(target.path / "mine", target.path / "m")
+    assert sorted(one.name for one in target.path.iterdir() if one.name[0] != ".") == [*"abcdef", "m"]
+    for name in "abcdef":
+        assert (target.path / name).read_bytes() == name.encode() * 5001
+    received(target, step)
+    same(source.snapshots / "two", target.snapshots / "two")
+    os.unlink(target.path / "m")
+    same(source.path, target.path)
+    (path / "f").write_bytes(b"f again")
+    source.snapshot("three")
+    received(target, sent(source, "three", "--from", "two"))
+    same(source.snapshots / "three", target.snapshots / "three")
+
+
+@pytest.mark.mount
+def test_a_broken_step_is_taken_back_although_the_volume_is_open(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(os.urandom(2 * MIB + 77))
+    (source.path / "still").write_bytes(b"x" * 5001)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    (source.path / "v").write_bytes(os.urandom(2 * MIB + 99))
+    source.snapshot("two")
+    step = sent(source, "two", "--from", "one")
+    with open(target.path / "v", "rb"):
+        received(target, step[:-40], expect=4)
+        same(source.snapshots / "one", target.path)
+    assert os.listdir(target.snapshots) == ["one"]
+    received(target, step)
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
+def test_a_receiver_that_is_told_to_stop_takes_back_what_came(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(os.urandom(4 * MIB))
+    source.snapshot("s")
+    stream = sent(source, "s")
+    command = [*SNAPFS, "receive", str(target.path)]
+    receiver = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert receiver.stdin is not None
+    receiver.stdin.write(stream[: 3 * MIB])
+    receiver.stdin.flush()
+    wait_until(lambda: (target.path / "v").exists(), "the volume is begun")
+    receiver.terminate()
+    receiver.communicate()
+    assert receiver.returncode == 1
+    assert sorted(os.listdir(target.path)) == [".snapfs", ".snapshots"]
+    # One that was killed leaves what the next one clears away.
+    receiver = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert receiver.stdin is not None
+    receiver.stdin.write(stream[: 3 * MIB])
+    receiver.stdin.flush()
+    wait_until(lambda: (target.path / "v").exists(), "the volume is begun")
+    receiver.kill()
+    receiver.communicate()
+    assert (target.path / "v").exists()
+    received(target, stream)
+    same(source.snapshots / "s", target.snapshots / "s")
+
+
+def forged(head: dict[str, object], *frames: tuple[int, object]) -> bytes:
+    file = io.BytesIO()
+    writer = StreamWriter(file)
+    writer.fields(BEGIN, {"version": VERSION, **head})
+    for kind, fields in frames:
+        if kind == DATA:
+            writer.data(0, b"forged")
+        else:
+            assert isinstance(fields, dict)
+            writer.fields(kind, fields)
+    return file.getvalue()
+
+
+@pytest.mark.mount
+def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    snapshot = {"guid": "g", "name": "s", "note": ""}
+    volume = {"size_bytes": 6, "mode": 0o644, "uid": 0, "gid": 0, "atime_ns": 0, "mtime_ns": 0, "base_name": None}
+    (mounted.path / "v").write_bytes(b"v")
+    mounted.snapshot("base")
+    guid = mounted.ask("list space=no")["snapshots"][0]["guid"]
+    base = {"guid": guid, "name": "base", "note": ""}
+    head = {"snapshot": snapshot, "base": None, "resume": None, "gone": []}
+    body = ((END_VOLUME, {}), (END, {}))
+    names = (str(outside), "../../outside", "..", ".", "", ".snapshots", ".snapfs/control", "a/b", "x\0y", "n" * 300)
+    heads: list[dict[str, object]] = [{**head, "volumes": [{**volume, "name": name}]} for name in names]
+    heads += [
+        {**head, "base": base, "volumes": [{**volume, "name": name, "base_name": name}]} for name in names if name
+    ]
+    heads += [{**head, "base": base, "volumes": [], "gone": [name]} for name in names]
+    heads += [
+        {},
+        {"snapshot": snapshot},
+        {**head, "volumes": "zz"},
+        {**head, "volumes": [{}]},
+        {**head, "volumes": [{**volume, "name": 5}]},
+        {**head, "volumes": [{**volume, "name": "w", "size_bytes": -1}]},
+        {**head, "volumes": [{**volume, "name": "w"}, {**volume, "name": "w"}]},
+        {**head, "volumes": [], "snapshot": {**snapshot, "name": "../x"}},
+        {**head, "volumes": [], "gone": ["v"]},
+        {**head, "volumes": [], "resume": ["x"]},
+    ]
+    for one in heads:
+        for options in ((), ("--resumable",)):
+            received(mounted, forged(one, (VOLUME, {"place": 0}), (DATA, None), *body), *options, expect=4)
+    good = {**head, "volumes": [{**volume, "name": "w"}]}
+    for frames in (
+        ((VOLUME, {"place": 7}),),
+        ((VOLUME, {}),),
+        ((VOLUME, {"place": "x"}),),
+        ((VOLUME, {"place": 0}), (VOLUME, {"place": 0}), (END, {})),
+        ((VOLUME, {"place": 0}), (END, {})),
+        ((END, {}),),
+        ((DATA, None),),
+    ):
+        received(mounted, forged(good, *frames), expect=4)
+    assert outside.read_bytes() == b"precious" and outside.stat().st_mode & 0o777 == 0o644
+    assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots", "v"]
+    assert os.listdir(mounted.snapshots) == ["base"]
+    assert snapfs("receive", mounted.path, "--tokens").stdout == ""
+
+
+@pytest.mark.mount
+def test_words_that_look_like_options_are_words(mounted: Mounted) -> None:
+    (mounted.path / "size=1").write_bytes(b"x")
+    assert snapfs("snapshot", mounted.path, "note=q").stdout.strip() == "note=q"
+    snapfs("hold", mounted.path, "note=q", "volume=x")
+    snapfs("release", mounted.path, "note=q", "volume=x")
+    snapfs("clone", mounted.path, "note=q/size=1", "mode=cow")
+    snapfs("flatten", mounted.path, "mode=cow")
+    snapfs("rename", mounted.path, "note=q", "--", "--json")
+    snapfs("delete", mounted.path, "--", "--json")
+    assert mounted.ask("snapshot guid=\xff")["ok"] is False
+    assert mounted.ask("receive-state put g notjson")["ok"] is False

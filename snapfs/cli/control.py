@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import trio
 
-from ..errors import BadCommandError, NotFoundError, SnapfsError
+from ..errors import BadCommandError, NotFoundError, ReadOnlyError, SnapfsError
 from ..formats import POOL_FILE
 from ..fuse.control import CommandContext, run_line
 from ..pool import open_pool
@@ -39,7 +40,14 @@ def control_path(mount_point: str) -> str:
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
     line = _line(words, options)
-    fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise ReadOnlyError(
+            f"{mount_point} is mounted read-only, and takes no commands", "Mount it without -o ro; status works"
+        ) from error
     try:
         failed: OSError | None = None
         try:
@@ -98,9 +106,8 @@ def _line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> byte
     """A command as a line, without its end. Raises BadCommandError for a word that no line can hold."""
     if any("\n" in word for word in [*words, *(value for _, value in options or [])]):
         raise BadCommandError("a word has a line break", "Leave it out")
-    line = " ".join(
-        [words[0], *(shlex.quote(word) for word in words[1:]), *(shlex.quote(f"{k}={v}") for k, v in options or [])]
-    )
+    given = [shlex.quote(f"{key}={value}") for key, value in options or []]
+    line = " ".join([words[0], *given, "--", *(shlex.quote(word) for word in words[1:])])
     return os.fsencode(line)
 
 

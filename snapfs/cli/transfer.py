@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ import click
 
 from ..errors import BadCommandError
 from ..formats import POOL_FILE
-from ..transfer import Receiver, ResumePoint
+from ..receive import Receiver, resume_tokens
+from ..transfer import ResumePoint
 from ..transfer import send as send_stream
 from .control import ask
 from .output import print_json, progress_bar
@@ -32,6 +34,10 @@ def _mounted(where: str) -> Iterator[str]:
             yield folder
         finally:
             subprocess.run([*command, "umount", folder], check=True)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 @click.command()
@@ -73,11 +79,13 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
     A stream that breaks off leaves nothing behind. With --resumable what came is kept, and a token is
     told: give it to snapfs send --resume-token, and receive that stream with --resumable as well.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # So that what it brought is taken back, and what it mounted is unmounted.
+        signal.signal(number, _stop)
     with _mounted(where) as mount_point:
         if tokens:
-            states = ask(mount_point, "receive-state", "list")["states"]
-            for guid, state in sorted(states.items()):
-                click.echo(ResumePoint(guid, state["volume_place"], state["offset"]).to_token())
+            for token in resume_tokens(ask, mount_point):
+                click.echo(token)
             return
         with progress_bar("receive") as on_progress:
             receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)

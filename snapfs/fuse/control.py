@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..diff import VolumeChange, blame, content_of, diff
+from ..diff import VolumeChange, blame, content_of, diff, names_gone
 from ..errors import BadCommandError, SnapfsError, TooLargeError
 from ..formats import CatalogBatch
 from ..geometry import volume_size_bytes_max
@@ -26,7 +26,7 @@ from ..status import snapshot_entry, snapshot_entry_with_space
 from ..units import check_tag, format_size, parse_moment, parse_size, show_name
 from ..volume import Volume
 
-LINE_BYTES_MAX = 65536
+LINE_BYTES_MAX = 1 << 20
 OPTION_KEYS = frozenset(
     {
         "volume",
@@ -128,9 +128,13 @@ def parse(line: bytes) -> tuple[str, Command] | None:
         return None
     words: list[bytes] = []
     options: list[tuple[str, bytes]] = []
+    only_words = False
     for part in parts[1:]:
+        if part == "--" and not only_words:
+            only_words = True
+            continue
         key, equals, value = part.partition("=")
-        if equals and key in OPTION_KEYS:
+        if equals and key in OPTION_KEYS and not only_words:
             options.append((key, value.encode("utf-8", "surrogateescape")))
         else:
             words.append(part.encode("utf-8", "surrogateescape"))
@@ -182,9 +186,15 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
         volumes or None,
         note,
         hold_tags=[show_name(tag) for tag in command.all_of("hold")],
-        guid=command.one_of("guid") or "",
+        guid=_guid(command.one_of("guid") or ""),
     )
     return snapshot_entry(context.pool_id, snapshot)
+
+
+def _guid(text: str) -> str:
+    if len(text) > 128 or not text.isascii() or not text.isprintable():
+        raise BadCommandError(f"{text[:64]!r} is no guid", "It is for snapfs receive")
+    return text
 
 
 async def _create(context: CommandContext, command: Command) -> Answer:
@@ -444,6 +454,7 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
     return {
         "snapshot": snapshot_entry(context.pool_id, snapshot),
         "base": None if base is None else snapshot_entry(context.pool_id, base),
+        "gone": [show_name(name) for name in await names_gone(pool, base, snapshot)],
         "volumes": volumes,
     }
 
@@ -461,7 +472,11 @@ async def _receive_state(context: CommandContext, command: Command) -> Answer:
     catalog = context.pool.catalog
     action, *words = [show_name(word) for word in command.words] or [""]
     if action == "put" and len(words) == 2:
-        await catalog.save([], lambda: CatalogBatch(receives=[(words[0], words[1])]))
+        try:
+            json.loads(words[1])
+        except ValueError:
+            raise BadCommandError("the state is not JSON", "It is for snapfs receive") from None
+        await catalog.save([], lambda: CatalogBatch(receives=[(_guid(words[0]), words[1])]))
         return {}
     if action == "drop" and len(words) == 1:
         await catalog.save([], lambda: CatalogBatch(dropped_receives=words))

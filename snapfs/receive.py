@@ -1,0 +1,469 @@
+"""Receiving a stream into a mount.
+
+What is received goes into volumes of the target, which for a stream with a base must be as that snapshot
+holds them. The snapshot is made when all has come, was read back and is as it was sent; until then there is
+none. What a broken stream leaves is taken back, or kept to be gone on with. A stream may come from anyone:
+nothing in it is believed before it was looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from .errors import BadCommandError, ChangedTargetError, DamagedError, ExistsError, MissingBaseError, SnapfsError
+from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
+from .transfer import Answer, Ask, OnProgress, ResumePoint, pieces, say_nothing
+from .units import OFFSET_MAX, check_name
+
+_NOTE_EVERY_BYTES = 256 << 20
+_ASIDE = ".receiving-"
+_BAD = "Send it again"
+_BAD_STATE = "the state of a stream that was cut off is damaged"
+_MOVING_OUT, _MOVING_IN = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class StreamVolume:
+    """A volume as a stream announces it. ``base_name`` is what it is called in the base, None where it is new."""
+
+    name: str
+    base_name: str | None
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHead:
+    """What a stream says before its data. ``gone`` are volumes of the base that the snapshot does not hold."""
+
+    guid: str
+    name: str
+    note: str
+    base_guid: str | None
+    base_name: str
+    volumes: tuple[StreamVolume, ...]
+    gone: tuple[str, ...]
+    resume: tuple[int, int] | None
+
+
+def parse_head(fields: dict[str, Any]) -> StreamHead:
+    """The head of a stream, with nothing in it that could lead out of the mount. Raises DamagedError."""
+    try:
+        snapshot, base, resume = fields["snapshot"], fields["base"], fields["resume"]
+        volumes = tuple(_parse_volume(one) for one in fields["volumes"])
+        gone = tuple(_name(one) for one in fields["gone"])
+        head = StreamHead(
+            _text(snapshot["guid"]),
+            _text(snapshot["name"]),
+            _text(snapshot["note"], empty=True),
+            None if base is None else _text(base["guid"]),
+            "" if base is None else _text(base["name"]),
+            volumes,
+            gone,
+            None if resume is None else (_number(resume[0]), _number(resume[1])),
+        )
+        check_name(os.fsencode(head.name), "snapshot")
+    except (KeyError, TypeError, ValueError, IndexError, SnapfsError) as error:
+        raise DamagedError(f"the stream is damaged: its head is not as it should be ({error})", _BAD) from error
+    before = [one.base_name for one in volumes if one.base_name is not None] + list(gone)
+    after = [one.name for one in volumes]
+    if len(set(before)) != len(before) or len(set(after)) != len(after) or (before and head.base_guid is None):
+        raise DamagedError("the stream is damaged: it names a volume twice, or one of no base", _BAD)
+    return head
+
+
+def _parse_volume(one: dict[str, Any]) -> StreamVolume:
+    base_name = one["base_name"]
+    return StreamVolume(
+        _name(one["name"]),
+        None if base_name is None else _name(base_name),
+        _number(one["size_bytes"]),
+        _number(one["mode"]) & 0o777,
+        _number(one["uid"]),
+        _number(one["gid"]),
+        _number(one["atime_ns"]),
+        _number(one["mtime_ns"]),
+    )
+
+
+def _name(value: object) -> str:
+    text = _text(value)
+    check_name(os.fsencode(text), "volume")
+    return text
+
+
+def _text(value: object, *, empty: bool = False) -> str:
+    if not isinstance(value, str) or len(value) > 65536 or (not value and not empty):
+        raise ValueError(f"{value!r:.60} is no name")
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value <= OFFSET_MAX:
+        raise ValueError(f"{value!r:.60} is no number")
+    return value
+
+
+@dataclass(slots=True)
+class ReceiveState:
+    """How far a stream has come, as the target keeps it.
+
+    ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
+    """
+
+    volume_place: int = 0
+    offset: int = 0
+    stage: int = 0
+    made: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """For the target to keep."""
+        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched]
+        return json.dumps(fields)
+
+    @classmethod
+    def from_fields(cls, fields: object) -> ReceiveState:
+        """Read it. Raises DamagedError."""
+        if not isinstance(fields, list) or len(fields) != 5:
+            raise DamagedError(_BAD_STATE, "Send the stream again")
+        place, offset, stage, made, touched = fields
+        try:
+            names = [_name(one) for one in made], [_name(one) for one in touched]
+            return cls(_number(place), _number(offset), _number(stage), *names)
+        except (TypeError, ValueError, SnapfsError) as error:
+            raise DamagedError(_BAD_STATE, "Send the stream again") from error
+
+
+def resume_tokens(ask: Ask, mount_point: str) -> list[str]:
+    """A token for each stream that was cut off in a mount."""
+    states = ask(mount_point, "receive-state", "list")["states"]
+    found = []
+    for guid, fields in sorted(states.items()):
+        state = ReceiveState.from_fields(fields)
+        found.append(ResumePoint(guid, state.volume_place, state.offset).to_token())
+    return found
+
+
+class Receiver:
+    """Receives one stream into a mount."""
+
+    def __init__(self, ask: Ask, mount_point: str, *, force: bool, is_resumable: bool) -> None:
+        self._ask = ask
+        self._mount_point = mount_point
+        self._force = force
+        self._is_resumable = is_resumable
+        self._head: StreamHead
+        self._base_here = ""
+        self._state = ReceiveState()
+        self._digests: dict[int, tuple[str, list[tuple[int, int]]]] = {}
+        self._unnoted_bytes = 0
+
+    def receive(self, file: IO[bytes], name: str | None = None, on_progress: OnProgress = say_nothing) -> Answer:
+        """Receive; the snapshot that was made.
+
+        Raises DamagedError for a broken stream, MissingBaseError, ChangedTargetError, ExistsError.
+        ``SnapfsError.fix`` has the resume token where there is one.
+        """
+        frames = read_stream(file)
+        begin = next(frames)
+        if begin.kind != BEGIN:
+            raise DamagedError("the stream is damaged: it does not begin", _BAD)
+        self._head = parse_head(begin.fields)
+        snapshot_name = name if name is not None else self._head.name
+        self._check(snapshot_name)
+        self._note()
+        try:
+            if self._head.resume is None:
+                self._move_names()
+            self._apply(frames, on_progress)
+            self._set_attributes()
+            made = self._snapshot(snapshot_name)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        for _, aside in self._gone():
+            os.unlink(self._path(aside))
+        self._ask(self._mount_point, "receive-state", "drop", self._head.guid)
+        return made
+
+    def _give_up(self, error: BaseException) -> None:
+        """Keep what came, and tell how to go on; or take it back."""
+        if self._is_resumable:
+            point = ResumePoint(self._head.guid, self._state.volume_place, self._state.offset)
+            if isinstance(error, SnapfsError):
+                error.fix = f"Go on with: snapfs send --resume-token {point.to_token()}"
+            return
+        failures = self._take_back()
+        if failures and isinstance(error, SnapfsError):
+            error.fix = f"Not all could be taken back ({'; '.join(failures)}): roll the volumes back by hand"
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._mount_point, name)
+
+    def _exists(self, name: str) -> bool:
+        return os.path.lexists(self._path(name))
+
+    # -- before ------------------------------------------------------------------------------
+
+    def _check(self, name: str) -> None:
+        head = self._head
+        listed = self._ask(self._mount_point, "list", options=[("space", "no")])["snapshots"]
+        if any(one["guid"] == head.guid for one in listed):
+            raise ExistsError(f"the snapshot {name!r} was received already", "There is nothing to do")
+        if any(one["name"] == name for one in listed):
+            raise ExistsError(f"there is a snapshot {name!r} already", "Give another name with --name")
+        if head.base_guid is not None:
+            here = next((one for one in listed if one["guid"] == head.base_guid), None)
+            if here is None:
+                raise MissingBaseError(
+                    f"the base {head.base_name!r} of the stream is not here",
+                    "Receive that one first, or send a whole stream",
+                )
+            self._base_here = here["name"]
+        fields = self._ask(self._mount_point, "receive-state", "list")["states"].get(head.guid)
+        if head.resume is not None:
+            self._check_resumed(fields)
+            return
+        if fields is not None:
+            # One that was killed before it could take back what it had brought.
+            self._state = ReceiveState.from_fields(fields)
+            self._take_back()
+            self._state = ReceiveState()
+        if head.base_guid is not None:
+            self._check_unchanged(self._base_here)
+        before = {one.base_name for one in head.volumes} | set(head.gone)
+        taken = [one.name for one in head.volumes if one.name not in before and self._exists(one.name)]
+        if taken:
+            raise ExistsError(f"there is a volume {taken[0]!r} already", "Rename or remove it first")
+
+    def _check_unchanged(self, base: str) -> None:
+        known = {one.base_name for one in self._head.volumes if one.base_name is not None} | set(self._head.gone)
+        changes = self._ask(self._mount_point, "diff", base)["volumes"]
+        changed = [one for one in changes if (one["renamed_from"] or one["name"]) in known and one["change"] != "added"]
+        if changed and not self._force:
+            raise ChangedTargetError(
+                f"volume {changed[0]['name']!r} has changed since {base!r}, the base of the stream",
+                f"Roll it back with snapfs rollback, or have that done with --force ({base} is kept)",
+            )
+        if changed:
+            options = [("volume", one["renamed_from"] or one["name"]) for one in changed]
+            self._ask(self._mount_point, "rollback", base, options=options)
+            for one in changed:
+                if one["renamed_from"] and not self._exists(one["renamed_from"]):
+                    os.rename(self._path(one["name"]), self._path(one["renamed_from"]))
+
+    def _check_resumed(self, fields: object) -> None:
+        if fields is None or not self._is_resumable:
+            raise BadCommandError(
+                "the stream begins in the middle, and nothing of it is here to go on with",
+                "Send it from its beginning, or receive it with --resumable as its first part",
+            )
+        self._state = ReceiveState.from_fields(fields)
+        if (self._state.volume_place, self._state.offset) < (self._head.resume or (0, 0)):
+            raise BadCommandError("the stream begins later than what is here ends", "Use the token that is told here")
+
+    # -- names -------------------------------------------------------------------------------
+
+    def _renamed(self) -> list[tuple[str, str, str]]:
+        """Volumes that have another name now: before, after, and where they are in between."""
+        volumes = [one for one in self._head.volumes if one.base_name is not None and one.base_name != one.name]
+        return [(str(one.base_name), one.name, f"{_ASIDE}{number}") for number, one in enumerate(volumes)]
+
+    def _gone(self) -> list[tuple[str, str]]:
+        """Volumes that the snapshot does not hold: before, and where they are until it is made."""
+        return [(name, f"{_ASIDE}gone-{number}") for number, name in enumerate(self._head.gone)]
+
+    def _move_names(self) -> None:
+        """All out of their old names first, so that names may be exchanged; then into the new ones."""
+        renamed, gone = self._renamed(), self._gone()
+        if not renamed and not gone:
+            return
+        self._state.stage = _MOVING_OUT
+        self._note()
+        for before, aside in [*((one[0], one[2]) for one in renamed), *gone]:
+            os.rename(self._path(before), self._path(aside))
+        self._state.stage = _MOVING_IN
+        self._note()
+        for _, after, aside in renamed:
+            os.rename(self._path(aside), self._path(after))
+
+    def _move_names_back(self) -> None:
+        if self._state.stage == _MOVING_IN:
+            for _, after, aside in self._renamed():
+                if not self._exists(aside) and self._exists(after):
+                    os.rename(self._path(after), self._path(aside))
+        if self._state.stage:
+            for before, aside in [*((one[0], one[2]) for one in self._renamed()), *self._gone()]:
+                if self._exists(aside) and not self._exists(before):
+                    os.rename(self._path(aside), self._path(before))
+        self._state.stage = 0
+
+    # -- the volumes -------------------------------------------------------------------------
+
+    def _apply(self, frames: Iterator[Frame], on_progress: OnProgress) -> None:
+        place = (self._head.resume or (0, 0))[0]
+        done_bytes = 0
+        for frame in frames:
+            if frame.kind == VOLUME:
+                if frame.fields.get("place") != place or place >= len(self._head.volumes):
+                    raise DamagedError("the stream is damaged: its volumes are out of order", _BAD)
+                done_bytes = self._receive_volume(place, frames, done_bytes, on_progress)
+                place += 1
+            elif frame.kind == END:
+                if place < len(self._head.volumes):
+                    raise DamagedError("the stream is damaged: it ends before its last volume", _BAD)
+            else:
+                raise DamagedError("the stream is damaged: data without a volume", _BAD)
+
+    def _receive_volume(self, place: int, frames: Iterator[Frame], done_bytes: int, on_progress: OnProgress) -> int:
+        volume = self._head.volumes[place]
+        fd = self._open(volume)
+        digest = hashlib.blake2b(digest_size=32)
+        extents: list[tuple[int, int]] = []
+        try:
+            for frame in frames:
+                if frame.kind == END_VOLUME:
+                    break
+                self._put(fd, volume, frame)
+                if frame.kind == DATA:
+                    digest.update(frame.data)
+                    extents.append((frame.offset, frame.length))
+                done_bytes += frame.length
+                self._unnoted_bytes += frame.length
+                if self._unnoted_bytes >= _NOTE_EVERY_BYTES and frame.kind == DATA:
+                    self._note_position(fd, place, frame.offset + frame.length)
+                on_progress(done_bytes, 0)
+            if os.fstat(fd).st_size != volume.size_bytes:
+                os.ftruncate(fd, volume.size_bytes)
+            os.fsync(fd)
+        except BaseException:
+            if extents and self._is_resumable:
+                self._note_position(fd, place, sum(extents[-1]))
+            raise
+        finally:
+            os.close(fd)
+        self._digests[place] = (digest.hexdigest(), extents)
+        self._state.volume_place, self._state.offset = place + 1, 0
+        self._note()
+        return done_bytes
+
+    def _note_position(self, fd: int, place: int, offset: int) -> None:
+        os.fsync(fd)
+        self._state.volume_place, self._state.offset = place, offset
+        self._note()
+
+    def _open(self, volume: StreamVolume) -> int:
+        path = self._path(volume.name)
+        if volume.base_name is None and volume.name not in self._state.made:
+            self._state.made.append(volume.name)
+            self._note()
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if os.fstat(fd).st_size != volume.size_bytes:
+            self._touch(volume)
+            if os.fstat(fd).st_size < volume.size_bytes:
+                os.ftruncate(fd, volume.size_bytes)
+        return fd
+
+    def _touch(self, volume: StreamVolume) -> None:
+        """It is about to be other than in the base; that is noted first."""
+        if volume.base_name is not None and volume.base_name not in self._state.touched:
+            self._state.touched.append(volume.base_name)
+            self._note()
+
+    def _put(self, fd: int, volume: StreamVolume, frame: Frame) -> None:
+        if frame.kind not in (DATA, ZERO) or frame.offset + frame.length > volume.size_bytes:
+            raise DamagedError("the stream is damaged: data behind the end of a volume", _BAD)
+        self._touch(volume)
+        if frame.kind == ZERO:
+            self._ask(self._mount_point, "discard", volume.name, str(frame.offset), str(frame.length))
+            return
+        view, offset = memoryview(frame.data), frame.offset
+        while view:
+            count = os.pwrite(fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _set_attributes(self) -> None:
+        for volume in self._head.volumes:
+            path = self._path(volume.name)
+            found = os.stat(path)
+            if (found.st_mode & 0o777, found.st_uid, found.st_gid) != (volume.mode, volume.uid, volume.gid):
+                self._touch(volume)
+                os.chmod(path, volume.mode)
+                if os.geteuid() == 0:
+                    os.chown(path, volume.uid, volume.gid)
+            if found.st_mtime_ns != volume.mtime_ns:
+                self._touch(volume)
+                os.utime(path, ns=(volume.atime_ns, volume.mtime_ns))
+
+    # -- the snapshot ------------------------------------------------------------------------
+
+    def _snapshot(self, name: str) -> Answer:
+        options = [("volume", one.name) for one in self._head.volumes]
+        options += [("guid", self._head.guid), ("note", self._head.note)]
+        made = self._ask(self._mount_point, "snapshot", name, options=options)
+        try:
+            for place, (digest, extents) in self._digests.items():
+                self._read_back(name, place, digest, extents)
+        except BaseException:
+            self._ask(self._mount_point, "delete", name)
+            raise
+        return made
+
+    def _read_back(self, name: str, place: int, digest: str, extents: list[tuple[int, int]]) -> None:
+        """The snapshot holds what was sent: read from it again, and compare."""
+        volume = self._head.volumes[place].name
+        found = hashlib.blake2b(digest_size=32)
+        with open(os.path.join(self._mount_point, ".snapshots", name, volume), "rb", buffering=0) as kept:
+            for offset, length in extents:
+                for _, data in pieces(kept, offset, length, 1):
+                    found.update(data)
+        if found.hexdigest() != digest:
+            raise DamagedError(f"volume {volume!r} is not what was sent", "Check the devices, then send it again")
+
+    # -- what a broken stream leaves ---------------------------------------------------------
+
+    def _note(self) -> None:
+        """Have the target keep durably how far it has come; what lies before is synced."""
+        self._unnoted_bytes = 0
+        self._ask(self._mount_point, "receive-state", "put", self._head.guid, self._state.to_json())
+
+    def _take_back(self) -> list[str]:
+        """Leave the target as it was: volumes that were made go, names go back, and so do those of the base.
+
+        Each step is tried, whatever becomes of the others; what failed, in words.
+        """
+        failures: list[str] = []
+
+        def attempt(step: Callable[[], object]) -> None:
+            try:
+                step()
+            except (SnapfsError, OSError) as error:
+                failures.append(str(error))
+
+        for name in self._state.made:
+            if self._exists(name):
+                attempt(lambda name=name: os.unlink(self._path(name)))  # type: ignore[misc]
+        attempt(self._move_names_back)
+        if self._state.touched:
+            attempt(self._roll_back)
+        if not failures:
+            attempt(lambda: self._ask(self._mount_point, "receive-state", "drop", self._head.guid))
+        return failures
+
+    def _roll_back(self) -> None:
+        # They were written under whoever has them open, so that is no reason to leave them so.
+        options = [("volume", one) for one in self._state.touched] + [("force", "yes")]
+        undo = self._ask(self._mount_point, "rollback", self._base_here, options=options)
+        self._ask(self._mount_point, "delete", undo["undo"])
