@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapfs.cli.control import ask
 from snapfs.errors import DamagedError, SnapfsError, TooNewError
+from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VERSION, VOLUME, ZERO, StreamWriter, read_stream
 
 from .conftest import SNAPFS, Mounted, snapfs, wait_until
@@ -391,9 +393,12 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
         {**head, "volumes": [], "gone": ["v"]},
         {**head, "volumes": [], "resume": ["x"]},
     ]
+    received(mounted, forged(heads[0], (VOLUME, {"place": 0}), (DATA, None), *body), expect=4)
     for one in heads:
-        for options in ((), ("--resumable",)):
-            received(mounted, forged(one, (VOLUME, {"place": 0}), (DATA, None), *body), *options, expect=4)
+        for is_resumable in (False, True):
+            stream = io.BytesIO(forged(one, (VOLUME, {"place": 0}), (DATA, None), *body))
+            with pytest.raises(DamagedError):
+                Receiver(ask, str(mounted.path), force=False, is_resumable=is_resumable).receive(stream)
     good = {**head, "volumes": [{**volume, "name": "w"}]}
     for frames in (
         ((VOLUME, {"place": 7}),),
@@ -404,7 +409,9 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
         ((END, {}),),
         ((DATA, None),),
     ):
-        received(mounted, forged(good, *frames), expect=4)
+        with pytest.raises(DamagedError):
+            stream = io.BytesIO(forged(good, *frames))
+            Receiver(ask, str(mounted.path), force=False, is_resumable=False).receive(stream)
     assert outside.read_bytes() == b"precious" and outside.stat().st_mode & 0o777 == 0o644
     assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots", "v"]
     assert os.listdir(mounted.snapshots) == ["base"]
