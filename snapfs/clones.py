@@ -170,7 +170,7 @@ class Clones:
         """A close may still be on its way. Raises BusyVolumeError for a volume that stays open."""
         with trio.move_on_after(_CLOSING_S):
             for volume in volumes:
-                await volume.wait_until_closed()
+                await self._volumes.wait_until_closed(volume)
         for volume in volumes:
             if volume.opens:
                 raise BusyVolumeError(

@@ -77,6 +77,7 @@ class Neighbours:
     """
 
     traits: TraitsTable
+    residency: Residency
     sources: Mapping[VolumeId, LogRow]
     borrow: Callable[[VolumeId], contextlib.AbstractContextManager[Portion]]
     commit: Callable[[Portion], Awaitable[None]]
@@ -95,6 +96,8 @@ class Portion:
     """
 
     is_in_place = False
+    # Of the class, where it stays: an instance of more than 30 attributes is slower in each access.
+    generation = 0
 
     def __init__(
         self,
@@ -104,7 +107,6 @@ class Portion:
         snapshots: SnapshotIndex,
         clock: EpochClock,
         tally: Tally,
-        residency: Residency,
         neighbours: Neighbours,
         processor_count: int,
         *,
@@ -120,7 +122,6 @@ class Portion:
         self.is_gone = is_gone
         self.users = 0
         self.failure: SyncFailedError | None = None
-        self.generation = 0
         self.objects: dict[int, ObjectState] = {}
         self.pending: dict[int, list[CopyRow]] = {}
         self.commits = 0
@@ -130,10 +131,7 @@ class Portion:
         self._snapshots = snapshots
         self._clock = clock
         self._tally = tally
-        self._residency = residency
         self._neighbours = neighbours
-        self._traits = neighbours.traits
-        self._is_clone = self._traits.get(volume_id).origin_id != 0
         self._processor_count = processor_count
         self._epoch = 0
         self._log: ChangeLog | None = None
@@ -457,7 +455,7 @@ class Portion:
             and newest == self._epoch - 1
             and not self._sealed_in_epoch
             and self.last_instant == NEVER
-            and (not self._is_clone or self._epoch > self.birth_epoch)
+            and (self._epoch > self.birth_epoch or not self._traits.get(self.volume_id).origin_id)
         ):
             # The usual case: the last snapshot is still there, so its copies name every older block.
             return []
@@ -627,7 +625,7 @@ class Portion:
         if row is None and inherited is not None and not self.is_gone:
             state.block_map = inherited
         self.objects[object_index] = state
-        self._residency.admit(self, object_index)
+        self._neighbours.residency.admit(self, object_index)
 
     async def inherited_map(self, object_index: int) -> BlockMap:
         """The map of an object that this volume never had one of."""
@@ -746,6 +744,10 @@ class Portion:
                 user.close_if_discarded()
 
     # -- committing --------------------------------------------------------------------------
+
+    @property
+    def _traits(self) -> TraitsTable:
+        return self._neighbours.traits
 
     @property
     def is_dirty(self) -> bool:

@@ -112,8 +112,7 @@ class Processor:
         self.processor_count = processor_count
         self.traits = traits
         self._facts_of = facts_of
-        self._residency = Residency()
-        self._neighbours = Neighbours(traits, self.sources, self.borrowed, self._commit_one)
+        self._neighbours = Neighbours(traits, Residency(), self.sources, self.borrowed, self._commit_one)
         self._wakeup = Wakeup()
         self._has_freed = True
 
@@ -132,7 +131,6 @@ class Processor:
                 self.snapshots,
                 self.clock,
                 self.tally,
-                self._residency,
                 self._neighbours,
                 self.processor_count,
                 birth_epoch=facts.birth_epoch,

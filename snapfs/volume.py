@@ -143,7 +143,6 @@ class Volume(VolumeView):
         self._clock = clock
         self._traits = traits
         self._truncated: trio.Event | None = None
-        self._closings = trio.lowlevel.ParkingLot()
         self._take(row, is_saved=is_saved, needs_trim=needs_trim)
 
     def _take(self, row: VolumeRow, *, is_saved: bool, needs_trim: bool) -> None:
@@ -225,12 +224,6 @@ class Volume(VolumeView):
             for processor, portion in zip(self.processors, portions, strict=True):
                 portion.users -= 1
                 processor.let_go(portion)
-            self._closings.unpark_all()
-
-    async def wait_until_closed(self) -> None:
-        """Wait until nobody has it open."""
-        while self.opens:
-            await self._closings.park()
 
     # -- changing the contents for others ----------------------------------------------------
 

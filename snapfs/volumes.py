@@ -29,6 +29,8 @@ from .traits import TraitsTable
 from .units import check_name, show_name
 from .volume import Volume
 
+_CLOSING_CHECK_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class AttributeChange:
@@ -76,6 +78,7 @@ class VolumeTable:
         self._reclaim_wakeup = reclaim_wakeup
         self._unsaved: set[Volume] = set()
         self._open: set[Volume] = set()
+        self._closings = trio.lowlevel.ParkingLot()
 
     def load(self, rows: Sequence[VolumeRow], *, after_crash: bool) -> None:
         """Fill the table from the catalog.
@@ -130,11 +133,19 @@ class VolumeTable:
         volume.close()
         if volume.opens == 0:
             self._open.discard(volume)
+            self._closings.unpark_all()
             if volume.is_removed:
                 self._drop(volume)
                 self._reclaim_wakeup.set()
             else:
                 self._unsaved.add(volume)
+
+    async def wait_until_closed(self, volume: Volume) -> None:
+        """Wait until nobody has a volume open."""
+        while volume.opens:
+            # Its own tasks let go of it without a word.
+            with trio.move_on_after(_CLOSING_CHECK_S):
+                await self._closings.park()
 
     def _drop(self, volume: Volume) -> None:
         self.by_id.pop(volume.volume_id, None)
