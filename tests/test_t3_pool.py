@@ -482,7 +482,7 @@ async def test_ten_thousand_objects_more_than_memory_holds_read_back() -> None:
     """The maps in memory are bounded; what was let go of is loaded again."""
     world = World(processor_count=1)
     async with open_world(world) as pool:
-        residency = pool.processors[0]._residency
+        residency = pool.processors[0]._neighbours.residency
         residency._object_count_max = 64
         await pool.volumes.create(b"v")
         async with pool.volumes.opened(b"v") as volume:
