@@ -91,6 +91,9 @@ class DeviceFile(ABC):
     def data_extents(self) -> Iterator[tuple[int, int]]:
         """Ranges ``(start, end)`` that hold data, in order; all else is a hole."""
 
+    def forget_cached(self, offset: int, length: int) -> None:  # noqa: B027 - one without a cache has none to forget
+        """Have the next read of a range come from where it is kept, and not from a cache before it."""
+
     @abstractmethod
     def close(self) -> None:
         """Release the file. Closing twice does nothing."""

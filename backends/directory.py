@@ -135,6 +135,10 @@ class DirectoryFile(DeviceFile):
             position = os.lseek(self.fd, start, os.SEEK_HOLE)
             yield start, position
 
+    def forget_cached(self, offset: int, length: int) -> None:
+        """See :meth:`DeviceFile.forget_cached`."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """See :meth:`DeviceFile.close`."""
         if self.fd >= 0:

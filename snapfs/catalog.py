@@ -122,6 +122,10 @@ class Catalog:
         """All schedules."""
         return [ScheduleRow(*row) for row in self.database.rows("SELECT * FROM schedules ORDER BY name")]
 
+    def hooks(self) -> list[tuple[str, str]]:
+        """All hooks, each as its name and its rule."""
+        return cast("list[tuple[str, str]]", self.database.rows("SELECT name, rule FROM hooks ORDER BY name"))
+
     def receives(self) -> dict[str, str]:
         """By guid: the states of streams that are being received, or were cut off."""
         return dict(cast("list[tuple[str, str]]", self.database.rows("SELECT * FROM receives")))
@@ -165,8 +169,8 @@ class Catalog:
         for snapshot_id, tag in self.database.rows("SELECT snapshot_id, tag FROM holds"):
             tags.setdefault(snapshot_id, set()).add(tag)
         rows = self.database.rows(
-            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note, schedule, guid"
-            " FROM snapshots ORDER BY instant"
+            "SELECT snapshot_id, name, instant, created_ns, named, stall_ns, note, schedule, guid, root, previous_root,"
+            " unsealed, frozen_ns FROM snapshots ORDER BY instant"
         )
         return [
             SnapshotRow(
@@ -180,6 +184,10 @@ class Catalog:
                 schedule=row[7],
                 guid=row[8],
                 hold_tags=frozenset(tags.get(row[0], ())),
+                root=row[9],
+                previous_root=row[10],
+                unsealed_ids=frozenset(VolumeId(int(one)) for one in row[11].split(",") if one),
+                frozen_ns=row[12],
             )
             for row in rows
         ]
@@ -238,9 +246,20 @@ class Catalog:
                 ),
                 ("INSERT OR REPLACE INTO removed VALUES (?, ?)", batch.removed),
                 (
-                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [
-                        (*row[:4], int(row.volume_ids is not None), row.stall_ns, row.note, row.schedule, row.guid)
+                        (
+                            *row[:4],
+                            int(row.volume_ids is not None),
+                            row.stall_ns,
+                            row.note,
+                            row.schedule,
+                            row.guid,
+                            row.root,
+                            row.previous_root,
+                            ",".join(str(one) for one in sorted(row.unsealed_ids)),
+                            row.frozen_ns,
+                        )
                         for row in batch.snapshots
                     ],
                 ),
@@ -248,10 +267,16 @@ class Catalog:
                     "INSERT OR REPLACE INTO holds VALUES (?, ?)",
                     [(row.snapshot_id, tag) for row in batch.snapshots for tag in row.hold_tags] + batch.holds,
                 ),
-                ("INSERT OR REPLACE INTO traits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.traits),
+                ("INSERT OR REPLACE INTO traits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.traits),
                 ("INSERT OR REPLACE INTO changelogs VALUES (?, ?, ?, ?)", batch.changelogs),
                 ("INSERT OR REPLACE INTO devices VALUES (?, ?, ?)", batch.devices),
                 ("INSERT OR REPLACE INTO schedules VALUES (?, ?, ?)", batch.schedules),
+                ("DELETE FROM hooks WHERE name = ?", [(one,) for one in batch.dropped_hooks]),
+                ("INSERT OR REPLACE INTO hooks VALUES (?, ?)", batch.hooks),
+                (
+                    "UPDATE snapshots SET root = ?2, previous_root = ?3, unsealed = ?4 WHERE snapshot_id = ?1",
+                    batch.roots,
+                ),
                 (
                     "INSERT INTO members VALUES (?, ?)",
                     [(row.snapshot_id, one) for row in batch.snapshots for one in row.volume_ids or ()],

@@ -16,6 +16,7 @@ from .errors import DamagedError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder
 from .geometry import Epoch, LogId, VolumeId
 from .placement import Placement, Quota
+from .sealedfile import SealedFile, SumCache
 
 OPEN_FILES_MAX = 512
 KNOWN_LOGS_MAX = 8192
@@ -45,6 +46,7 @@ class ChangeLog:
         "pins",
         "quota",
         "sealed",
+        "summed",
         "unnamed",
         "users",
         "volume_id",
@@ -59,6 +61,7 @@ class ChangeLog:
         self.block_count = row.block_count
         self.live_before = row.live_before
         self.sealed = row.sealed
+        self.summed = row.summed
         self.created_ns = row.created_ns
         self.kind = row.kind
         self.file: DeviceFile | None = None
@@ -93,6 +96,7 @@ class ChangeLog:
             self.sealed,
             self.created_ns,
             self.kind,
+            self.summed,
         )
 
 
@@ -104,11 +108,19 @@ class ChangeLogs:
     """
 
     def __init__(
-        self, processor_index: int, devices: Mapping[int, Device], placement: Placement, next_log_id: int
+        self,
+        processor_index: int,
+        processor_count: int,
+        devices: Mapping[int, Device],
+        placement: Placement,
+        next_log_id: int,
+        sums: SumCache,
     ) -> None:
         self.known: dict[int, ChangeLog] = {}
         self.next_log_id = next_log_id
+        self.sums = sums
         self._processor_index = processor_index
+        self._processor_count = processor_count
         self._devices = devices
         self._placement = placement
         self._open: OrderedDict[int, ChangeLog] = OrderedDict()
@@ -168,6 +180,7 @@ class ChangeLogs:
         elif log.file is None:
             try:
                 log.file = self._devices[log.device_id].open(self._name(log.log_id))
+                self._prove(log)
             except FileNotFoundError:
                 raise DamagedError(
                     f"change log {self._name(log.log_id)} of device {log.device_id} is missing",
@@ -176,6 +189,19 @@ class ChangeLogs:
             self._note_open(log)
         assert log.file is not None
         return log.file
+
+    def note_summed(self, log: ChangeLog) -> None:
+        """All blocks of a log have their checksums, durably: from now on its reads are held against them."""
+        log.summed = 1
+        self._prove(log)
+
+    def _prove(self, log: ChangeLog) -> None:
+        if log.summed and log.file is not None and not isinstance(log.file, SealedFile):
+            log.file = SealedFile(log.file, log.log_id, self.sums, self._processor_index, self._processor_count)
+
+    def open_alone(self, log_id: int, device_id: int) -> DeviceFile:
+        """A log's file opened once more, for whoever reads all of it; unproven. Raises FileNotFoundError."""
+        return self._devices[device_id].open(self._name(log_id))
 
     def _name(self, log_id: int) -> str:
         return log_file(self._processor_index, log_id)

@@ -408,6 +408,15 @@ class _ShardCheck:
             if count:
                 self._check_file(where, log, named, has_pending=log_id in pending)
         self._check_strays()
+        self._check_sums()
+
+    def _check_sums(self) -> None:
+        count = self.store.malformed_sums_count()
+        if count:
+            self.report.add(DAMAGE, self.where, f"the checksums of {count} objects cannot be read")
+        count = self.store.stray_sums_count()
+        if count:
+            self.report.add(LEAK, self.where, f"{count} objects have checksums in change logs that hold nothing")
 
     def _check_source(self, log: LogRow) -> None:
         """Whether what a volume is written over is there."""

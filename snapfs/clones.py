@@ -20,10 +20,10 @@ from .events import EventLog
 from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
 from .jobs import Job, Jobs
+from .notresident import NotResidentError, OldBlocks
 from .portion import Portion
 from .processor import Processor
 from .reclaimer import Reclaimer
-from .shardstate import NotResidentError, OldBlocks
 from .snapshot import Snapshot, SnapshotMembers
 from .snapshots import SnapshotTable
 from .units import check_name, show_name, utc_name

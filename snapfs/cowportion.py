@@ -29,8 +29,9 @@ from .changelog import ChangeLog
 from .errors import DamagedError, NoSpaceError, SyncFailedError
 from .formats import IMAGE_LOG, CopyRow, FreedRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
+from .notresident import NotResidentError, OldBlocks
 from .portion import Portion
-from .shardstate import NotResidentError, ObjectState, OldBlocks
+from .shardstate import ObjectState
 
 _BLOCK_MASK = BLOCK_SIZE - 1
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
@@ -136,6 +137,11 @@ class CowPortion(Portion):
         log = self._logs.known[self._source_id]
         await self._with_logs([log], partial(_fit, log, size_bytes, may_cut))
         self._source_file()
+
+    @property
+    def is_preserving(self) -> bool:
+        """Whether something may be on its way to a change log, also to one of before the last snapshot."""
+        return self._preserve_turn.locked()
 
     # -- preserving --------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ from .blockmap import HOLE, BlockMap
 from .errors import BadCommandError
 from .formats import COPY_ON_WRITE, Attributes
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT, OBJECT_SIZE, VolumeId
+from .notresident import NotResidentError
 from .pool import Pool
 from .portion import Portion
 from .processor import Processor
-from .shardstate import NotResidentError
 from .snapshot import Snapshot
 from .snapshotindex import NEVER
 from .traits import Ancestor

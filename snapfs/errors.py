@@ -96,6 +96,12 @@ class DamagedError(SnapfsError):
     exit_code = 4
 
 
+class UnsealedError(SnapfsError):
+    """A snapshot is not sealed yet, so nothing can be proven of it. Nothing was done."""
+
+    errno = errno.EAGAIN
+
+
 class UnreadableError(SnapfsError):
     """Something on disk cannot be read. It is not taken for absent."""
 

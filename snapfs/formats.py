@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .blockmap import BlockMap
+from .checksums import ObjectSums
 from .errors import DamagedError, NotAPoolError, TooNewError
 from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 REDIRECT, COPY_ON_WRITE = 0, 1
 POOL_CHANGE_LOGS = 0
@@ -170,7 +171,8 @@ class VolumeTraits(NamedTuple):
     map of their own are the origin's, and the snapshot ``origin_snapshot_id`` is kept.
     ``changelog_id`` is its change log volume, POOL_CHANGE_LOGS for none. ``source_path`` is the
     image it stands on, empty for none, which had ``source_size_bytes`` and ``source_mtime_ns``
-    when snapfs last had it open.
+    when snapfs last had it open. ``restore_instant``: a rollback in place to this instant is under
+    way, 0 for none.
     """
 
     volume_id: VolumeId
@@ -184,6 +186,7 @@ class VolumeTraits(NamedTuple):
     source_path: str = ""
     source_size_bytes: int = 0
     source_mtime_ns: int = 0
+    restore_instant: int = 0
 
 
 class ChangeLogVolumeRow(NamedTuple):
@@ -218,6 +221,9 @@ class SnapshotRow(NamedTuple):
     ``volume_ids`` is None for a snapshot of all volumes. ``stall_ns`` is the longest time for
     which it kept the daemon from serving. ``schedule`` names the schedule that made it, empty for
     one made by hand. ``guid`` is that of the snapshot it was received from. ``hold_tags`` keep it from being deleted.
+    ``root`` is over its sealed contents, empty before it is sealed; ``previous_root`` was that of the
+    snapshot before; ``unsealed_ids`` are volumes that it is not over. ``frozen_ns``: for how long
+    hooks kept applications still.
     """
 
     snapshot_id: SnapshotId
@@ -230,6 +236,10 @@ class SnapshotRow(NamedTuple):
     schedule: str = ""
     guid: str = ""
     hold_tags: frozenset[str] = frozenset()
+    root: str = ""
+    previous_root: str = ""
+    unsealed_ids: frozenset[VolumeId] = frozenset()
+    frozen_ns: int = 0
 
 
 CATALOG_SCHEMA_1 = """
@@ -394,9 +404,45 @@ CREATE TABLE candidates (       -- blocks that a clone's family may have no name
 ) STRICT;
 """
 
+CATALOG_SCHEMA_3 = """
+ALTER TABLE snapshots ADD COLUMN
+  root TEXT NOT NULL DEFAULT '';            -- over its sealed contents, see contenthash.py; empty: not sealed yet
+ALTER TABLE snapshots ADD COLUMN
+  previous_root TEXT NOT NULL DEFAULT '';   -- that of the snapshot before, when this one was sealed
+ALTER TABLE snapshots ADD COLUMN
+  unsealed TEXT NOT NULL DEFAULT '';        -- ids of volumes that the root is not over, with commas between
+ALTER TABLE snapshots ADD COLUMN
+  frozen_ns INTEGER NOT NULL DEFAULT 0;     -- for how long hooks kept applications still, 0 for no hooks
+ALTER TABLE traits ADD COLUMN
+  restore_instant INTEGER NOT NULL DEFAULT 0;   -- a rollback in place to this instant is under way, 0 for none
+CREATE TABLE hooks (            -- programs that run before and after snapshots
+  name TEXT PRIMARY KEY,
+  rule TEXT NOT NULL              -- JSON, see hooks.py
+) STRICT, WITHOUT ROWID;
+"""
+
+SHARD_SCHEMA_3 = """
+ALTER TABLE logs ADD COLUMN
+  summed INTEGER NOT NULL DEFAULT 0;    -- 1: every block in it has its checksums in sums
+CREATE INDEX logs_unsummed ON logs (log_id) WHERE summed = 0 AND kind = 0;
+CREATE TABLE sums (             -- checksums of the blocks of logs that take no more writes, see checksums.py
+  log_id INTEGER NOT NULL,
+  object_index INTEGER NOT NULL,
+  blocks BLOB NOT NULL,           -- 1024 bits, the lowest first: which blocks have any; the others are zeros
+  checksums BLOB NOT NULL,        -- 8 bytes a block
+  digests BLOB NOT NULL,          -- 16 bytes a block
+  PRIMARY KEY (log_id, object_index)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE contents (         -- the content hash of a portion as the last sealed snapshot has it, see contenthash.py
+  volume_id INTEGER PRIMARY KEY,
+  instant INTEGER NOT NULL,
+  value BLOB NOT NULL             -- 384 bytes
+) STRICT;
+"""
+
 # By the version of a database (SQLite's user_version, and 1): what makes it one of the next.
-CATALOG_SCHEMAS = (CATALOG_SCHEMA_1, CATALOG_SCHEMA_2)
-SHARD_SCHEMAS = (SHARD_SCHEMA_1, SHARD_SCHEMA_2)
+CATALOG_SCHEMAS = (CATALOG_SCHEMA_1, CATALOG_SCHEMA_2, CATALOG_SCHEMA_3)
+SHARD_SCHEMAS = (SHARD_SCHEMA_1, SHARD_SCHEMA_2, SHARD_SCHEMA_3)
 
 CHANGE_LOG, SOURCE_LOG, IMAGE_LOG = 0, 1, 2
 
@@ -432,6 +478,23 @@ class LogRow(NamedTuple):
     sealed: int
     created_ns: int
     kind: int = CHANGE_LOG
+    summed: int = 0
+
+
+class SumsRow(NamedTuple):
+    """The checksums of one object's blocks in one change log."""
+
+    log_id: LogId
+    object_index: int
+    sums: ObjectSums
+
+
+class ContentRow(NamedTuple):
+    """The content hash of a portion, as a snapshot of this instant has it."""
+
+    volume_id: VolumeId
+    instant: int
+    value: int
 
 
 class CandidateRow(NamedTuple):
@@ -481,6 +544,10 @@ class ShardBatch:
     dropped_candidates: list[int] = field(default_factory=list)
     portions: list[tuple[VolumeId, int]] = field(default_factory=list)
     dropped_portions: list[VolumeId] = field(default_factory=list)
+    sums: list[SumsRow] = field(default_factory=list)
+    dropped_sums: list[LogId] = field(default_factory=list)
+    summed_logs: list[LogId] = field(default_factory=list)
+    contents: list[ContentRow] = field(default_factory=list)
     intermediates: list[IntermediateRow] = field(default_factory=list)
     dropped_intermediates: list[SnapshotId] = field(default_factory=list)
     next_log_id: LogId | None = None
@@ -499,6 +566,9 @@ class ShardBatch:
                 self.dropped_candidates,
                 self.portions,
                 self.dropped_portions,
+                self.sums,
+                self.summed_logs,
+                self.contents,
                 self.intermediates,
                 self.dropped_intermediates,
             )
@@ -518,6 +588,9 @@ class CatalogBatch:
     snapshots: list[SnapshotRow] = field(default_factory=list)
     renamed_snapshots: list[tuple[SnapshotId, bytes | None]] = field(default_factory=list)
     dropped_snapshots: list[SnapshotId] = field(default_factory=list)
+    roots: list[tuple[SnapshotId, str, str, str]] = field(default_factory=list)
+    hooks: list[tuple[str, str]] = field(default_factory=list)
+    dropped_hooks: list[str] = field(default_factory=list)
     holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
     dropped_holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
     traits: list[VolumeTraits] = field(default_factory=list)

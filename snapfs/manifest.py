@@ -32,6 +32,7 @@ async def manifest_of(pool: Pool, snapshot: Snapshot) -> bytes:
             "note": snapshot.note,
             "pool_id": pool.descriptor.pool_id,
         },
+        "checksums": _checksums(pool, snapshot, members),
         "volumes": [
             {
                 "volume_id": volume_id,
@@ -47,6 +48,26 @@ async def manifest_of(pool: Pool, snapshot: Snapshot) -> bytes:
         "intermediate_snapshots": [await _intermediate(processor, snapshot, members) for processor in pool.processors],
     }
     return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _checksums(pool: Pool, snapshot: Snapshot, members: SnapshotMembers) -> dict[str, object]:
+    """What proves the contents: the root, and that of the snapshot before. What has none is named."""
+    unsealed = (
+        snapshot.unsealed_ids if snapshot.root else {one for one in members.by_id if not pool.sealer.is_covered(one)}
+    )
+    return {
+        "is_sealed": bool(snapshot.root),
+        "root": snapshot.root or None,
+        "previous_root": snapshot.previous_root or None,
+        "not_covered": [
+            {
+                "volume": show_name(members.by_id[one].name),
+                "reason": "it lies in a source that is overwritten in place, or is an image outside the pool",
+            }
+            for one in sorted(unsealed)
+            if one in members.by_id
+        ],
+    }
 
 
 async def _intermediate(processor: Processor, snapshot: Snapshot, members: SnapshotMembers) -> dict[str, object]:

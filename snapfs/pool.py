@@ -15,11 +15,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from .affected import DamageTeller
 from .backends import Device, DirectoryDevice, LockHolder, Space, open_local_image
 from .catalog import Catalog
 from .catalogaccess import CatalogAccess
 from .changelogvolumes import ChangeLogVolumes
 from .clones import Clones
+from .damage import DamageLedger
 from .errors import (
     ClosedError,
     DamagedError,
@@ -51,6 +53,7 @@ from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
 from .scheduler import Scheduler
+from .sealer import Sealer
 from .shardstate import EpochClock
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
@@ -205,6 +208,8 @@ class Pool:
         index = SnapshotIndex()
         clock = EpochClock(epoch)
         wakeup = Wakeup()
+        sealer_wakeup = Wakeup()
+        self.damage = DamageLedger()
         self.volumes = VolumeTable(
             self.catalog,
             index,
@@ -228,6 +233,7 @@ class Pool:
                 self.volumes.facts_of,
                 self.volumes.traits,
                 self.placement,
+                self.damage.note,
             )
             for store in stores
         ]
@@ -242,6 +248,7 @@ class Pool:
             self.reserve,
             self.events,
             wakeup,
+            sealer_wakeup,
         )
         self.snapshots.processors = self.processors
         self.reclaimer = Reclaimer(
@@ -262,6 +269,10 @@ class Pool:
         self.images = ImageWatch(self.catalog, self.volumes.traits, self.placement, self.events)
         self.scheduler = Scheduler(self.catalog, self.snapshots, self.events, catalog.schedules())
         self.jobs = Jobs()
+        self.sealer = Sealer(
+            self.catalog, self.volumes.traits, self.snapshots, self.processors, self.events, sealer_wakeup
+        )
+        self.damage_teller = DamageTeller(self.damage, self.volumes, self.snapshots, self.processors, self.events)
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
         self.volumes.load(catalog.volumes(), after_crash=self._after_crash)
         self.snapshots.load(catalog.snapshots())
@@ -335,6 +346,8 @@ class Pool:
             nursery.start_soon(self._sync_periodically)
             nursery.start_soon(self.reclaimer.run)
             nursery.start_soon(self.freer.run)
+            nursery.start_soon(self.sealer.run)
+            nursery.start_soon(self.damage_teller.run)
 
     async def _sync_periodically(self) -> None:
         while True:

@@ -31,8 +31,10 @@ from .geometry import (
     blocks_of,
     log_offset,
 )
+from .notresident import NotResidentError, OldBlocks
 from .placement import Quota
-from .shardstate import EpochClock, NotResidentError, ObjectState, OldBlocks, Residency, ShardAccess, Tally
+from .sealedfile import DamagedBlockError
+from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
 
@@ -712,8 +714,23 @@ class Portion:
     async def _fetch_block(self, log: ChangeLog, offset: int, old_blocks: OldBlocks) -> None:
         """Read the old contents of a block, for a partial write to complete it."""
         buffer = bytearray(BLOCK_SIZE)
-        await self.read_segments([(log, offset, BLOCK_SIZE, 0)], memoryview(buffer))
+        try:
+            await self.read_segments([(log, offset, BLOCK_SIZE, 0)], memoryview(buffer))
+        except DamagedBlockError as damage:
+            if self._names_now(damage):
+                self._logs.sums.report(damage)
+                raise
+            return
         old_blocks[(log.log_id, offset)] = bytes(buffer)
+
+    def report(self, damage: DamagedBlockError) -> None:
+        """Tell whoever keeps track of damage."""
+        self._logs.sums.report(damage)
+
+    def _names_now(self, damage: DamagedBlockError) -> bool:
+        """Whether the live map names a block still; what it no longer names may be freed."""
+        state = self.objects.get(damage.object_index)
+        return state is not None and blockmap.entry(state.block_map, damage.block) == damage.log_id
 
     async def read_segments(self, segments: list[Segment], view: memoryview) -> None:
         """Read segments of this processor's logs in a thread.
@@ -730,7 +747,14 @@ class Portion:
                 part[:] = _ZEROS[:length]
             else:
                 files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
-        await self._with_logs(used, partial(_read_all, files))
+        while True:
+            try:
+                await self._with_logs(used, partial(_read_all, files))
+            except NotResidentError as missing:
+                # Checksums, of a log that is sealed.
+                await missing.fetch({})
+            else:
+                return
 
     async def _with_logs(self, used: Sequence[ChangeLog], call: Callable[[], None]) -> None:
         """Run a blocking call in a thread; the files of these logs stay open meanwhile."""

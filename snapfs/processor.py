@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -26,6 +27,7 @@ from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, Log
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
+from .sealedfile import SumCache
 from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
@@ -97,10 +99,12 @@ class Processor:
         facts_of: Callable[[VolumeId], PortionFacts],
         traits: TraitsTable,
         placement: Placement,
+        on_damage: Callable[[int, int, int, int], None],
     ) -> None:
         self.index = index
         self.access = ShardAccess(store)
-        self.logs = ChangeLogs(index, devices, placement, store.next_log_id)
+        sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index))
+        self.logs = ChangeLogs(index, processor_count, devices, placement, store.next_log_id, sums)
         self.sources = store.sources()
         self.snapshots = SnapshotIndex()
         self.clock = EpochClock(epoch)
@@ -111,7 +115,7 @@ class Processor:
         self.last_commit_duration_ns = 0
         self.processor_count = processor_count
         self.traits = traits
-        self._facts_of = facts_of
+        self.facts_of = facts_of
         self._neighbours = Neighbours(traits, Residency(), self.sources, self.borrowed, self._commit_one)
         self._wakeup = Wakeup()
         self._has_freed = True
@@ -122,7 +126,7 @@ class Processor:
         """The volume's portion here; made if it is not in memory."""
         portion = self.portions.get(volume_id)
         if portion is None:
-            facts = self._facts_of(volume_id)
+            facts = self.facts_of(volume_id)
             is_cow = self.traits.get(volume_id).change_mode == COPY_ON_WRITE
             portion = self.portions[volume_id] = (CowPortion if is_cow else Portion)(
                 volume_id,
@@ -366,6 +370,7 @@ class Processor:
             for log in changes.changed_logs.values():
                 if log.log_id in dead:
                     commit.dead_logs.append(log)
+                    rows.dropped_sums.append(log.log_id)
                     if not self.snapshots.holds(log.volume_id, 0, log.epoch - 1):
                         rows.dropped_logs.append(log.log_id)
                         continue

@@ -21,9 +21,9 @@ from .blockmap import BlockMap
 from .changelog import ChangeLog
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
+from .notresident import NotResidentError
 from .portion import Portion
 from .processor import Processor
-from .shardstate import NotResidentError
 from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
@@ -295,6 +295,7 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
         is_dead = row_after.block_count == 0 and not log.pins
         if is_dead:
             dead.append(log)
+            batch.dropped_sums.append(log.log_id)
         if not is_dead or processor.snapshots.holds(log.volume_id, 0, log.epoch - 1):
             batch.logs.append(row_after)
         else:

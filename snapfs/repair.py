@@ -28,6 +28,10 @@ async def repair_running(pool: Pool) -> list[str]:
         await reclaim.drop_unneeded_copies(processor, 0, NEVER)
         await processor.punch_freed()
         done += await processor.access.ask(partial(_recount, processor, set(pool.volumes.by_id)))
+        strays = await processor.access.ask(processor.access.store.stray_sums_count)
+        if strays:
+            await processor.access.ask(processor.access.store.drop_stray_sums)
+            done.append(f"processor {processor.index}: forgot checksums of {strays} objects that are not there")
         freed = await processor.scrub_logs(await processor.access.ask(processor.access.store.all_logs))
         if freed:
             done.append(f"processor {processor.index}: freed {freed} blocks that no map named")

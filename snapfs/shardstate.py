@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import trio
@@ -13,21 +13,9 @@ from .formats import CopyRow
 from .geometry import VolumeId
 from .shardstore import ShardStore
 
-OldBlocks = dict[tuple[int, int], bytes]
 T = TypeVar("T")
 
 RESIDENT_OBJECTS_MAX = 12288
-
-
-class NotResidentError(Exception):
-    """Something a ``_now`` call needs is not in memory. Await ``fetch``, then call again.
-
-    ``fetch`` puts old contents of blocks into the dictionary it is given.
-    """
-
-    def __init__(self, fetch: Callable[[OldBlocks], Awaitable[None]]) -> None:
-        super().__init__()
-        self.fetch = fetch
 
 
 class ShardAccess:

@@ -10,21 +10,27 @@ from typing import cast
 
 from . import blockmap
 from .backends import Device
+from .checksums import ObjectSums
+from .contenthash import VALUE_BYTES
 from .database import Database
 from .errors import DamagedError
 from .formats import (
     SHARD_SCHEMAS,
     CandidateRow,
+    ContentRow,
     CopyRow,
     FreedRow,
     IntermediateRow,
     LogRow,
     MapRow,
     ShardBatch,
+    SumsRow,
     shard_file,
 )
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
 from .traits import Ancestor
+
+_STRAY_SUMS = "WHERE log_id NOT IN (SELECT log_id FROM logs WHERE block_count > 0)"
 
 
 class ShardStore:
@@ -419,6 +425,75 @@ class ShardStore:
         row = self.database.row("SELECT * FROM intermediates WHERE snapshot_id = ?", (snapshot_id,))
         return None if row is None else IntermediateRow(*row)
 
+    def unsummed_logs(self) -> list[LogRow]:
+        """Change logs with blocks, not all of which have their checksums yet, oldest first."""
+        rows = self.database.rows(
+            "SELECT * FROM logs INDEXED BY logs_unsummed WHERE summed = 0 AND kind = 0 AND block_count > 0"
+            " ORDER BY log_id"
+        )
+        return [LogRow(*row) for row in rows]
+
+    def summed_logs(self) -> list[LogRow]:
+        """Change logs with blocks, all of which have their checksums, oldest first."""
+        rows = self.database.rows("SELECT * FROM logs WHERE summed = 1 AND block_count > 0 ORDER BY log_id")
+        return [LogRow(*row) for row in rows]
+
+    def checksums(self, log_id: int, object_index: int) -> ObjectSums:
+        """The checksums of an object's blocks in a log, without digests; of zeros alone when there are none."""
+        row = self.database.row(
+            "SELECT blocks, checksums FROM sums WHERE log_id = ? AND object_index = ?", (log_id, object_index)
+        )
+        return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
+
+    def sums(self, log_id: int, object_index: int) -> ObjectSums:
+        """The checksums and digests of an object's blocks in a log; of zeros alone when there are none."""
+        row = self.database.row(
+            "SELECT blocks, checksums, digests FROM sums WHERE log_id = ? AND object_index = ?",
+            (log_id, object_index),
+        )
+        return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
+
+    def sums_from(self, log_id: int, from_object: int, limit: int) -> list[SumsRow]:
+        """Up to ``limit`` objects' sums in a log from an object on, in order."""
+        rows = self.database.rows(
+            "SELECT log_id, object_index, blocks, checksums, digests FROM sums"
+            " WHERE log_id = ? AND object_index >= ? ORDER BY object_index LIMIT ?",
+            (log_id, from_object, limit),
+        )
+        return [SumsRow(row[0], row[1], ObjectSums.decode(*row[2:])) for row in rows]
+
+    def stray_sums_count(self) -> int:
+        """How many objects have checksums in logs of which nothing is named."""
+        row = self.database.row(f"SELECT count(*) FROM sums {_STRAY_SUMS}")
+        return 0 if row is None else int(row[0])
+
+    def drop_stray_sums(self) -> None:
+        """Forget checksums in logs of which nothing is named."""
+        with self.database.transaction():
+            self.database.execute(f"DELETE FROM sums {_STRAY_SUMS}")
+
+    def malformed_sums_count(self) -> int:
+        """How many objects have checksums that cannot be read."""
+        row = self.database.row(
+            "SELECT count(*) FROM sums WHERE length(blocks) != 128 OR length(checksums) % 8 != 0"
+            " OR length(digests) != 2 * length(checksums)"
+        )
+        return 0 if row is None else int(row[0])
+
+    def content(self, volume_id: VolumeId) -> ContentRow | None:
+        """The content hash of a portion as the last sealed snapshot has it."""
+        row = self.database.row("SELECT * FROM contents WHERE volume_id = ?", (volume_id,))
+        return None if row is None else ContentRow(row[0], row[1], int.from_bytes(cast("bytes", row[2]), "little"))
+
+    def has_log_between(self, volume_id: VolumeId, after: int, until: int) -> bool:
+        """Whether a volume began a log after one instant and before or at another: only then it may have changed."""
+        return (
+            self.database.row(
+                "SELECT 1 FROM logs WHERE volume_id = ? AND epoch > ? AND epoch <= ? LIMIT 1", (volume_id, after, until)
+            )
+            is not None
+        )
+
     def epoch_max(self) -> int:
         """The largest epoch or instant that any row speaks of."""
         row = self.database.row(
@@ -461,13 +536,26 @@ class ShardStore:
                     "DELETE FROM copies WHERE volume_id = ? AND object_index = ? AND instant = ?",
                     batch.dropped_copies,
                 ),
-                ("INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.logs),
+                ("INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", batch.logs),
                 ("DELETE FROM logs WHERE log_id = ?", [(log_id,) for log_id in batch.dropped_logs]),
+                ("DELETE FROM sums WHERE log_id = ?", [(one,) for one in batch.dropped_logs + batch.dropped_sums]),
+                (
+                    # Not of a log that went while it was read.
+                    "INSERT OR REPLACE INTO sums SELECT ?1, ?2, ?3, ?4, ?5"
+                    " WHERE EXISTS (SELECT 1 FROM logs WHERE log_id = ?1 AND block_count > 0)",
+                    [(*row[:2], row.sums.encoded_mask(), row.sums.checksums, row.sums.digests) for row in batch.sums],
+                ),
+                ("UPDATE logs SET summed = 1 WHERE log_id = ?", [(log_id,) for log_id in batch.summed_logs]),
+                (
+                    "INSERT OR REPLACE INTO contents VALUES (?, ?, ?)",
+                    [(*row[:2], row.value.to_bytes(VALUE_BYTES, "little")) for row in batch.contents],
+                ),
                 ("INSERT INTO freed VALUES (?, ?, ?)", batch.freed),
                 ("INSERT INTO candidates VALUES (?, ?, ?, ?)", batch.candidates),
                 ("DELETE FROM candidates WHERE rowid = ?", [(one,) for one in batch.dropped_candidates]),
                 ("INSERT OR REPLACE INTO portions VALUES (?, ?)", batch.portions),
                 ("DELETE FROM portions WHERE volume_id = ?", [(one,) for one in batch.dropped_portions]),
+                ("DELETE FROM contents WHERE volume_id = ?", [(one,) for one in batch.dropped_portions]),
                 ("INSERT INTO intermediates VALUES (?, ?, ?, ?, ?, ?)", batch.intermediates),
                 (
                     "DELETE FROM intermediates WHERE snapshot_id = ?",
@@ -489,7 +577,10 @@ class ShardStore:
             self.database.execute(
                 "DELETE FROM freed WHERE log_id IN (SELECT log_id FROM logs WHERE volume_id = ?)", (volume_id,)
             )
-            for table in ("maps", "copies", "logs", "portions"):
+            self.database.execute(
+                "DELETE FROM sums WHERE log_id IN (SELECT log_id FROM logs WHERE volume_id = ?)", (volume_id,)
+            )
+            for table in ("maps", "copies", "logs", "portions", "contents"):
                 self.database.execute(f"DELETE FROM {table} WHERE volume_id = ?", (volume_id,))
             self.database.execute("UPDATE meta SET value = value + 1 WHERE key = 'generation'")
         self.generation += 1

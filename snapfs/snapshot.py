@@ -9,8 +9,8 @@ from .blockmap import BlockMap
 from .errors import NotFoundError
 from .formats import Attributes, SnapshotRow
 from .geometry import SnapshotId, VolumeId
+from .notresident import NotResidentError, OldBlocks
 from .processor import Processor
-from .shardstate import NotResidentError, OldBlocks
 from .units import show_name
 from .volume import VolumeView
 
@@ -22,7 +22,7 @@ class Snapshot:
 
     ``volume_ids`` is None for one of all volumes. ``opens`` counts files of it that are open.
     ``is_kept``: copies are made for it; no longer once it is deleted, nobody has it open and no
-    clone looks into it. ``hold_tags`` keep it from being deleted.
+    clone looks into it. ``hold_tags`` keep it from being deleted. ``root`` is empty until it is sealed.
     """
 
     def __init__(self, row: SnapshotRow) -> None:
@@ -36,6 +36,10 @@ class Snapshot:
         self.schedule = row.schedule
         self.guid = row.guid
         self.hold_tags = row.hold_tags
+        self.root = row.root
+        self.previous_root = row.previous_root
+        self.unsealed_ids = row.unsealed_ids
+        self.frozen_ns = row.frozen_ns
         self.opens = 0
         self.is_kept = row.name is not None
 

@@ -81,6 +81,7 @@ class SnapshotTable:
         reserve: Reserve,
         events: EventLog,
         reclaim_wakeup: Wakeup,
+        sealer_wakeup: Wakeup,
     ) -> None:
         self.by_name: dict[bytes, Snapshot] = {}
         self.by_id: dict[SnapshotId, Snapshot] = {}
@@ -99,6 +100,7 @@ class SnapshotTable:
         self._events = events
         self._members: OrderedDict[SnapshotId, SnapshotMembers] = OrderedDict()
         self._reclaim_wakeup = reclaim_wakeup
+        self._sealer_wakeup = sealer_wakeup
 
     def load(self, rows: Sequence[SnapshotRow]) -> None:
         """Fill the table and the indexes from the catalog."""
@@ -206,6 +208,7 @@ class SnapshotTable:
         self.by_name[row.name] = snapshot
         self.by_id[row.snapshot_id] = snapshot
         self._events.note("snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000)
+        self._sealer_wakeup.set()
         return snapshot
 
     def _cut(self, wish: _Wish, chosen: list[Volume] | None) -> _Cut:

@@ -30,8 +30,10 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         if volume.failure is not None
     ]
     return {
-        "health": "failed" if failed else "ok",
+        "health": "failed" if failed else "damaged" if pool.damage.known else "ok",
         "failed_volumes": failed,
+        "damaged_blocks": pool.damage.entries(),
+        "unsealed_snapshot_count": len(pool.sealer.waiting()),
         "pool_id": pool.descriptor.pool_id,
         "format_version": pool.descriptor.format_version,
         "mount_point": mount_point,
@@ -161,6 +163,7 @@ def snapshot_entry(pool_id: str, snapshot: Snapshot) -> dict[str, object]:
         "schedule": snapshot.schedule or None,
         "guid": snapshot.guid or f"{pool_id}:{snapshot.snapshot_id}",
         "holds": sorted(snapshot.hold_tags),
+        "root": snapshot.root or None,
     }
 
 

@@ -13,6 +13,11 @@ class Wakeup:
     def __init__(self) -> None:
         self._event = trio.Event()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the next to wait will not have to."""
+        return self._event.is_set()
+
     def set(self) -> None:
         """Wake whoever waits, or the next to wait."""
         self._event.set()

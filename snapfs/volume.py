@@ -27,9 +27,11 @@ from .geometry import (
     pieces,
     volume_size_bytes_max,
 )
+from .notresident import NotResidentError, OldBlocks
 from .portion import Portion, Segment
 from .processor import Processor
-from .shardstate import EpochClock, NotResidentError, OldBlocks
+from .sealedfile import DamagedBlockError
+from .shardstate import EpochClock
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import side_by_side
 from .traits import TraitsTable
@@ -99,6 +101,18 @@ class VolumeView(ABC):
                     return buffer
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
+            except DamagedBlockError as damage:
+                # What the maps name no more may be freed meanwhile, and is not damaged for that.
+                if await self._segments_again(offset, length) == plan:
+                    self.portions[damage.object_index % self.processor_count].report(damage)
+                    raise
+
+    async def _segments_again(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
+        while True:
+            try:
+                return self._segments(offset, length)
+            except NotResidentError as missing:
+                await missing.fetch({})
 
     def _segments(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
         found = []

@@ -10,6 +10,7 @@ import trio
 from snapfs.backends import CrashPlan, Device, DeviceFile, MemoryDevice
 from snapfs.check import Report, check_pool
 from snapfs.pool import Pool, create_pool
+from snapfs.scrub import scrub, verify
 from snapfs.snapshot import Snapshot
 
 WHERE = "memory"
@@ -127,3 +128,13 @@ async def read_volume(pool: Pool, name: bytes) -> bytes:
     """A volume's contents."""
     async with pool.volumes.opened(name) as volume:
         return bytes(await volume.read(0, volume.size_bytes))
+
+
+async def everything_is_proven(pool: Pool) -> None:
+    """All snapshots are sealed and hold what they were sealed with, and their roots do not depend on the way."""
+    assert await pool.sealer.seal_all()
+    report = await scrub(pool)
+    assert not report.damaged and not report.unreadable_logs
+    for snapshot in list(pool.snapshots.by_name.values()):
+        found = await verify(pool, snapshot)
+        assert found.is_proven, (snapshot.name, found)

@@ -20,7 +20,7 @@ from snapfs.errors import (
     TooLargeError,
     TooNewError,
 )
-from snapfs.formats import DeviceDescriptor, PoolDescriptor
+from snapfs.formats import FORMAT_VERSION, DeviceDescriptor, PoolDescriptor
 from snapfs.fuse import names
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 from snapfs.unnamed import mask_runs, objects_with_data
@@ -192,7 +192,8 @@ def test_descriptors_survive_and_refuse() -> None:
     device = DeviceDescriptor("id", 2)
     assert DeviceDescriptor.from_json(device.to_json(), "d") == device
     with pytest.raises(TooNewError):
-        PoolDescriptor.from_json(pool.to_json().replace(b'"format_version": 2', b'"format_version": 3'), "p")
+        newer = b'"format_version": %d' % (FORMAT_VERSION + 1)
+        PoolDescriptor.from_json(pool.to_json().replace(b'"format_version": %d' % FORMAT_VERSION, newer), "p")
     for contents, error in (
         (b"", DamagedError),
         (b"[]", NotAPoolError),
@@ -201,7 +202,7 @@ def test_descriptors_survive_and_refuse() -> None:
         (device.to_json(), NotAPoolError),
         (pool.to_json().replace(b": 4", b": 400"), DamagedError),
         (pool.to_json().replace(b'"pool_id"', b'"x"'), DamagedError),
-        (pool.to_json().replace(b'"format_version": 2', b'"format_version": "2"'), DamagedError),
+        (pool.to_json().replace(b'"format_version": ', b'"format_version": "2", "x": '), DamagedError),
     ):
         with pytest.raises(error):
             PoolDescriptor.from_json(contents, "p")
@@ -239,8 +240,8 @@ LAYERS = [
     ["geometry", "schedule", "stream"],
     ["transfer", "images"],
     ["receive"],
-    ["blockmap", "snapshotindex", "tasks", "jobs"],
-    ["formats", "events"],
+    ["blockmap", "snapshotindex", "tasks", "jobs", "notresident", "checksums", "contenthash"],
+    ["formats", "events", "damage", "sealedfile"],
     ["database", "traits", "image"],
     ["placement"],
     ["catalog", "shardstore", "changelog", "reserve"],
@@ -248,16 +249,19 @@ LAYERS = [
     ["portion"],
     ["cowportion"],
     ["processor"],
-    ["reclaim", "volume"],
+    ["reclaim", "volume", "sealing"],
     ["volumes", "snapshot"],
     ["snapshots"],
-    ["reclaimer", "scheduler"],
+    ["reclaimer", "scheduler", "affected", "sealer"],
     ["clones", "making", "changelogvolumes"],
     ["freeing", "imagewatch"],
     ["pool"],
-    ["manifest", "status", "repair", "diff"],
+    ["manifest", "status", "repair", "diff", "scrub"],
     ["check"],
-    ["fuse.loop", "fuse.names", "fuse.control", "fuse.helper"],
+    ["fuse.loop", "fuse.names", "fuse.command", "fuse.helper"],
+    ["fuse.snapshotcommands", "fuse.volumecommands", "fuse.changelogcommands", "fuse.schedulecommands"],
+    ["fuse.comparecommands", "fuse.trustcommands"],
+    ["fuse.control"],
     ["fuse.handles"],
     ["fuse.namespace"],
     ["fuse.ownmount", "fuse.operations"],

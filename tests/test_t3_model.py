@@ -16,7 +16,7 @@ from snapfs.errors import ExistsError, HeldError, NotFoundError, SnapfsError, Un
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
 
-from .harness import Running, World, read_snapshot, read_volume
+from .harness import Running, World, everything_is_proven, read_snapshot, read_volume
 
 SECTOR = 512
 SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
@@ -83,6 +83,7 @@ operations = st.one_of(
     st.tuples(st.just("hold"), st.sampled_from(SNAPSHOT_NAMES)),
     st.tuples(st.just("release"), st.sampled_from(SNAPSHOT_NAMES)),
     st.tuples(st.just("reclaim")),
+    st.tuples(st.just("seal")),
     st.tuples(st.just("pass-time")),
     st.tuples(st.just("reopen")),
     st.tuples(st.just("crash"), st.integers(0, 1 << 30), st.sampled_from([0.0, 0.5, 1.0])),
@@ -269,6 +270,9 @@ class Runner:
     async def do_reclaim(self) -> None:
         await self.running.pool.reclaimer.reclaim_all()
 
+    async def do_seal(self) -> None:
+        assert await self.running.pool.sealer.seal_all()
+
     async def do_pass_time(self) -> None:
         self.clock.jump(6)
         await trio.testing.wait_all_tasks_blocked()
@@ -305,6 +309,8 @@ class Runner:
     async def finish(self) -> None:
         await self.verify()
         await self.running.pool.reclaimer.reclaim_all()
+        await self.verify()
+        await everything_is_proven(self.running.pool)
         await self.verify()
         await self.running.stop()
         self.world.check_clean()

@@ -26,8 +26,8 @@ from snapfs.errors import (
     TooLargeError,
 )
 from snapfs.manifest import manifest_of
+from snapfs.notresident import NotResidentError
 from snapfs.pool import Pool, create_pool
-from snapfs.shardstate import NotResidentError
 from snapfs.snapshots import _Wish
 from snapfs.status import pool_status, processor_status
 

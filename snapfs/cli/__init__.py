@@ -29,6 +29,7 @@ from . import (
     snapshot,
     status,
     transfer,
+    trust,
     umount,
 )
 
@@ -63,6 +64,8 @@ for _command in (
     hold.release,
     status.status,
     check.check,
+    trust.scrub,
+    trust.verify,
 ):
     cli.add_command(_command)
 

@@ -13,7 +13,8 @@ import trio
 
 from ..errors import BadCommandError, NotFoundError, ReadOnlyError, SnapfsError
 from ..formats import POOL_FILE
-from ..fuse.control import CommandContext, run_line
+from ..fuse.command import CommandContext
+from ..fuse.control import run_line
 from ..pool import open_pool
 
 Answer = dict[str, Any]

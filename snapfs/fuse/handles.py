@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from ..errors import ReadOnlyError
 from ..events import EventLog
-from ..shardstate import NotResidentError
+from ..notresident import NotResidentError
 from ..snapshot import SnapshotVolume
 from ..volume import Volume, VolumeView
 from .control import ControlSession

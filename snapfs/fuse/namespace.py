@@ -32,7 +32,8 @@ from ..units import parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
 from . import names
-from .control import CommandContext, ControlSession, ForgetPages, ResizeFile
+from .command import CommandContext, ForgetPages, ResizeFile
+from .control import ControlSession
 from .handles import ControlHandle, EventsHandle, Handle, SnapshotHandle, TextHandle, VolumeHandle
 
 # Long: once it is over, the kernel asks before every write, until one answer arrives with no write

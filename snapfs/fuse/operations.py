@@ -18,7 +18,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from ..errors import SnapfsError
-from ..shardstate import NotResidentError
+from ..notresident import NotResidentError
 from ..units import NAME_MAX_BYTES
 from ..volumes import AttributeChange
 from .handles import ControlHandle, Handle, VolumeHandle

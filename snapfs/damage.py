@@ -1,0 +1,57 @@
+"""Blocks that were read, or scrubbed, and are not what was sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .tasks import Wakeup
+
+KNOWN_MAX = 4096
+
+
+class DamagedBlock(NamedTuple):
+    """A block of an object in a change log of a processor."""
+
+    processor_index: int
+    log_id: int
+    object_index: int
+    block: int
+
+
+class DamageLedger:
+    """What is known to be damaged, until a scrub finds it no more. Some thousands at most are kept.
+
+    ``known`` has for each block who has it, as far as that is worked out; ``found`` is set when there
+    are new ones.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[DamagedBlock, dict[str, object] | None] = {}
+        self.found = Wakeup()
+
+    def note(self, processor_index: int, log_id: int, object_index: int, block: int) -> None:
+        """A block turned out to be damaged. Runs on the hot path of those that do."""
+        damaged = DamagedBlock(processor_index, log_id, object_index, block)
+        if damaged not in self.known and len(self.known) < KNOWN_MAX:
+            self.known[damaged] = None
+            self.found.set()
+
+    def replace(self, found: Iterable[DamagedBlock]) -> None:
+        """All was looked at, and this is what is damaged."""
+        before = self.known
+        self.known = {one: before.get(one) for one in found}
+        self.found.set()
+
+    def untold(self) -> list[DamagedBlock]:
+        """Those of which nobody knows yet who has them."""
+        return [one for one, named in self.known.items() if named is None]
+
+    def tell(self, damaged: DamagedBlock, named: dict[str, object]) -> None:
+        """Who has a block is worked out."""
+        if damaged in self.known:
+            self.known[damaged] = named
+
+    def entries(self) -> list[dict[str, object]]:
+        """All of which it is known who has them, for status."""
+        return [named for named in self.known.values() if named is not None]

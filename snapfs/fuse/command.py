@@ -1,0 +1,130 @@
+"""A line of the control file: words and options, and what commands work on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import BadCommandError
+from ..pool import Pool
+from ..units import show_name
+from ..volume import Volume
+
+LINE_BYTES_MAX = 1 << 20
+OPTION_KEYS = frozenset(
+    {
+        "volume",
+        "note",
+        "space",
+        "hold",
+        "force",
+        "size",
+        "mode",
+        "source",
+        "change-log",
+        "capacity",
+        "device",
+        "free-oldest",
+        "every",
+        "at",
+        "keep",
+        "skip-unchanged",
+        "dry-run",
+        "guid",
+        "rate",
+        "base",
+    }
+)
+Answer = dict[str, object]
+ResizeFile = Callable[[bytes, int], Awaitable[None]]
+ForgetPages = Callable[[Sequence[Volume]], Awaitable[None]]
+
+
+async def nothing_to_forget(volumes: Sequence[Volume]) -> None:
+    """Without a mount nobody keeps pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandContext:
+    """What commands work on.
+
+    ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
+    what it keeps of volumes.
+    """
+
+    pool: Pool
+    resize_file: ResizeFile
+    forget_pages: ForgetPages = nothing_to_forget
+
+    @property
+    def pool_id(self) -> str:
+        """The pool's id."""
+        return self.pool.descriptor.pool_id
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A parsed line: its words as bytes, and its options."""
+
+    words: list[bytes]
+    options: list[tuple[str, bytes]]
+
+    def word_count(self, low: int, high: int, usage: str) -> None:
+        """Refuse too few or too many words."""
+        if not low <= len(self.words) <= high:
+            raise BadCommandError(f"the command takes {usage}", "Write help for all commands")
+
+    def known_options(self, *keys: str) -> None:
+        """Refuse options that the command does not have."""
+        for key, _ in self.options:
+            if key not in keys:
+                raise BadCommandError(f"there is no option {key!r} here", "Write help for all commands")
+
+    def all_of(self, key: str) -> list[bytes]:
+        """Every value given for an option."""
+        return [value for one, value in self.options if one == key]
+
+    def one_of(self, key: str) -> str | None:
+        """The value of an option that may be given once. Raises BadCommandError."""
+        values = self.all_of(key)
+        if len(values) > 1:
+            raise BadCommandError(f"{key} is given more than once", "Give it once")
+        return show_name(values[0]) if values else None
+
+    def flag(self, key: str) -> bool:
+        """Whether an option is given as yes. Raises BadCommandError for anything but yes and no."""
+        values = self.all_of(key)
+        if any(value not in (b"yes", b"no") for value in values):
+            raise BadCommandError(f"{key} is yes or no", f"Write {key}=yes, or leave it out")
+        return bool(values) and values[-1] == b"yes"
+
+
+def parse(line: bytes) -> tuple[str, Command] | None:
+    """A line as name and command; None for an empty line or a comment. Raises BadCommandError."""
+    if len(line) > LINE_BYTES_MAX:
+        raise BadCommandError(f"a line of {len(line)} bytes", f"Lines go up to {LINE_BYTES_MAX}")
+    if b"\0" in line:
+        raise BadCommandError("the line has a NUL byte", "Write text: one command a line")
+    try:
+        parts = shlex.split(show_name(line), comments=True)
+    except ValueError as error:
+        raise BadCommandError(f"the line cannot be read: {error}", "Close each quote; quote as in a shell") from None
+    if not parts:
+        return None
+    words: list[bytes] = []
+    options: list[tuple[str, bytes]] = []
+    only_words = False
+    for part in parts[1:]:
+        if part == "--" and not only_words:
+            only_words = True
+            continue
+        key, equals, value = part.partition("=")
+        if equals and key in OPTION_KEYS and not only_words:
+            options.append((key, value.encode("utf-8", "surrogateescape")))
+        else:
+            words.append(part.encode("utf-8", "surrogateescape"))
+    return parts[0], Command(words, options)
+
+
+CommandFunction = Callable[[CommandContext, Command], Awaitable[Answer]]

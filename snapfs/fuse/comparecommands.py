@@ -1,0 +1,122 @@
+"""Commands that tell what changed, and those of which streams are made."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+from ..diff import VolumeChange, blame, content_of, diff, names_gone
+from ..errors import BadCommandError
+from ..formats import CatalogBatch
+from ..pool import Pool
+from ..snapshot import Snapshot
+from ..status import snapshot_entry
+from ..units import parse_moment, parse_size, show_name
+from .command import Answer, Command, CommandContext, CommandFunction
+from .snapshotcommands import guid_of
+
+
+async def _diff(context: CommandContext, command: Command) -> Answer:
+    """diff A [B]: what is other in snapshot B, or now, than in A: extents with offset, length and kind."""
+    command.word_count(1, 2, "the name of a snapshot, or of two")
+    command.known_options()
+    snapshots = [context.pool.snapshots.get(name) for name in command.words]
+    changes = await diff(context.pool, snapshots[0], snapshots[1] if len(snapshots) == 2 else None)
+    return {"volumes": [_change_entry(one) for one in changes]}
+
+
+def _change_entry(change: VolumeChange) -> dict[str, object]:
+    return {
+        "name": show_name(change.name),
+        "renamed_from": show_name(change.before.name)
+        if change.before is not None and change.before.name != change.name
+        else None,
+        "change": "added" if change.before is None else "removed" if change.after is None else "changed",
+        "size_bytes_before": None if change.before is None else change.before.size_bytes,
+        "size_bytes": None if change.after is None else change.after.size_bytes,
+        "changed_bytes": change.changed_bytes,
+        "extents": [
+            {"offset": one.offset, "length": one.length, "kind": "data" if one.is_data else "zero"}
+            for one in change.extents
+        ],
+    }
+
+
+async def _extents(context: CommandContext, command: Command) -> Answer:
+    """extents NAME [base=BASE]: what a snapshot holds, or what is other in it than in another: for snapfs send."""
+    command.word_count(1, 1, "the name of a snapshot")
+    command.known_options("base")
+    pool = context.pool
+    snapshot = _snapshot_of(pool, command.words[0])
+    base_name = command.one_of("base")
+    base = None if base_name is None else pool.snapshots.get(base_name.encode("utf-8", "surrogateescape"))
+    volumes = []
+    for one in await content_of(pool, base, snapshot):
+        assert one.after is not None
+        volumes.append(
+            {
+                **one.after._asdict(),
+                "name": show_name(one.after.name),
+                "base_name": None if one.before is None else show_name(one.before.name),
+                "extents": [[extent.offset, extent.length, int(extent.is_data)] for extent in one.extents],
+            }
+        )
+    return {
+        "snapshot": snapshot_entry(context.pool_id, snapshot),
+        "base": None if base is None else snapshot_entry(context.pool_id, base),
+        "gone": [show_name(name) for name in await names_gone(pool, base, snapshot)],
+        "volumes": volumes,
+    }
+
+
+def _snapshot_of(pool: Pool, name: bytes) -> Snapshot:
+    """The snapshot of a name, or of a moment."""
+    if name[:1] == b"@":
+        return pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
+    return pool.snapshots.get(name)
+
+
+async def _receive_state(context: CommandContext, command: Command) -> Answer:
+    """receive-state put GUID STATE | drop GUID | list: how far streams have come: for snapfs receive."""
+    command.known_options()
+    catalog = context.pool.catalog
+    action, *words = [show_name(word) for word in command.words] or [""]
+    if action == "put" and len(words) == 2:
+        try:
+            json.loads(words[1])
+        except ValueError:
+            raise BadCommandError("the state is not JSON", "It is for snapfs receive") from None
+        await catalog.save([], lambda: CatalogBatch(receives=[(guid_of(words[0]), words[1])]))
+        return {}
+    if action == "drop" and len(words) == 1:
+        await catalog.save([], lambda: CatalogBatch(dropped_receives=words))
+        return {}
+    if action == "list" and not words:
+        states = await catalog.ask(catalog.catalog.receives)
+        return {"states": {guid: json.loads(state) for guid, state in states.items()}}
+    raise BadCommandError("receive-state takes put GUID STATE, drop GUID, or list", "It is for snapfs receive")
+
+
+async def _blame(context: CommandContext, command: Command) -> Answer:
+    """blame VOLUME OFFSET: the snapshots between which the block at an offset changed, newest first."""
+    command.word_count(2, 2, "a volume and an offset")
+    command.known_options()
+    changes = await blame(context.pool, command.words[0], parse_size(show_name(command.words[1])))
+    return {
+        "changes": [
+            {
+                "after": None if one.after is None else snapshot_entry(context.pool_id, one.after),
+                "before": None if one.before is None else snapshot_entry(context.pool_id, one.before),
+            }
+            for one in changes
+        ]
+    }
+
+
+COMMANDS: Mapping[str, CommandFunction] = {
+    "diff": _diff,
+    "extents": _extents,
+    "receive-state": _receive_state,
+    "blame": _blame,
+}

@@ -1,0 +1,104 @@
+"""Commands about volumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ..errors import BadCommandError, TooLargeError
+from ..geometry import volume_size_bytes_max
+from ..making import CHANGE_MODES, VolumeWish
+from ..units import format_size, parse_size, show_name
+from .command import Answer, Command, CommandContext, CommandFunction
+
+
+async def _create(context: CommandContext, command: Command) -> Answer:
+    """create VOLUME [size=SIZE] [mode=redirect|cow] [source=PATH] [change-log=NAME]: make a volume."""
+    command.word_count(1, 1, "the name of a volume")
+    command.known_options("size", "mode", "source", "change-log")
+    size, mode = command.one_of("size"), command.one_of("mode") or "redirect"
+    if mode not in CHANGE_MODES:
+        raise BadCommandError(f"there is no mode {mode!r}", f"Modes: {', '.join(CHANGE_MODES)}")
+    size_bytes = None if size is None else parse_size(size)
+    _check_size(context, size_bytes or 0)
+    wish = VolumeWish(
+        command.words[0],
+        size_bytes,
+        CHANGE_MODES[mode],
+        command.one_of("source") or "",
+        (command.one_of("change-log") or "").encode("utf-8", "surrogateescape"),
+        uid=os.getuid(),
+        gid=os.getgid(),
+    )
+    volume = await context.pool.maker.create(wish)
+    return {"volume": show_name(wish.name), "volume_id": volume.volume_id, "size_bytes": volume.size_bytes}
+
+
+async def _resize(context: CommandContext, command: Command) -> Answer:
+    """resize VOLUME SIZE: set a volume's size; what is gained reads as zeros."""
+    command.word_count(2, 2, "a volume and a size")
+    command.known_options()
+    name, size = command.words
+    context.pool.volumes.get(name)
+    size_bytes = parse_size(show_name(size))
+    _check_size(context, size_bytes)
+    await context.resize_file(name, size_bytes)
+    return {"volume": show_name(name), "size_bytes": size_bytes}
+
+
+def _check_size(context: CommandContext, size_bytes: int) -> None:
+    size_bytes_max = volume_size_bytes_max(len(context.pool.processors))
+    if size_bytes > size_bytes_max:
+        raise TooLargeError(f"volumes of this pool go up to {format_size(size_bytes_max)}", "Give a smaller size")
+
+
+async def _discard(context: CommandContext, command: Command) -> Answer:
+    """discard VOLUME OFFSET LENGTH: a range is to read as zeros; whole blocks of it take no space any more."""
+    command.word_count(3, 3, "a volume, an offset and a length")
+    command.known_options()
+    offset, length = (parse_size(show_name(word)) for word in command.words[1:])
+    volume = context.pool.volumes.get(command.words[0])
+    await context.pool.snapshots.before_cut([volume])
+    freed_bytes = await context.pool.volumes.discard(volume, offset, length)
+    await context.forget_pages([volume])
+    return {"volume": show_name(command.words[0]), "freed_bytes": freed_bytes}
+
+
+async def _clone(context: CommandContext, command: Command) -> Answer:
+    """clone NAME/VOLUME NEW: make a writable volume of what a snapshot holds."""
+    command.word_count(2, 2, "NAME/VOLUME and the name of the new volume")
+    command.known_options()
+    source, new = command.words
+    snapshot, slash, volume = source.partition(b"/")
+    if not slash:
+        raise BadCommandError(f"{show_name(source)!r} names no volume of a snapshot", "Write it as NAME/VOLUME")
+    made = await context.pool.clones.clone(snapshot, volume, new)
+    return {"volume": show_name(new), "volume_id": made.volume_id, "size_bytes": made.size_bytes}
+
+
+async def _flatten(context: CommandContext, command: Command) -> Answer:
+    """flatten VOLUME: copy what a clone shares with others, so that it depends on none."""
+    command.word_count(1, 1, "the name of a volume")
+    command.known_options()
+    copied_bytes = await context.pool.clones.flatten(command.words[0])
+    return {"volume": show_name(command.words[0]), "copied_bytes": copied_bytes}
+
+
+async def _rollback(context: CommandContext, command: Command) -> Answer:
+    """rollback NAME [volume=V]... [force=yes]: put volumes back to a snapshot; the present is kept as another one."""
+    command.word_count(1, 1, "the name of a snapshot")
+    command.known_options("volume", "force")
+    undo = await context.pool.clones.rollback(
+        command.words[0], command.all_of("volume") or None, force=command.flag("force")
+    )
+    return {"name": show_name(command.words[0]), "undo": show_name(undo.name or b"")}
+
+
+COMMANDS: Mapping[str, CommandFunction] = {
+    "create": _create,
+    "resize": _resize,
+    "discard": _discard,
+    "clone": _clone,
+    "flatten": _flatten,
+    "rollback": _rollback,
+}

@@ -1,0 +1,287 @@
+"""Scrubbing: all that is sealed is read from the devices and held against its checksums.
+
+And verifying: a snapshot's root is worked out anew from what it holds, and held against the one it was sealed with.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import trio
+
+from . import blockmap
+from .backends import DeviceFile
+from .blockmap import HOLE, BlockMap
+from .checksums import ZERO_DIGEST, ObjectSums, digest_of
+from .contenthash import ContentHash, element_of, root_of
+from .damage import DamagedBlock
+from .errors import UnsealedError
+from .formats import LogRow
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT
+from .jobs import Job
+from .notresident import NotResidentError
+from .pool import Pool
+from .portion import Portion, Segment
+from .processor import Processor
+from .sealedfile import DamagedBlockError
+from .snapshot import Snapshot
+from .units import show_name
+from .unnamed import mask_runs, named_masks, objects_with_data
+
+_OBJECTS_A_STEP = 16
+_RUN_BLOCKS_MAX = 256
+
+
+class _Rate:
+    """Keeps reading below so many bytes a second; None for no bound."""
+
+    def __init__(self, bytes_per_s: int | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = trio.current_time()
+
+    async def spend(self, size_bytes: int) -> None:
+        """Wait until this many bytes more are within the rate."""
+        if self._bytes_per_s is None:
+            await trio.lowlevel.checkpoint()
+            return
+        self._free_at = max(self._free_at, trio.current_time()) + size_bytes / self._bytes_per_s
+        await trio.sleep_until(self._free_at)
+
+
+@dataclass(slots=True)
+class ScrubReport:
+    """What a scrub found. ``unsealed_bytes`` lie in change logs that have no checksums yet."""
+
+    checked_bytes: int = 0
+    unsealed_bytes: int = 0
+    damaged: list[DamagedBlock] = field(default_factory=list)
+    unreadable_logs: list[str] = field(default_factory=list)
+    duration_ms: float = 0.0
+
+
+async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
+    """Read all that is sealed and that anything names, and compare. What is damaged is in the pool's ledger then."""
+    report = ScrubReport()
+    started = time.perf_counter_ns()
+    rate = _Rate(bytes_per_s)
+    summed: list[tuple[Processor, LogRow]] = []
+    for processor in pool.processors:
+        await processor.commit([one for one in processor.portions.values() if one.failure is None])
+        store = processor.access.store
+        summed += [(processor, row) for row in await processor.access.ask(store.summed_logs)]
+        report.unsealed_bytes += sum(
+            row.block_count << BLOCK_SHIFT for row in await processor.access.ask(store.unsummed_logs)
+        )
+    total = sum(row.block_count for _, row in summed) << BLOCK_SHIFT
+    with pool.jobs.running("scrub", "the sealed change logs", total) as job:
+        for processor, row in summed:
+            await _scrub_log(processor, row, rate, job, report)
+        report.checked_bytes = job.done
+    pool.damage.replace(report.damaged)
+    await pool.damage_teller.tell_all()
+    report.duration_ms = (time.perf_counter_ns() - started) / 1e6
+    return report
+
+
+async def _scrub_log(processor: Processor, row: LogRow, rate: _Rate, job: Job, report: ScrubReport) -> None:
+    try:
+        file = processor.logs.open_alone(row.log_id, row.device_id)
+    except OSError as error:
+        if await _named_blocks(processor, row, None):
+            report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
+        return
+    try:
+        extents = await processor.access.in_thread(lambda: list(file.data_extents()))
+        objects = {one for one, _ in objects_with_data(extents, processor.index, processor.processor_count)}
+        place = 0
+        while rows := await processor.access.ask(processor.access.store.sums_from, row.log_id, place, 4096):
+            objects.update(one.object_index for one in rows)
+            place = rows[-1].object_index + 1
+        ordered = sorted(objects)
+        for start in range(0, len(ordered), _OBJECTS_A_STEP):
+            await _scrub_objects(processor, row, file, ordered[start : start + _OBJECTS_A_STEP], rate, job, report)
+    finally:
+        file.close()
+
+
+async def _scrub_objects(
+    processor: Processor,
+    row: LogRow,
+    file: DeviceFile,
+    objects: list[int],
+    rate: _Rate,
+    job: Job,
+    report: ScrubReport,
+) -> None:
+    named = await _named_blocks(processor, row, objects)
+    for object_index in objects:
+        mask = named.get(object_index, 0)
+        if not mask:
+            continue
+        sums = await processor.access.ask(processor.access.store.checksums, row.log_id, object_index)
+        base = (object_index // processor.processor_count) << OBJECT_SHIFT
+        try:
+            wrong = await processor.access.in_thread(_compare, file, base, mask, sums)
+        except OSError:
+            wrong = await processor.access.in_thread(_unreadable, file, base, mask, sums)
+        if wrong:
+            # What was freed while it was read is not damaged.
+            again = (await _named_blocks(processor, row, [object_index])).get(object_index, 0)
+            report.damaged += [
+                DamagedBlock(processor.index, row.log_id, object_index, block) for block in wrong if again >> block & 1
+            ]
+        size_bytes = mask.bit_count() << BLOCK_SHIFT
+        job.done += size_bytes
+        await rate.spend(size_bytes)
+
+
+async def _named_blocks(processor: Processor, row: LogRow, objects: list[int] | None) -> dict[int, int]:
+    """By object: the mask of blocks in a log that anything names."""
+    await processor.commit([one for one in processor.portions.values() if one.failure is None])
+    family = processor.traits.family_of(row.volume_id)
+    low, high = (objects[0], objects[-1]) if objects else (0, 1 << 40)
+    named = await processor.access.ask(named_masks, processor.access.store, family, low, high)
+    return {object_index: masks[row.log_id] for object_index, masks in named.items() if row.log_id in masks}
+
+
+def _compare(file: DeviceFile, base: int, mask: int, sums: ObjectSums) -> list[int]:
+    """Blocks of an object that are not what was sealed. Blocks."""
+    wrong: list[int] = []
+    for first, count in mask_runs(mask):
+        for start in range(first, first + count, _RUN_BLOCKS_MAX):
+            step = min(_RUN_BLOCKS_MAX, first + count - start)
+            view = memoryview(bytearray(step << BLOCK_SHIFT))
+            offset = base + (start << BLOCK_SHIFT)
+            file.forget_cached(offset, len(view))
+            file.read_into(view, offset)
+            if sums.matches(start, view):
+                continue
+            for index in range(step):
+                block = view[index << BLOCK_SHIFT : (index + 1) << BLOCK_SHIFT]
+                if not sums.matches(start + index, block):
+                    wrong.append(start + index)
+    return wrong
+
+
+def _unreadable(file: DeviceFile, base: int, mask: int, sums: ObjectSums) -> list[int]:
+    """Like :func:`_compare`, block by block: what the device cannot read is damaged too. Blocks."""
+    wrong = []
+    for first, count in mask_runs(mask):
+        for block in range(first, first + count):
+            try:
+                wrong += _compare(file, base, 1 << block, sums)
+            except OSError:
+                wrong.append(block)
+    return wrong
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What verifying a snapshot found: the root it was sealed with, the one it has, and what is damaged.
+
+    ``computed_root`` is empty when blocks are damaged. ``unsealed`` are volumes that no root is over.
+    """
+
+    root: str
+    computed_root: str = ""
+    checked_bytes: int = 0
+    damaged: list[tuple[str, int]] = field(default_factory=list)
+    unsealed: list[str] = field(default_factory=list)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether what it holds is what was sealed."""
+        return self.computed_root == self.root
+
+
+async def verify(pool: Pool, snapshot: Snapshot) -> VerifyReport:
+    """Read all that a snapshot holds, and work its root out anew. Raises UnsealedError."""
+    if not snapshot.root:
+        raise UnsealedError(
+            f"snapshot {show_name(snapshot.name or b'')!r} is not sealed yet",
+            "It is being sealed in the background: status.json tells how many wait. Try again later",
+        )
+    report = VerifyReport(snapshot.root)
+    members = await pool.snapshots.members(snapshot)
+    ids = [one for one in members.ordered_ids if one not in snapshot.unsealed_ids]
+    report.unsealed = [show_name(members.by_id[one].name) for one in members.ordered_ids if one not in ids]
+    total = sum(members.block_counts.get(one, 0) for one in ids) << BLOCK_SHIFT
+    volumes = []
+    with pool.jobs.running("verify", show_name(snapshot.name or b""), total) as job:
+        for volume_id in ids:
+            attributes = members.by_id[volume_id]
+            view = await pool.snapshots.open_volume(snapshot, volume_id)
+            try:
+                content = ContentHash()
+                for processor, portion in zip(pool.processors, view.portions, strict=True):
+                    checking = _Verifying(processor, portion, snapshot.instant, job)
+                    content.combine(await checking.run())
+                    report.damaged += [(show_name(attributes.name), offset) for offset in checking.damaged_offsets]
+            finally:
+                pool.snapshots.close_volume(view)
+            volumes.append((attributes.name, attributes.size_bytes, content.value))
+        report.checked_bytes = job.done
+    if not report.damaged:
+        report.computed_root = root_of(volumes)
+    await pool.damage_teller.tell_all()
+    return report
+
+
+class _Verifying:
+    """Reading one processor's part of a volume in a snapshot."""
+
+    def __init__(self, processor: Processor, portion: Portion, instant: int, job: Job) -> None:
+        self.damaged_offsets: list[int] = []
+        self._processor = processor
+        self._portion = portion
+        self._instant = instant
+        self._job = job
+
+    async def run(self) -> int:
+        """The content hash of what is there."""
+        content = ContentHash()
+        from_object = 0
+        while objects := await self._processor.mapped_objects(self._portion.volume_id, from_object, _OBJECTS_A_STEP):
+            for object_index in objects:
+                block_map = await self._portion.snapshot_map(object_index, self._instant)
+                if block_map != HOLE:
+                    content.replace([], [element_of(object_index, await self._digests(object_index, block_map))])
+            from_object = objects[-1] + 1
+        return content.value
+
+    async def _digests(self, object_index: int, block_map: BlockMap) -> bytes:
+        parts = []
+        for block, count, log_id in blockmap.runs(block_map, 0, BLOCKS_PER_OBJECT):
+            if log_id == HOLE:
+                parts.append(ZERO_DIGEST * count)
+                continue
+            for start in range(block, block + count, _RUN_BLOCKS_MAX):
+                step = min(_RUN_BLOCKS_MAX, block + count - start)
+                parts.append(await self._digests_of_run(object_index, log_id, start, step))
+        return b"".join(parts)
+
+    async def _digests_of_run(self, object_index: int, log_id: int, block: int, count: int) -> bytes:
+        view = memoryview(bytearray(count << BLOCK_SHIFT))
+        try:
+            await self._portion.read_segments(await self._segments(object_index, log_id, block, len(view)), view)
+        except DamagedBlockError as damage:
+            if count > 1:
+                parts = [await self._digests_of_run(object_index, log_id, block + one, 1) for one in range(count)]
+                return b"".join(parts)
+            self._portion.report(damage)
+            self.damaged_offsets.append((object_index << OBJECT_SHIFT) + (block << BLOCK_SHIFT))
+            return ZERO_DIGEST
+        self._job.done += len(view)
+        return await self._processor.access.in_thread(_digests_in, view)
+
+    async def _segments(self, object_index: int, log_id: int, block: int, length: int) -> list[Segment]:
+        while True:
+            try:
+                return self._portion.segments(log_id, object_index, block << BLOCK_SHIFT, length, 0)
+            except NotResidentError as missing:
+                await missing.fetch({})
+
+
+def _digests_in(view: memoryview) -> bytes:
+    return b"".join(digest_of(view[at : at + BLOCK_SIZE]) for at in range(0, len(view), BLOCK_SIZE))

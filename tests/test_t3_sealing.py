@@ -1,0 +1,299 @@
+"""Sealing, scrubbing and verifying on pools in memory: what was sealed is proven, and what is damaged is never read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs.backends import CrashPlan
+from snapfs.checksums import ObjectSums, SumsMaker, digest_of
+from snapfs.contenthash import PRIME, ContentHash, element_of
+from snapfs.errors import UnsealedError
+from snapfs.formats import COPY_ON_WRITE, SumsRow
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool
+from snapfs.scrub import scrub, verify
+from snapfs.sealedfile import DamagedBlockError
+
+from .harness import Running, World, everything_is_proven, open_world, read_snapshot, read_volume
+
+OBJECT = 4 << 20
+BLOCK = 4096
+
+
+async def put(pool: Pool, name: bytes, offset: int, data: bytes) -> None:
+    async with pool.volumes.opened(name) as volume:
+        await volume.write(offset, data)
+
+
+def damage(world: World, marker: bytes, *, by: bytes = b"damaged!", shift: int = 0) -> int:
+    """Overwrite the first place of every log that holds these bytes, behind everybody's back; how many."""
+    count = 0
+    for device in world.devices.values():
+        for index in range(4):
+            for name in device.names(f"logs/{index}"):
+                file = device.open(f"logs/{index}/{name}")
+                for start, end in file.data_extents():
+                    contents = bytearray(end - start)
+                    file.read_into(contents, start)
+                    at = contents.find(marker)
+                    if at >= 0:
+                        file.write(by, start + at + shift)
+                        count += 1
+                        break
+                file.close()
+    return count
+
+
+@given(st.binary(min_size=1, max_size=64), st.integers(0, 1023), st.integers(1, 8))
+def test_sums_match_what_they_were_made_of_and_nothing_else(seed: bytes, first: int, count: int) -> None:
+    count = min(count, 1024 - first)
+    rng = random.Random(seed)
+    contents = bytearray(b"".join(rng.randbytes(BLOCK) if rng.random() < 0.8 else bytes(BLOCK) for _ in range(count)))
+    maker = SumsMaker()
+    for index in range(count):
+        maker.add(first + index, memoryview(contents)[index * BLOCK : (index + 1) * BLOCK])
+    made = maker.made()
+    sums = ObjectSums.decode(made.encoded_mask(), made.checksums, made.digests)
+    assert sums == made
+    assert sums.matches(first, memoryview(contents)) and sums.first_wrong(first, memoryview(contents)) is None
+    assert sums.digests_of(first, count) == b"".join(
+        digest_of(contents[at : at + BLOCK]) for at in range(0, len(contents), BLOCK)
+    )
+    wrong = rng.randrange(len(contents))
+    contents[wrong] ^= 1 << rng.randrange(8)
+    assert not sums.matches(first, memoryview(contents))
+    assert sums.first_wrong(first, memoryview(contents)) == first + wrong // BLOCK
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.binary(min_size=16, max_size=16)), max_size=12))
+def test_a_content_hash_depends_on_what_is_there_not_on_the_way(changes: list[tuple[int, bytes]]) -> None:
+    content = ContentHash()
+    now: dict[int, bytes] = {}
+    for index, digests in changes:
+        old = [element_of(index, now[index])] if index in now else []
+        content.replace(old, [element_of(index, digests)])
+        now[index] = digests
+    direct = ContentHash()
+    direct.replace([], [element_of(index, digests) for index, digests in sorted(now.items(), reverse=True)])
+    assert content.value == direct.value
+
+
+def test_the_modulus_is_a_prime() -> None:
+    assert all(pow(base, PRIME - 1, PRIME) == 1 for base in (2, 3, 5, 7))
+
+
+async def test_what_a_snapshot_holds_is_sealed_and_read_back() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, os.urandom(3 * OBJECT) + b"tail")
+        before = await read_volume(pool, b"v")
+        first = await pool.snapshots.create(b"first")
+        await put(pool, b"v", 5000, b"changed")
+        second = await pool.snapshots.create(b"second")
+        assert await pool.sealer.seal_all()
+        assert len({first.root, second.root, ""}) == 3 and second.previous_root == first.root
+        assert await read_snapshot(pool, first, b"v") == before
+        await everything_is_proven(pool)
+        third = await pool.snapshots.create(b"third")
+        await everything_is_proven(pool)
+        assert third.root == second.root
+        for processor in pool.processors:
+            log = processor.portions.get(pool.volumes.get(b"v").volume_id)
+            assert log is None or log.current_log is None or not log.current_log.summed
+    async with open_world(world) as pool:
+        assert pool.snapshots.get(b"second").previous_root == first.root
+        await everything_is_proven(pool)
+        assert await read_snapshot(pool, pool.snapshots.get(b"first"), b"v") == before
+    world.check_clean()
+
+
+async def test_a_damaged_block_is_never_read_and_is_named() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        blocks = [b"block %4d " % index * 372 + b"...." for index in range(64)]
+        await put(pool, b"v", 0, b"".join(blocks))
+        old = await pool.snapshots.create(b"old")
+        await put(pool, b"v", 0, b"new")
+        new = await pool.snapshots.create(b"new")
+        await pool.clones.clone(b"old", b"v", b"c")
+        await pool.sealer.seal_all()
+        assert damage(world, b"block   17 ") == 1
+        async with pool.volumes.opened(b"v") as volume:
+            with pytest.raises(DamagedBlockError) as failed:
+                await volume.read(17 * BLOCK + 100, 10)
+            assert (failed.value.errno, failed.value.exit_code) == (errno.EIO, 4)
+            with pytest.raises(DamagedBlockError):
+                await volume.read(0, 64 * BLOCK)
+            # Neighbours are read, and a write of part of it does not hide the damage in a new block.
+            assert await volume.read(16 * BLOCK, BLOCK) == blocks[16]
+            with pytest.raises(DamagedBlockError):
+                await volume.write(17 * BLOCK + 5, b"part")
+            assert await volume.read(18 * BLOCK + 1, 5000) == (blocks[18] + blocks[19])[1:5001]
+        for snapshot in (old, new):
+            with pytest.raises(DamagedBlockError):
+                await read_snapshot(pool, snapshot, b"v")
+        with pytest.raises(DamagedBlockError):
+            await read_volume(pool, b"c")
+        await pool.damage_teller.tell_all()
+        (entry,) = pool.damage.entries()
+        named = {one["volume"]: (one["is_live"], one["snapshots"]) for one in entry["volumes"]}  # type: ignore[attr-defined]
+        assert entry["offset"] == 17 * BLOCK
+        assert named == {"v": (True, ["new", "old"]), "c": (True, [])}
+        assert b'"damaged-block"' in pool.events.contents
+        assert not (found := await verify(pool, old)).is_proven and found.damaged == [("v", 17 * BLOCK)]
+        report = await scrub(pool)
+        assert [(one.object_index, one.block) for one in report.damaged] == [(0, 17)]
+        # Written anew it is sound in the live volume; the snapshots stay damaged.
+        await put(pool, b"v", 17 * BLOCK, b"x" * BLOCK)
+        async with pool.volumes.opened(b"v") as volume:
+            assert await volume.read(17 * BLOCK, BLOCK) == b"x" * BLOCK
+        await pool.snapshots.delete(b"old")
+        await pool.snapshots.delete(b"new")
+        await pool.volumes.remove(b"c")
+        await pool.reclaimer.reclaim_all()
+        assert not (await scrub(pool)).damaged
+        assert not pool.damage.known
+
+
+async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"marker" + bytes(BLOCK - 6) + b"y" * BLOCK)
+        # A block of zeros in the middle of a write is kept as data.
+        await put(pool, b"v", OBJECT, b"first" + bytes(3 * BLOCK) + b"last")
+        snapshot = await pool.snapshots.create(b"s")
+        await pool.sealer.seal_all()
+        assert damage(world, b"marker", by=bytes(6)) == 1
+        with pytest.raises(DamagedBlockError):
+            await read_snapshot(pool, snapshot, b"v")
+        assert damage(world, b"first", by=b"!", shift=BLOCK) == 1
+        report = await scrub(pool)
+        assert {(one.object_index, one.block) for one in report.damaged} == {(0, 0), (1, 1)}
+
+
+async def test_sealing_goes_on_after_a_crash_and_keeps_no_log_from_dying() -> None:
+    world = World()
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        await pool.volumes.create(b"v")
+        for number in range(5):
+            await put(pool, b"v", number * BLOCK, bytes([number + 1]) * 9 * BLOCK)
+            await pool.snapshots.create(b"s%d" % number)
+        await running.crash(CrashPlan(1))
+        running = Running(world)
+        await running.start(nursery)
+        pool = running.pool
+        await everything_is_proven(pool)
+        for number in range(4):
+            await pool.snapshots.delete(b"s%d" % number)
+            await pool.reclaimer.reclaim_all()
+            await everything_is_proven(pool)
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s4")
+        await pool.reclaimer.reclaim_all()
+        for processor in pool.processors:
+            assert not processor.access.store.database.rows("SELECT 1 FROM sums UNION SELECT 1 FROM logs")
+        await running.stop()
+    world.check_clean()
+
+
+async def test_roots_of_clones_rollbacks_truncates_and_base_deleted_meanwhile() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, os.urandom(2 * OBJECT))
+        first = await pool.snapshots.create(b"first")
+        await pool.sealer.seal_all()
+        await pool.clones.clone(b"first", b"v", b"c")
+        await put(pool, b"c", OBJECT, b"clone")
+        await pool.snapshots.create(b"with-clone")
+        await pool.clones.rollback(b"first", [b"v"])
+        back = await pool.snapshots.create(b"back", [b"v"])
+        await pool.sealer.seal_all()
+        assert back.root == first.root
+        async with pool.volumes.opened(b"v") as volume:
+            await pool.volumes.truncate(volume, 3 * BLOCK + 5)
+        await pool.snapshots.create(b"short")
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.create(b"gone")
+        # The bases of what is to be sealed go first.
+        for name in (b"first", b"with-clone"):
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        await everything_is_proven(pool)
+    world.check_clean()
+
+
+async def test_copy_on_write_and_images_are_told_as_not_covered() -> None:
+    world = World()
+    world.make_image("/image", b"image" * 5000)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"w", 8 * BLOCK, COPY_ON_WRITE))
+        await pool.maker.create(VolumeWish(b"i", None, source_path="/image"))
+        await pool.volumes.create(b"v")
+        for name in (b"w", b"i", b"v"):
+            await put(pool, name, 0, name * BLOCK)
+        first = await pool.snapshots.create(b"first")
+        await put(pool, b"w", 0, b"2" * BLOCK)
+        await pool.snapshots.create(b"second")
+        await everything_is_proven(pool)
+        assert sorted((await verify(pool, first)).unsealed) == ["i", "w"]
+        # What was preserved is sealed all the same.
+        assert damage(world, b"w" * BLOCK) >= 1
+        with pytest.raises(DamagedBlockError):
+            await read_snapshot(pool, first, b"w")
+
+
+async def test_an_unsealed_snapshot_cannot_be_verified() -> None:
+    async with open_world(World()) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1")
+        snapshot = await pool.snapshots.create(b"s")
+        snapshot.root = ""
+        with pytest.raises(UnsealedError):
+            await verify(pool, snapshot)
+
+
+async def test_a_scrub_keeps_to_its_rate(mock_clock: trio.testing.MockClock) -> None:
+    mock_clock.rate = 100
+    async with open_world(World()) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * OBJECT)
+        await pool.snapshots.create(b"s")
+        await pool.sealer.seal_all()
+        started = trio.current_time()
+        report = await scrub(pool, 1 << 20)
+        assert report.checked_bytes == OBJECT
+        assert trio.current_time() - started >= 4
+
+
+async def test_a_block_freed_while_it_is_read_is_not_damage() -> None:
+    """A scrub looks again at what names a block that does not match."""
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * BLOCK * 4)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", BLOCK, b"2" * BLOCK)
+        await pool.sealer.seal_all()
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        # Freed and punched: its checksum is still there.
+        rows: list[SumsRow] = []
+        for processor in pool.processors:
+            for log in await processor.access.ask(processor.access.store.summed_logs):
+                rows += await processor.access.ask(processor.access.store.sums_from, log.log_id, 0, 10)
+        assert any(row.sums.mask >> 1 & 1 for row in rows)
+        assert not (await scrub(pool)).damaged
