@@ -138,6 +138,18 @@ class UnsupportedError(SnapfsError):
     errno = errno.EOPNOTSUPP
 
 
+class HookFailedError(SnapfsError):
+    """A program that was to run before a snapshot failed. What had begun was undone; no snapshot was made."""
+
+    errno = errno.ECANCELED
+
+
+class StallError(SnapfsError):
+    """A snapshot would have held things up for longer than was allowed. None was made."""
+
+    errno = errno.ETIMEDOUT
+
+
 class MissingBaseError(SnapfsError):
     """A stream of changes whose base is not in the target. Nothing was changed."""
 

@@ -28,6 +28,7 @@ async def manifest_of(pool: Pool, snapshot: Snapshot) -> bytes:
             "instant": snapshot.instant,
             "created": iso_time(snapshot.created_ns),
             "stall_us": snapshot.stall_ns / 1000,
+            "frozen_ms": snapshot.frozen_ns / 1e6,
             "of_all_volumes": snapshot.volume_ids is None,
             "note": snapshot.note,
             "pool_id": pool.descriptor.pool_id,

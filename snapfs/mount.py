@@ -116,6 +116,7 @@ class _Mount:
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
+        pool.hooks.mount_point = os.path.abspath(request.mount_point)
 
     async def _forget_pages(self, volumes: Sequence[Volume]) -> None:
         await self._own_mount.refresh(volumes)

@@ -45,6 +45,7 @@ from .formats import (
 )
 from .freeing import OldestFreer
 from .geometry import PROCESSOR_COUNT_MAX
+from .hooks import HookTable
 from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .making import VolumeMaker
@@ -238,6 +239,7 @@ class Pool:
             for store in stores
         ]
         self.volumes.processors = self.processors
+        self.hooks = HookTable(self.catalog, self.events, catalog.hooks())
         self.snapshots = SnapshotTable(
             self.catalog,
             self.volumes,
@@ -247,6 +249,7 @@ class Pool:
             catalog.meta("next_snapshot_id"),
             self.reserve,
             self.events,
+            self.hooks,
             wakeup,
             sealer_wakeup,
         )

@@ -286,13 +286,16 @@ class Processor:
 
     async def prepare(
         self, row: IntermediateRow, volume_ids: Collection[VolumeId] | None, catalog_generation: int
-    ) -> None:
-        """Make everything of before the cut durable, with the intermediate snapshot."""
+    ) -> int:
+        """Make everything of before the cut durable, with the intermediate snapshot.
+
+        Gives the nanoseconds for which that kept all else from running.
+        """
         if volume_ids is None:
             portions: Iterable[Portion] = self.portions.values()
         else:
             portions = [self.portions[one] for one in volume_ids if one in self.portions]
-        await self.commit(portions, ShardBatch(intermediates=[row]), catalog_generation)
+        return await self.commit(portions, ShardBatch(intermediates=[row]), catalog_generation)
 
     # -- committing --------------------------------------------------------------------------
 
@@ -301,27 +304,31 @@ class Processor:
         portions: Iterable[Portion] | None = None,
         batch: ShardBatch | None = None,
         catalog_generation: int | None = None,
-    ) -> None:
+    ) -> int:
         """Make the dirty state of these portions (all: None) durable, with the rows of ``batch``.
 
-        Raises SyncFailedError when data could not be synced, NoSpaceError when the store's device
+        Gives the nanoseconds for which nothing else could run. Raises SyncFailedError when data could
+        not be synced, NoSpaceError when the store's device
         is full (nothing is lost then; it is tried again at the next commit).
         """
+        stall_ns = 0
         with trio.CancelScope(shield=True):
             async with self.access.commit_lock:
-                await self.commit_locked(portions, batch, catalog_generation)
+                stall_ns = await self.commit_locked(portions, batch, catalog_generation)
+        return stall_ns
 
     async def commit_locked(
         self,
         portions: Iterable[Portion] | None = None,
         batch: ShardBatch | None = None,
         catalog_generation: int | None = None,
-    ) -> None:
+    ) -> int:
         """Like :meth:`commit`, by a holder of the commit lock, shielded from cancellation."""
+        began = time.perf_counter_ns()
         commit = self._begin_commit(portions, batch, catalog_generation)
-        if not commit.taken and not commit.batch:
-            return
         started = time.perf_counter_ns()
+        if not commit.taken and not commit.batch:
+            return started - began
         syncing = [log for _, changes in commit.taken for log in changes.logs_to_sync]
         for log in syncing:
             log.users += 1
@@ -346,6 +353,7 @@ class Processor:
         self.last_commit_duration_ns = time.perf_counter_ns() - started
         if commit.dead_logs:
             await self.remove_logs(commit.dead_logs)
+        return started - began
 
     def _begin_commit(
         self, portions: Iterable[Portion] | None, batch: ShardBatch | None, catalog_generation: int | None

@@ -31,24 +31,6 @@ RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
 
 
-class _RestingPace:
-    """Rests as long as was worked, unless somebody waits for the work to be done."""
-
-    def __init__(self, hurry: Wakeup) -> None:
-        self._since_ns = time.perf_counter_ns()
-        self._hurry = hurry
-
-    async def __call__(self, size_bytes: int) -> None:
-        worked_s = (time.perf_counter_ns() - self._since_ns) / 1e9
-        if self._hurry.is_set:
-            await trio.lowlevel.checkpoint()
-        else:
-            with trio.move_on_after(worked_s):
-                await self._hurry.wait()
-                self._hurry.set()
-        self._since_ns = time.perf_counter_ns()
-
-
 @dataclass(slots=True)
 class _Portion:
     """What a processor is to note of a volume's content, once the snapshot is sealed."""
@@ -77,6 +59,8 @@ class Sealer:
         self._wakeup = wakeup
         self._turn = trio.Lock()
         self._hurry = Wakeup()
+        self._hurried_count = 0
+        self._since_ns = 0
 
     async def run(self) -> None:
         """Seal whenever a snapshot was made; until cancelled."""
@@ -96,18 +80,34 @@ class Sealer:
 
     async def seal_all(self, *, gently: bool = False) -> bool:
         """Seal all that can be; whether nothing is left."""
-        if not gently:
-            self._hurry.set()
-        async with self._turn:
-            self._hurry = Wakeup()
-            for processor in self._processors:
-                await seal_logs(processor, _RestingPace(self._hurry) if gently else at_full_pace)
-            for snapshot in self.waiting():
-                try:
-                    await self._seal(snapshot)
-                except NotSealedError:
-                    continue
+        self._hurried_count += not gently
+        self._hurry.set()
+        try:
+            async with self._turn:
+                return await self._seal_waiting(gently=gently)
+        finally:
+            self._hurried_count -= not gently
+
+    async def _seal_waiting(self, *, gently: bool) -> bool:
+        self._since_ns = time.perf_counter_ns()
+        for processor in self._processors:
+            await seal_logs(processor, self._rest if gently else at_full_pace)
+        for snapshot in self.waiting():
+            try:
+                await self._seal(snapshot)
+            except NotSealedError:
+                continue
         return not self.waiting()
+
+    async def _rest(self, size_bytes: int) -> None:
+        """Rest as long as was worked, unless somebody waits for the work to be done."""
+        worked_s = (time.perf_counter_ns() - self._since_ns) / 1e9
+        if self._hurried_count:
+            await trio.lowlevel.checkpoint()
+        else:
+            with trio.move_on_after(worked_s):
+                await self._hurry.wait()
+        self._since_ns = time.perf_counter_ns()
 
     def is_covered(self, volume_id: VolumeId) -> bool:
         """Whether all that a volume is lies in change logs, and not in a source that goes on changing or is others'."""

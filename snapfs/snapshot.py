@@ -23,6 +23,7 @@ class Snapshot:
     ``volume_ids`` is None for one of all volumes. ``opens`` counts files of it that are open.
     ``is_kept``: copies are made for it; no longer once it is deleted, nobody has it open and no
     clone looks into it. ``hold_tags`` keep it from being deleted. ``root`` is empty until it is sealed.
+    ``cut_ns`` is known to whoever made it.
     """
 
     def __init__(self, row: SnapshotRow) -> None:
@@ -41,6 +42,7 @@ class Snapshot:
         self.unsealed_ids = row.unsealed_ids
         self.frozen_ns = row.frozen_ns
         self.opens = 0
+        self.cut_ns = 0
         self.is_kept = row.name is not None
 
     def holds(self, volume_id: VolumeId) -> bool:

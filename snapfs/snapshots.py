@@ -20,10 +20,11 @@ import trio
 
 from . import reclaim
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, HeldError, NotFoundError
+from .errors import ExistsError, HeldError, NotFoundError, StallError
 from .events import EventLog
 from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
+from .hooks import Freeze, HookTable
 from .processor import Processor
 from .reserve import Reserve
 from .shardstate import EpochClock
@@ -61,6 +62,9 @@ class _Cut:
     parts: list[IntermediateRow]
     marks: dict[Volume, tuple[int, int]]
     chosen: list[Volume] | None
+    cut_ns: int
+    freeze: Freeze | None = None
+    max_stall_ms: float | None = None
     make_change: Callable[[CatalogBatch, int], None] | None = None
 
 
@@ -80,6 +84,7 @@ class SnapshotTable:
         next_snapshot_id: int,
         reserve: Reserve,
         events: EventLog,
+        hooks: HookTable,
         reclaim_wakeup: Wakeup,
         sealer_wakeup: Wakeup,
     ) -> None:
@@ -89,6 +94,7 @@ class SnapshotTable:
         self.before_cut: BeforeCut = nothing_before_cut
         self.processors: Sequence[Processor] = ()
         self.lock = trio.Lock()
+        self.hooks = hooks
         self.aborted: list[tuple[SnapshotId, int]] = []
         self._catalog = catalog
         self._volumes = volumes
@@ -142,25 +148,40 @@ class SnapshotTable:
         hold_tags: Iterable[str] = (),
         schedule: str = "",
         guid: str = "",
+        with_hooks: bool = True,
+        max_stall_ms: float | None = None,
     ) -> Snapshot:
         """Make a snapshot of the volumes named, or of all (None), at one instant; it is durable.
 
         Without a name it gets the time in UTC. ``guid`` is that of the snapshot it was received from.
-        Raises BadNameError, ExistsError, NotFoundError,
+        ``max_stall_ms`` bounds for how long it may keep the daemon from serving, and applications frozen.
+        Raises BadNameError, ExistsError, NotFoundError, HookFailedError, StallError,
         NoSpaceError, SyncFailedError; then there is no snapshot.
         """
         if name is not None:
             check_name(name, "snapshot")
+        volume_names = None if volume_names is None else list(volume_names)
         wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule, guid)
         async with self.lock:
             self._check_free(name)
             chosen = self._chosen(volume_names)
             await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
-            # Cancelled in between, it would be neither there nor not there.
-            with trio.CancelScope(shield=True):
-                async with self._volumes.lock:
-                    cut = self._cut(wish, self._chosen(volume_names))
-                made = await self._see_through(cut)
+            shown = None if volume_names is None else [show_name(one) for one in volume_names]
+            hooks = self.hooks.concerning(shown) if with_hooks else []
+            max_stall_s = None if max_stall_ms is None else max_stall_ms / 1e3
+            async with self.hooks.frozen(hooks, show_name(name or b""), max_stall_s) as freeze:
+                if freeze.is_active:
+                    # What they wrote to hold still. The first flush left little else to write.
+                    await self.before_cut(
+                        self._volumes.unsaved() if chosen is None else self._chosen(volume_names) or []
+                    )
+                # Cancelled in between, it would be neither there nor not there.
+                with trio.CancelScope(shield=True):
+                    async with self._volumes.lock:
+                        freeze.check_now()
+                        cut = self._cut(wish, self._chosen(volume_names))
+                    cut.freeze, cut.max_stall_ms = freeze, max_stall_ms
+                    made = await self._see_through(cut)
         return made
 
     async def create_before(
@@ -193,23 +214,35 @@ class SnapshotTable:
         """Make a cut durable on all processors, and then in the catalog."""
         row = cut.row
         try:
+            if cut.freeze is not None:
+                cut.freeze.thaw_now()
             await side_by_side(
                 [
-                    partial(processor.prepare, part, row.volume_ids, self._catalog.generation)
+                    partial(self._prepare, cut, processor, part)
                     for processor, part in zip(self.processors, cut.parts, strict=True)
                 ]
             )
+            if cut.freeze is not None:
+                await cut.freeze.end()
+                row = cut.row = cut.row._replace(frozen_ns=cut.freeze.frozen_ns)
+            _check_stall(cut)
             await self._publish(cut)
         except BaseException as error:
             self._abort(row, error)
             raise
+        row = cut.row
         snapshot = Snapshot(row)
+        snapshot.cut_ns = cut.cut_ns
         assert row.name is not None
         self.by_name[row.name] = snapshot
         self.by_id[row.snapshot_id] = snapshot
         self._events.note("snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000)
         self._sealer_wakeup.set()
         return snapshot
+
+    async def _prepare(self, cut: _Cut, processor: Processor, part: IntermediateRow) -> None:
+        stall_ns = await processor.prepare(part, cut.row.volume_ids, self._catalog.generation)
+        cut.row = cut.row._replace(stall_ns=max(stall_ns, cut.row.stall_ns))
 
     def _cut(self, wish: _Wish, chosen: list[Volume] | None) -> _Cut:
         """The instant. Runs without an await, so it falls between any two writes."""
@@ -240,7 +273,7 @@ class SnapshotTable:
             wish.guid,
             wish.hold_tags,
         )
-        return _Cut(row, parts, marks, chosen)
+        return _Cut(row, parts, marks, chosen, stall_ns)
 
     def unused_name(self, stem: bytes) -> bytes:
         """A name, with ``-2`` and so on behind it when it is taken."""
@@ -425,6 +458,16 @@ class SnapshotTable:
             await self._catalog.save([], lambda: CatalogBatch(dropped_holds=[(snapshot.snapshot_id, tag)]))
             snapshot.hold_tags -= {tag}
             self._events.note("snapshot-released", name=show_name(name), tag=tag)
+
+
+def _check_stall(cut: _Cut) -> None:
+    """Raises StallError when a snapshot held things up for longer than was allowed."""
+    longest_ms = max(cut.row.stall_ns, cut.row.frozen_ns) / 1e6
+    if cut.max_stall_ms is not None and longest_ms > cut.max_stall_ms:
+        raise StallError(
+            f"the snapshot held things up for {longest_ms:.3f} ms, and {cut.max_stall_ms:g} ms were allowed",
+            "No snapshot was made. Try again, or allow more with max-stall",
+        )
 
 
 def check_not_held(snapshot: Snapshot) -> None:

@@ -57,6 +57,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             for device_id, device in pool.devices.items()
         ],
         "schedules": pool.scheduler.entries(),
+        "hooks": pool.hooks.entries(),
         "changed_images": pool.images.changed,
         "change_log_volumes": pool.changelogs.entries(),
         "volumes": [await volume_status(pool, volume) for volume in pool.volumes.by_name.values()]
@@ -159,6 +160,7 @@ def snapshot_entry(pool_id: str, snapshot: Snapshot) -> dict[str, object]:
         "created": iso_time(snapshot.created_ns),
         "of_all_volumes": snapshot.volume_ids is None,
         "stall_us": snapshot.stall_ns / 1000,
+        "frozen_ms": snapshot.frozen_ns / 1e6,
         "note": snapshot.note,
         "schedule": snapshot.schedule or None,
         "guid": snapshot.guid or f"{pool_id}:{snapshot.snapshot_id}",

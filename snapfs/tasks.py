@@ -13,11 +13,6 @@ class Wakeup:
     def __init__(self) -> None:
         self._event = trio.Event()
 
-    @property
-    def is_set(self) -> bool:
-        """Whether the next to wait will not have to."""
-        return self._event.is_set()
-
     def set(self) -> None:
         """Wake whoever waits, or the next to wait."""
         self._event.set()
@@ -28,7 +23,7 @@ class Wakeup:
         self._event = trio.Event()
 
 
-async def side_by_side(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
+async def side_by_side(calls: Iterable[Callable[[], Awaitable[object]]]) -> None:
     """Run all calls at once, wait for all, and raise the first error that one of them met."""
     waiting = list(calls)
     if len(waiting) == 1:
@@ -36,7 +31,7 @@ async def side_by_side(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
         return
     errors: list[Exception] = []
 
-    async def run(call: Callable[[], Awaitable[None]]) -> None:
+    async def run(call: Callable[[], Awaitable[object]]) -> None:
         try:
             await call()
         except Exception as error:  # noqa: BLE001 - it is raised below, when all have ended

@@ -181,7 +181,7 @@ def snapshot_cost(mount_point: Path, count: int) -> tuple[float, float]:
             started = time.perf_counter()
             os.write(control, b"snapshot\n")
             calls.append((time.perf_counter() - started) * 1000)
-            cuts.append(json.loads(os.read(control, 65536))["stall_us"] / 1000)
+            cuts.append(json.loads(os.read(control, 65536))["cut_us"] / 1000)
     finally:
         os.close(control)
         os.close(volume)

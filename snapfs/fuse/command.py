@@ -33,6 +33,12 @@ OPTION_KEYS = frozenset(
         "dry-run",
         "guid",
         "rate",
+        "hooks",
+        "max-stall",
+        "before",
+        "after",
+        "time-limit",
+        "shell",
         "base",
     }
 )
@@ -92,12 +98,15 @@ class Command:
             raise BadCommandError(f"{key} is given more than once", "Give it once")
         return show_name(values[0]) if values else None
 
-    def flag(self, key: str) -> bool:
-        """Whether an option is given as yes. Raises BadCommandError for anything but yes and no."""
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Whether an option is given as yes, or is not given and that is the default.
+
+        Raises BadCommandError for anything but yes and no.
+        """
         values = self.all_of(key)
         if any(value not in (b"yes", b"no") for value in values):
             raise BadCommandError(f"{key} is yes or no", f"Write {key}=yes, or leave it out")
-        return bool(values) and values[-1] == b"yes"
+        return values[-1] == b"yes" if values else default
 
 
 def parse(line: bytes) -> tuple[str, Command] | None:

@@ -11,7 +11,15 @@ from collections.abc import Mapping
 
 from ..errors import BadCommandError, SnapfsError
 from ..units import show_name
-from . import changelogcommands, comparecommands, schedulecommands, snapshotcommands, trustcommands, volumecommands
+from . import (
+    changelogcommands,
+    comparecommands,
+    hookcommands,
+    schedulecommands,
+    snapshotcommands,
+    trustcommands,
+    volumecommands,
+)
 from .command import Answer, Command, CommandContext, CommandFunction, parse
 
 
@@ -58,6 +66,7 @@ COMMANDS: Mapping[str, CommandFunction] = {
     **changelogcommands.COMMANDS,
     **schedulecommands.COMMANDS,
     **trustcommands.COMMANDS,
+    **hookcommands.COMMANDS,
     "help": _help,
 }
 

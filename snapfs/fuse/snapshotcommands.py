@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from ..errors import BadCommandError
@@ -9,11 +10,13 @@ from ..status import snapshot_entry, snapshot_entry_with_space
 from ..units import show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 
+_STALL = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s)")
+
 
 async def _snapshot(context: CommandContext, command: Command) -> Answer:
-    """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT] [guid=GUID]: make one of all volumes, or of some."""
+    """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT] [hooks=no] [max-stall=50ms]: of all volumes, or some."""
     command.word_count(0, 1, "one name or none")
-    command.known_options("volume", "note", "hold", "guid")
+    command.known_options("volume", "note", "hold", "guid", "hooks", "max-stall")
     volumes = command.all_of("volume")
     try:
         note = b" ".join(command.all_of("note")).decode()
@@ -25,8 +28,21 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
         note,
         hold_tags=[show_name(tag) for tag in command.all_of("hold")],
         guid=guid_of(command.one_of("guid") or ""),
+        # What is received holds no application's present.
+        with_hooks=command.flag("hooks", default=command.one_of("guid") is None),
+        max_stall_ms=_max_stall_ms(command),
     )
-    return snapshot_entry(context.pool_id, snapshot)
+    return {**snapshot_entry(context.pool_id, snapshot), "cut_us": snapshot.cut_ns / 1000}
+
+
+def _max_stall_ms(command: Command) -> float | None:
+    text = command.one_of("max-stall")
+    if text is None:
+        return None
+    match = _STALL.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise BadCommandError(f"{text[:64]!r} is no bound for a stall", "Write max-stall=50ms, 0.2ms or 1s")
+    return float(match[1]) * (1000 if match[2] == "s" else 1)
 
 
 def guid_of(text: str) -> str:
