@@ -110,7 +110,6 @@ class ChangeLogs:
     def __init__(
         self,
         processor_index: int,
-        processor_count: int,
         devices: Mapping[int, Device],
         placement: Placement,
         next_log_id: int,
@@ -120,7 +119,6 @@ class ChangeLogs:
         self.next_log_id = next_log_id
         self.sums = sums
         self._processor_index = processor_index
-        self._processor_count = processor_count
         self._devices = devices
         self._placement = placement
         self._open: OrderedDict[int, ChangeLog] = OrderedDict()
@@ -197,7 +195,7 @@ class ChangeLogs:
 
     def _prove(self, log: ChangeLog) -> None:
         if log.summed and log.file is not None and not isinstance(log.file, SealedFile):
-            log.file = SealedFile(log.file, log.log_id, self.sums, self._processor_index, self._processor_count)
+            log.file = SealedFile(log.file, log.log_id, self.sums)
 
     def open_alone(self, log_id: int, device_id: int) -> DeviceFile:
         """A log's file opened once more, for whoever reads all of it; unproven. Raises FileNotFoundError."""
@@ -277,6 +275,7 @@ class ChangeLogs:
         """Forget a log that nothing names; its file goes by :meth:`remove_file`."""
         self.known.pop(log.log_id, None)
         self._open.pop(log.log_id, None)
+        self.sums.forget_log(log.log_id)
         log.is_discarded = True
         log.close_if_discarded()
 

@@ -2,7 +2,9 @@
 
 A sealed block has two: eight bytes of XXH3 (https://github.com/Cyan4973/xxHash), which every read of it is
 held against, and sixteen of BLAKE2b (RFC 7693), which nobody can forge and of which roots are made.
-A block of zeros has neither: what has none must be zeros.
+A block of zeros has neither: what has none must be zeros. Ranges of 32 blocks have an XXH3 of their own, so that
+a long read is held against few; one that does not match is looked at block by block, for a block that
+was freed reads as zeros, and that is no damage to its neighbours.
 """
 
 from __future__ import annotations
@@ -10,18 +12,22 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from xxhash import xxh3_64_digest
+from xxhash import xxh3_64, xxh3_64_digest
 
 from .errors import DamagedError
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT
 
 CHECKSUM_BYTES = 8
 DIGEST_BYTES = 16
+RANGE_BLOCKS = 32
+RANGE_BYTES = RANGE_BLOCKS * BLOCK_SIZE
 MASK_BYTES = BLOCKS_PER_OBJECT // 8
+RANGES_BYTES = BLOCKS_PER_OBJECT // RANGE_BLOCKS * CHECKSUM_BYTES
 ZERO_DIGEST = bytes(DIGEST_BYTES)
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 _ZEROS = bytes(BLOCK_SIZE * BLOCKS_PER_OBJECT)
-_FULL_MASK = (1 << BLOCKS_PER_OBJECT) - 1
+FULL_MASK = (1 << BLOCKS_PER_OBJECT) - 1
+_RANGES_PAY_BLOCKS = 64
 
 
 def digest_of(block: bytes | bytearray | memoryview) -> bytes:
@@ -36,53 +42,77 @@ class ObjectSums:
     """The checksums of one object's blocks in one change log.
 
     ``mask`` has a bit for each block that has one; ``checksums`` and ``digests`` are theirs, in order.
+    ``ranges`` are the checksums of all ranges, empty where so little is there that it would not pay.
     ``digests`` is empty where it was not asked for.
     """
 
     mask: int
     checksums: bytes
+    ranges: bytes = b""
     digests: bytes = b""
 
     @classmethod
-    def decode(cls, mask: object, checksums: object, digests: object = None) -> ObjectSums:
+    def decode(cls, mask: object, checksums: object, ranges: object, digests: object = None) -> ObjectSums:
         """What a store keeps. Raises DamagedError when it cannot be."""
         if not (isinstance(mask, bytes) and isinstance(checksums, bytes) and len(mask) == MASK_BYTES):
             raise DamagedError("checksums of an object cannot be read", "Unmount and run snapfs check")
+        if not isinstance(ranges, bytes) or len(ranges) not in (0, RANGES_BYTES):
+            raise DamagedError("checksums of an object's ranges cannot be read", "Unmount and run snapfs check")
         bits = int.from_bytes(mask, "little")
+        if bits == FULL_MASK:
+            # One number for all, which is known by its identity.
+            bits = FULL_MASK
         count = bits.bit_count()
         if len(checksums) != count * CHECKSUM_BYTES:
             raise DamagedError("checksums of an object are cut off", "Unmount and run snapfs check")
         if digests is None:
-            return cls(bits, checksums)
+            return cls(bits, checksums, ranges)
         if not isinstance(digests, bytes) or len(digests) != count * DIGEST_BYTES:
             raise DamagedError("digests of an object are cut off", "Unmount and run snapfs check")
-        return cls(bits, checksums, digests)
+        return cls(bits, checksums, ranges, digests)
 
-    def encoded_mask(self) -> bytes:
-        """The mask as a store keeps it."""
-        return self.mask.to_bytes(MASK_BYTES, "little")
+    def encoded(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """Mask, checksums, ranges and digests as a store keeps them."""
+        return self.mask.to_bytes(MASK_BYTES, "little"), self.checksums, self.ranges, self.digests
 
     @property
     def size_bytes(self) -> int:
         """What it takes in memory, about."""
-        return 200 + MASK_BYTES + len(self.checksums) + len(self.digests)
+        return 200 + MASK_BYTES + len(self.checksums) + len(self.ranges) + len(self.digests)
 
     def matches(self, first: int, view: memoryview) -> bool:
         """Whether whole blocks from ``first`` on are what was sealed."""
+        if self.ranges and len(view) >= RANGE_BYTES:
+            return self._matches_ranges(first, view)
         count = len(view) >> BLOCK_SHIFT
         mask = self.mask
         wanted = ((1 << count) - 1) << first
         present = mask & wanted
         if present == wanted:
-            at = first if mask == _FULL_MASK else (mask & ((1 << first) - 1)).bit_count()
+            at = first if mask is FULL_MASK else (mask & ((1 << first) - 1)).bit_count()
             at *= CHECKSUM_BYTES
-            if count == 1:
-                return xxh3_64_digest(view) == self.checksums[at : at + CHECKSUM_BYTES]
             found = b"".join([xxh3_64_digest(view[one : one + BLOCK_SIZE]) for one in range(0, len(view), BLOCK_SIZE)])
             return found == self.checksums[at : at + count * CHECKSUM_BYTES]
         if not present:
             return view == _ZEROS[: len(view)]
         return self.first_wrong(first, view) is None
+
+    def _matches_ranges(self, first: int, view: memoryview) -> bool:
+        block = first
+        end = first + (len(view) >> BLOCK_SHIFT)
+        while block < end:
+            stop = min(end, block + RANGE_BLOCKS - block % RANGE_BLOCKS)
+            part = view[(block - first) << BLOCK_SHIFT : (stop - first) << BLOCK_SHIFT]
+            if len(part) == RANGE_BYTES:
+                at = block // RANGE_BLOCKS * CHECKSUM_BYTES
+                is_right = xxh3_64_digest(part) == self.ranges[at : at + CHECKSUM_BYTES]
+                is_right = is_right or self.first_wrong(block, part) is None
+            else:
+                is_right = self.matches(block, part)
+            if not is_right:
+                return False
+            block = stop
+        return True
 
     def first_wrong(self, first: int, view: memoryview) -> int | None:
         """The first block from ``first`` on that is not what was sealed; None for none."""
@@ -119,6 +149,9 @@ class SumsMaker:
 
     def __init__(self) -> None:
         self.mask = 0
+        self._next_block = 0
+        self._range = xxh3_64()
+        self._ranges: list[bytes] = []
         self._checksums: list[bytes] = []
         self._digests: list[bytes] = []
 
@@ -129,7 +162,26 @@ class SumsMaker:
             self.mask |= 1 << block
             self._checksums.append(xxh3_64_digest(contents))
             self._digests.append(digest)
+            self._skip_to(block)
+            self._range.update(contents)
+            self._next_block += 1
+
+    def _skip_to(self, block: int) -> None:
+        """Take the zeros between into the ranges' checksums."""
+        while self._next_block < block or not self._next_block % RANGE_BLOCKS:
+            if not self._next_block % RANGE_BLOCKS and len(self._ranges) < self._next_block // RANGE_BLOCKS:
+                self._ranges.append(self._range.digest())
+                self._range.reset()
+            if self._next_block >= block:
+                return
+            step = min(block, self._next_block - self._next_block % RANGE_BLOCKS + RANGE_BLOCKS) - self._next_block
+            self._range.update(_ZEROS[: step * BLOCK_SIZE])
+            self._next_block += step
 
     def made(self) -> ObjectSums:
         """The sums of all that was taken in."""
-        return ObjectSums(self.mask, b"".join(self._checksums), b"".join(self._digests))
+        if self.mask.bit_count() < _RANGES_PAY_BLOCKS:
+            return ObjectSums(self.mask, b"".join(self._checksums), b"", b"".join(self._digests))
+        self._skip_to(BLOCKS_PER_OBJECT)
+        ranges = b"".join(self._ranges)
+        return ObjectSums(self.mask, b"".join(self._checksums), ranges, b"".join(self._digests))

@@ -430,6 +430,7 @@ CREATE TABLE sums (             -- checksums of the blocks of logs that take no 
   object_index INTEGER NOT NULL,
   blocks BLOB NOT NULL,           -- 1024 bits, the lowest first: which blocks have any; the others are zeros
   checksums BLOB NOT NULL,        -- 8 bytes a block
+  ranges BLOB NOT NULL,           -- 8 bytes for each 32 blocks, zeros included; empty: too few blocks to pay
   digests BLOB NOT NULL,          -- 16 bytes a block
   PRIMARY KEY (log_id, object_index)
 ) STRICT, WITHOUT ROWID;

@@ -103,8 +103,8 @@ class Processor:
     ) -> None:
         self.index = index
         self.access = ShardAccess(store)
-        sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index))
-        self.logs = ChangeLogs(index, processor_count, devices, placement, store.next_log_id, sums)
+        sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index), index, processor_count)
+        self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums)
         self.sources = store.sources()
         self.snapshots = SnapshotIndex()
         self.clock = EpochClock(epoch)

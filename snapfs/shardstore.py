@@ -441,14 +441,14 @@ class ShardStore:
     def checksums(self, log_id: int, object_index: int) -> ObjectSums:
         """The checksums of an object's blocks in a log, without digests; of zeros alone when there are none."""
         row = self.database.row(
-            "SELECT blocks, checksums FROM sums WHERE log_id = ? AND object_index = ?", (log_id, object_index)
+            "SELECT blocks, checksums, ranges FROM sums WHERE log_id = ? AND object_index = ?", (log_id, object_index)
         )
         return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
 
     def sums(self, log_id: int, object_index: int) -> ObjectSums:
         """The checksums and digests of an object's blocks in a log; of zeros alone when there are none."""
         row = self.database.row(
-            "SELECT blocks, checksums, digests FROM sums WHERE log_id = ? AND object_index = ?",
+            "SELECT blocks, checksums, ranges, digests FROM sums WHERE log_id = ? AND object_index = ?",
             (log_id, object_index),
         )
         return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
@@ -456,7 +456,7 @@ class ShardStore:
     def sums_from(self, log_id: int, from_object: int, limit: int) -> list[SumsRow]:
         """Up to ``limit`` objects' sums in a log from an object on, in order."""
         rows = self.database.rows(
-            "SELECT log_id, object_index, blocks, checksums, digests FROM sums"
+            "SELECT log_id, object_index, blocks, checksums, ranges, digests FROM sums"
             " WHERE log_id = ? AND object_index >= ? ORDER BY object_index LIMIT ?",
             (log_id, from_object, limit),
         )
@@ -476,7 +476,7 @@ class ShardStore:
         """How many objects have checksums that cannot be read."""
         row = self.database.row(
             "SELECT count(*) FROM sums WHERE length(blocks) != 128 OR length(checksums) % 8 != 0"
-            " OR length(digests) != 2 * length(checksums)"
+            " OR length(digests) != 2 * length(checksums) OR length(ranges) NOT IN (0, 256)"
         )
         return 0 if row is None else int(row[0])
 
@@ -541,9 +541,9 @@ class ShardStore:
                 ("DELETE FROM sums WHERE log_id = ?", [(one,) for one in batch.dropped_logs + batch.dropped_sums]),
                 (
                     # Not of a log that went while it was read.
-                    "INSERT OR REPLACE INTO sums SELECT ?1, ?2, ?3, ?4, ?5"
+                    "INSERT OR REPLACE INTO sums SELECT ?1, ?2, ?3, ?4, ?5, ?6"
                     " WHERE EXISTS (SELECT 1 FROM logs WHERE log_id = ?1 AND block_count > 0)",
-                    [(*row[:2], row.sums.encoded_mask(), row.sums.checksums, row.sums.digests) for row in batch.sums],
+                    [(*row[:2], *row.sums.encoded()) for row in batch.sums],
                 ),
                 ("UPDATE logs SET summed = 1 WHERE log_id = ?", [(log_id,) for log_id in batch.summed_logs]),
                 (
