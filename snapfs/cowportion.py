@@ -382,11 +382,6 @@ class CowPortion(Portion):
         for log, offset, length in freed:
             self._free(log, object_index, offset, length)
 
-    def exclusive_bytes_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> int:
-        """See :meth:`Portion.exclusive_bytes_now`."""
-        _, current, older = self._drop_plan(copy, earlier)
-        return sum(length for _, _, length in self._not_taken_over(current, older))
-
     def _drop_plan(self, copy: CopyRow, earlier: int) -> tuple[ObjectState, CopyRow, CopyRow | None]:
         """The object, the copy as it is now, and the one before it. Raises NotResidentError."""
         state = self._known_state(copy.object_index)

@@ -569,16 +569,6 @@ class Portion:
         if state.block_map != HOLE:
             self._dirty_objects.add(object_index)
 
-    def exclusive_bytes_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> int:
-        """What :meth:`drop_copy_now` would free."""
-        state = self.objects.get(copy.object_index)
-        if state is None:
-            raise NotResidentError(partial(self._load, copy.object_index))
-        newer = self.pending.get(copy.object_index)
-        if later is None:
-            later = newer[0].block_map if newer else state.block_map
-        return sum(length for _, _, length in self._named_only_by(copy, later, earlier))
-
     def _named_only_by(self, copy: CopyRow, later: BlockMap, earlier: int) -> list[tuple[ChangeLog, int, int]]:
         base = log_offset(copy.object_index, self._processor_count)
         found = []

@@ -11,7 +11,6 @@ Each step is one commit. Cancelled or crashed between two, the work starts again
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import trio
@@ -27,7 +26,6 @@ from .processor import Processor
 from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
-_NO_INSTANT = 0
 _Place = tuple[int, int, int]
 Span = tuple[int, int]  # first epoch and last instant
 _Freed = dict[int, tuple[ChangeLog, int]]  # by log id: how many of its blocks go
@@ -70,7 +68,7 @@ async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> Non
             async with processor.access.commit_lock:
                 # What is pending goes to the store first, so that the store knows every copy.
                 await processor.commit_locked(_sound(processor))
-                step = await _find(processor, _NO_INSTANT, None, place, high)
+                step = await _find(processor, place, high)
                 try:
                     for one in step.unneeded:
                         await _drop(one)
@@ -82,38 +80,12 @@ async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> Non
         await trio.lowlevel.checkpoint()
 
 
-async def exclusive_bytes(processor: Processor, instant: int, volume_ids: Collection[VolumeId] | None) -> int:
-    """What deleting a snapshot would free on one processor, in bytes. Changes nothing."""
-    total = 0
-    high = processor.snapshots.next_of_all(instant)
-    place: _Place | None = (instant - 1, 0, 0)
-    while place is not None:
-        with trio.CancelScope(shield=True):
-            async with processor.access.commit_lock:
-                await processor.commit_locked(_sound(processor))
-                step = await _find(processor, instant, volume_ids, place, high)
-                try:
-                    for one in step.unneeded:
-                        total += await _exclusive_bytes_of(one)
-                finally:
-                    _let_go(processor, step)
-        place = step.place
-        await trio.lowlevel.checkpoint()
-    return total
-
-
 def _sound(processor: Processor) -> list[Portion]:
     return [portion for portion in processor.portions.values() if portion.failure is None]
 
 
-async def _find(
-    processor: Processor,
-    besides: int,
-    volume_ids: Collection[VolumeId] | None,
-    place: _Place,
-    high: int,
-) -> _Step:
-    """Copies after ``place`` and below ``high`` that no snapshot needs, or only that of instant ``besides``."""
+async def _find(processor: Processor, place: _Place, high: int) -> _Step:
+    """Copies after ``place`` and below ``high`` that no snapshot needs."""
     index = processor.snapshots
     store = processor.access.store
     rows = await processor.access.ask(store.copies_between, place, high, _BATCH)
@@ -128,12 +100,10 @@ async def _find(
             at_end = False
             break
         step.place = (row.instant, row.volume_id, row.object_index)
-        if volume_ids is not None and row.volume_id not in volume_ids:
-            continue
         portion = processor.portions.get(row.volume_id)
         if portion is not None and portion.failure is not None:
             continue
-        if not index.holds_besides(row.volume_id, row.epoch, row.instant, besides):
+        if not index.holds(row.volume_id, row.epoch, row.instant):
             seen.add(key)
             wanted.append(row)
     if at_end:
@@ -160,14 +130,6 @@ async def _drop(one: _Unneeded) -> None:
             await missing.fetch({})
         else:
             return
-
-
-async def _exclusive_bytes_of(one: _Unneeded) -> int:
-    while True:
-        try:
-            return one.portion.exclusive_bytes_now(one.copy, one.later, one.earlier)
-        except NotResidentError as missing:
-            await missing.fetch({})
 
 
 async def _idle_logs(processor: Processor) -> list[LogId]:

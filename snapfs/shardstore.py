@@ -203,6 +203,15 @@ class ShardStore:
         )
         return [_copy(row) for row in rows]
 
+    def copies_in(self, volume_id: VolumeId, first_object: int, last_object: int) -> list[CopyRow]:
+        """All copies of a range of a volume's objects, by object and instant."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND object_index BETWEEN ? AND ? ORDER BY object_index, instant",
+            (volume_id, first_object, last_object),
+        )
+        return [_copy(row) for row in rows]
+
     def maps_at(self, volume_id: VolumeId, instant: int) -> list[MapRow | CopyRow]:
         """Each object's map as it stood at an instant: its copy, or the live map if that has not changed since."""
         live = self.database.rows(

@@ -46,10 +46,6 @@ class SnapshotIndex:
         named = self._of_volume.get(volume_id)
         return named is not None and _any_between(named, low, high)
 
-    def holds_besides(self, volume_id: VolumeId, low: int, high: int, instant: int) -> bool:
-        """Like :meth:`holds`, leaving one instant out."""
-        return self.holds(volume_id, low, min(high, instant - 1)) or self.holds(volume_id, max(low, instant + 1), high)
-
     def newest(self, volume_id: VolumeId) -> int:
         """The latest instant that holds the volume, 0 for none."""
         newest = self._of_all[-1] if self._of_all else 0

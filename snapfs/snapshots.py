@@ -18,7 +18,6 @@ from functools import partial
 
 import trio
 
-from . import reclaim
 from .catalogaccess import CatalogAccess
 from .errors import ExistsError, HeldError, NotFoundError, StallError
 from .events import EventLog
@@ -30,6 +29,7 @@ from .reserve import Reserve
 from .shardstate import EpochClock
 from .snapshot import Snapshot, SnapshotMembers, SnapshotVolume
 from .snapshotindex import SnapshotIndex
+from .space import SpaceAccount, VolumeSpan, account_of
 from .tasks import Wakeup, side_by_side
 from .units import check_name, check_tag, show_name, utc_name
 from .volume import Volume
@@ -388,14 +388,30 @@ class SnapshotTable:
         if volume.snapshot.opens == 0 and volume.snapshot.snapshot_id in self.deleted:
             self._reclaim_wakeup.set()
 
-    async def space_of(self, snapshot: Snapshot) -> tuple[int, int]:
-        """Bytes that a snapshot references, and bytes that only it holds."""
-        referenced = exclusive = 0
+    async def referenced_bytes(self, snapshot: Snapshot) -> int:
+        """Bytes that were mapped in the volumes of a snapshot at its instant."""
+        referenced = 0
         for processor in self.processors:
             part = await processor.access.ask(processor.access.store.intermediate, snapshot.snapshot_id)
             referenced += 0 if part is None else part.block_count * BLOCK_SIZE
-            exclusive += await reclaim.exclusive_bytes(processor, snapshot.instant, snapshot.volume_ids)
-        return referenced, exclusive
+        return referenced
+
+    async def account(self) -> SpaceAccount:
+        """Who holds which blocks in change logs, as it is now; what deleting any set of snapshots would free."""
+        for processor in self.processors:
+            await processor.commit([one for one in processor.portions.values() if one.failure is None])
+        of_all: list[int] = []
+        of_volumes: dict[VolumeId, list[int]] = {}
+        for snapshot in self.by_id.values():
+            if snapshot.volume_ids is None:
+                of_all.append(snapshot.instant)
+            for volume_id in snapshot.volume_ids or ():
+                of_volumes.setdefault(volume_id, []).append(snapshot.instant)
+        return await account_of(self.processors, self._volumes.traits, of_all, of_volumes, self._span_of)
+
+    def _span_of(self, volume_id: VolumeId) -> VolumeSpan:
+        facts = self._volumes.facts_of(volume_id)
+        return VolumeSpan(facts.birth_epoch, facts.last_instant)
 
     # -- names -------------------------------------------------------------------------------
 

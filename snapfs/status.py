@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 from .formats import COPY_ON_WRITE
 from .geometry import BLOCK_SIZE
@@ -169,11 +170,16 @@ def snapshot_entry(pool_id: str, snapshot: Snapshot) -> dict[str, object]:
     }
 
 
-async def snapshot_entry_with_space(pool: Pool, snapshot: Snapshot) -> dict[str, object]:
-    """The same, with what the snapshot references and what only it holds."""
-    referenced, exclusive = await pool.snapshots.space_of(snapshot)
-    return {
-        **snapshot_entry(pool.descriptor.pool_id, snapshot),
-        "referenced_bytes": referenced,
-        "exclusive_bytes": exclusive,
-    }
+async def snapshot_entries_with_space(pool: Pool, snapshots: Sequence[Snapshot]) -> list[dict[str, object]]:
+    """The same, with what each references, what was written since the one before, and what it alone holds."""
+    account = await pool.snapshots.account()
+    exclusive = account.exclusive_blocks()
+    return [
+        {
+            **snapshot_entry(pool.descriptor.pool_id, one),
+            "referenced_bytes": await pool.snapshots.referenced_bytes(one),
+            "written_bytes": account.written.get(one.instant, 0) * BLOCK_SIZE,
+            "exclusive_bytes": exclusive.get(one.instant, 0) * BLOCK_SIZE,
+        }
+        for one in snapshots
+    ]

@@ -129,7 +129,6 @@ def test_the_index_knows_who_is_held_when() -> None:
     index.add(5, [one])
     assert index.holds(two, 1, 3) and not index.holds(two, 4, 9) and index.holds(one, 4, 9)
     assert index.newest(one) == 5 and index.newest(two) == 3
-    assert not index.holds_besides(one, 4, 9, 5) and index.holds_besides(one, 3, 9, 5)
     assert index.next_of_all(2) == 3 and index.next_of_all(3) == NEVER
     index.remove(5, [one])
     index.remove(3, None)
@@ -249,8 +248,8 @@ LAYERS = [
     ["portion"],
     ["cowportion"],
     ["processor"],
-    ["reclaim", "volume", "sealing", "hooks"],
-    ["volumes", "snapshot"],
+    ["reclaim", "volume", "sealing", "hooks", "space"],
+    ["volumes", "snapshot", "smallest"],
     ["snapshots"],
     ["reclaimer", "scheduler", "affected", "sealer"],
     ["clones", "making", "changelogvolumes"],

@@ -15,6 +15,7 @@ from snapfs.backends import CrashPlan
 from snapfs.errors import ExistsError, HeldError, NotFoundError, SnapfsError, UnsupportedError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
+from snapfs.pool import Pool
 
 from .harness import Running, World, everything_is_proven, read_snapshot, read_volume
 
@@ -49,6 +50,15 @@ class ModelVolume:
         self.synced()
 
 
+async def named_blocks(pool: Pool) -> int:
+    """Blocks in all change logs that anything names."""
+    total = 0
+    for processor in pool.processors:
+        counts = await processor.access.ask(processor.access.store.block_counts_by_device)
+        total += sum(counts.values())
+    return total
+
+
 class Model:
     def __init__(self) -> None:
         self.volumes: dict[bytes, ModelVolume] = {}
@@ -77,6 +87,7 @@ operations = st.one_of(
     st.tuples(st.just("sync"), st.sampled_from(NAMES)),
     st.tuples(st.just("snapshot"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from([None, [b"a"], [b"b"]])),
     st.tuples(st.just("delete"), st.sampled_from(SNAPSHOT_NAMES)),
+    st.tuples(st.just("delete-exactly"), st.lists(st.sampled_from(SNAPSHOT_NAMES), min_size=1, unique=True)),
     st.tuples(st.just("clone"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from(NAMES), st.sampled_from(NAMES)),
     st.tuples(st.just("rollback"), st.sampled_from(SNAPSHOT_NAMES), st.sampled_from([None, *NAMES])),
     st.tuples(st.just("flatten"), st.sampled_from(NAMES)),
@@ -216,6 +227,28 @@ class Runner:
                 await self.running.pool.snapshots.delete(name)
         elif self.model.snapshots.pop(name, None) is not None:
             await self.running.pool.snapshots.delete(name)
+
+    async def do_delete_exactly(self, names: list[bytes]) -> None:
+        """What deleting some snapshots frees is what was predicted, to the block."""
+        names = [name for name in names if name in self.model.snapshots and name not in self.model.held]
+        pool = self.running.pool
+        await pool.sync()
+        for volume in self.model.volumes.values():
+            volume.synced()
+        await pool.reclaimer.reclaim_all()
+        await pool.sync()
+        account = await pool.snapshots.account()
+        instants = [pool.snapshots.get(name).instant for name in names]
+        predicted = account.freed_blocks(instants)
+        if len(instants) == 1:
+            assert account.exclusive_blocks().get(instants[0], 0) == predicted
+        before = await named_blocks(pool)
+        for name in names:
+            del self.model.snapshots[name]
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        await pool.sync()
+        assert before - await named_blocks(pool) == predicted
 
     async def do_hold(self, name: bytes) -> None:
         if name in self.model.snapshots and name not in self.model.held:

@@ -51,6 +51,7 @@ for _command in (
     snapshot.snapshot,
     listing.list_snapshots,
     delete.delete,
+    delete.reclaim,
     rename.rename,
     rollback.rollback,
     clone.clone,

@@ -1,4 +1,4 @@
-"""``snapfs delete``."""
+"""``snapfs delete`` and ``snapfs reclaim``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,45 @@ from .output import print_json
 @click.option("--dry-run", is_flag=True, help="Say what would be freed, and delete nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def delete(mount_point: str, names: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Delete snapshots of MOUNT. Their space comes back in the background."""
-    if dry_run:
-        found = ask(mount_point, "list", *names)["snapshots"]
+    """Delete snapshots of MOUNT. Their space comes back in the background.
+
+    With --dry-run it is told, to the block, what each holds alone, and what deleting all of them
+    frees: that is more than the sum, when blocks are held by several of them and by nothing else.
+    """
+    if not dry_run:
+        answer = ask(mount_point, "delete", *names)
         if as_json:
-            print_json([{"name": one["name"], "would_free_bytes": one["exclusive_bytes"]} for one in found])
-            return
-        for one in found:
-            click.echo(f"would delete {one['name']}, which alone holds {format_size(one['exclusive_bytes'])}")
+            print_json(answer)
         return
-    answers = [ask(mount_point, "delete", name) for name in names]
+    answer = ask(mount_point, "delete", *names, options=[("dry-run", "yes")])
     if as_json:
-        print_json(answers)
+        print_json(answer)
+        return
+    for one in answer["would_delete"]:
+        held = f"; held by {', '.join(one['holds'])}" if one["holds"] else ""
+        click.echo(f"would delete {one['name']}, which alone holds {format_size(one['would_free_bytes'])}{held}")
+    click.echo(f"together they would free {format_size(answer['would_free_bytes'])}")
+
+
+@click.command()
+@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+@click.option("--need", required=True, metavar="SIZE", help="How much is to be freed, as 20G.")
+@click.option("--dry-run", is_flag=True, help="Say which would be deleted, and delete nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def reclaim(mount_point: str, need: str, dry_run: bool, as_json: bool) -> None:
+    """Delete the fewest snapshots of MOUNT that free so much, and wait until it is free.
+
+    None goes that a tag holds, or of which a file is open. If all together do not free enough, none is deleted.
+    With clones, or with very many snapshots, the set may not be the smallest there is; then that is said.
+    """
+    options = [("need", need)] + ([("dry-run", "yes")] if dry_run else [])
+    answer = ask(mount_point, "reclaim", options=options)
+    if as_json:
+        print_json(answer)
+        return
+    for name in answer["would_delete" if dry_run else "deleted"]:
+        click.echo(f"would delete {name}" if dry_run else f"deleted {name}")
+    freed = format_size(answer["would_free_bytes" if dry_run else "freed_bytes"])
+    click.echo(f"would free {freed}" if dry_run else f"freed {freed}")
+    if not answer["is_smallest"]:
+        click.echo("there may be a smaller set")

@@ -39,6 +39,7 @@ OPTION_KEYS = frozenset(
         "after",
         "time-limit",
         "shell",
+        "need",
         "base",
     }
 )

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..errors import BadCommandError
-from ..status import snapshot_entry, snapshot_entry_with_space
-from ..units import show_name
+import trio
+
+from ..errors import BadCommandError, NoSpaceError
+from ..geometry import BLOCK_SIZE
+from ..smallest import smallest_choice
+from ..snapshots import check_not_held
+from ..status import snapshot_entries_with_space, snapshot_entry
+from ..units import format_size, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 
 _STALL = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s)")
@@ -53,11 +58,65 @@ def guid_of(text: str) -> str:
 
 
 async def _delete(context: CommandContext, command: Command) -> Answer:
-    """delete NAME: delete a snapshot; its space comes back in the background."""
-    command.word_count(1, 1, "the name of a snapshot")
-    command.known_options()
-    await context.pool.snapshots.delete(command.words[0])
-    return {"name": show_name(command.words[0])}
+    """delete NAME... [dry-run=yes]: delete snapshots, or say what that would free; it comes back in the background."""
+    if not command.words:
+        raise BadCommandError("delete takes the name of a snapshot, or of several", "Write help for all commands")
+    command.known_options("dry-run")
+    snapshots = context.pool.snapshots
+    chosen = [snapshots.get(name) for name in dict.fromkeys(command.words)]
+    if not command.flag("dry-run"):
+        for one in chosen:
+            check_not_held(one)
+        for name in dict.fromkeys(command.words):
+            await snapshots.delete(name)
+        return {"name": show_name(command.words[0]), "deleted": [show_name(name) for name in command.words]}
+    account = await snapshots.account()
+    exclusive = account.exclusive_blocks()
+    return {
+        "would_delete": [
+            {
+                "name": show_name(one.name or b""),
+                "would_free_bytes": exclusive.get(one.instant, 0) * BLOCK_SIZE,
+                "holds": sorted(one.hold_tags),
+            }
+            for one in chosen
+        ],
+        "would_free_bytes": account.freed_blocks([one.instant for one in chosen]) * BLOCK_SIZE,
+        "referenced_bytes": account.referenced_blocks([one.instant for one in chosen]) * BLOCK_SIZE,
+    }
+
+
+async def _reclaim(context: CommandContext, command: Command) -> Answer:
+    """reclaim need=SIZE [dry-run=yes]: delete the fewest snapshots that free so much; none that is held or open."""
+    command.word_count(0, 0, "no name")
+    command.known_options("need", "dry-run")
+    need = command.one_of("need")
+    if need is None:
+        raise BadCommandError("reclaim has to know how much is needed", "Write need=20G")
+    need_bytes = parse_size(need)
+    pool = context.pool
+    # What is on its way back already is no merit of those that are to be deleted.
+    await pool.reclaimer.reclaim_all()
+    account = await pool.snapshots.account()
+    free_to_go = {int(one.instant): one for one in pool.snapshots.by_id.values() if not one.hold_tags and not one.opens}
+    choice = await trio.to_thread.run_sync(smallest_choice, account, list(free_to_go), -(-need_bytes // BLOCK_SIZE))
+    if choice is None:
+        most = account.freed_blocks(list(free_to_go)) * BLOCK_SIZE
+        raise NoSpaceError(
+            f"all snapshots that nothing holds or has open would free {format_size(most)} together,"
+            f" and {format_size(need_bytes)} are needed",
+            "Nothing was deleted. Release holds, or remove volumes",
+        )
+    names = [free_to_go[instant].name or b"" for instant in choice.instants]
+    if not command.flag("dry-run"):
+        for name in names:
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+    return {
+        "deleted" if not command.flag("dry-run") else "would_delete": [show_name(name) for name in names],
+        "freed_bytes" if not command.flag("dry-run") else "would_free_bytes": choice.freed_blocks * BLOCK_SIZE,
+        "is_smallest": choice.is_smallest,
+    }
 
 
 async def _rename(context: CommandContext, command: Command) -> Answer:
@@ -87,18 +146,14 @@ async def _release(context: CommandContext, command: Command) -> Answer:
 
 
 async def _list(context: CommandContext, command: Command) -> Answer:
-    """list [NAME]... [space=no]: snapshots, with what each references and what only it holds."""
+    """list [NAME]... [space=no]: snapshots, with what each references, what was written, what it alone holds."""
     command.known_options("space")
     snapshots = context.pool.snapshots
     chosen = [snapshots.get(name) for name in command.words] or list(snapshots.by_name.values())
     chosen.sort(key=lambda one: one.instant)
     if command.all_of("space") == [b"no"]:
         return {"snapshots": [snapshot_entry(context.pool_id, one) for one in chosen]}
-    found = []
-    for snapshot in chosen:
-        if snapshot.snapshot_id in snapshots.by_id:
-            found.append(await snapshot_entry_with_space(context.pool, snapshot))
-    return {"snapshots": found}
+    return {"snapshots": await snapshot_entries_with_space(context.pool, chosen)}
 
 
 async def _sync(context: CommandContext, command: Command) -> Answer:
@@ -113,6 +168,7 @@ async def _sync(context: CommandContext, command: Command) -> Answer:
 COMMANDS: Mapping[str, CommandFunction] = {
     "snapshot": _snapshot,
     "delete": _delete,
+    "reclaim": _reclaim,
     "rename": _rename,
     "hold": _hold,
     "release": _release,
