@@ -235,6 +235,9 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
             report.add(DAMAGE, where, f"its size is {row.attributes.size_bytes}")
         if row.trim:
             report.add(NOTE, where, "what lies behind its size is still to be cleared")
+    for traits in context.traits.rows.values():
+        if traits.restore_instant:
+            report.add(NOTE, CATALOG_FILE, f"a rollback in place of volume {traits.volume_id} is still to be finished")
     for volume_id in context.removed:
         report.add(NOTE, CATALOG_FILE, f"removed volume {volume_id} still has maps to take apart")
     for version in catalog.versions():

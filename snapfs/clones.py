@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from .errors import BusyVolumeError, ExistsError, UnsupportedError
+from .errors import BusyVolumeError, ExistsError, SnapfsError, UnsupportedError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
@@ -24,6 +24,7 @@ from .notresident import NotResidentError, OldBlocks
 from .portion import Portion
 from .processor import Processor
 from .reclaimer import Reclaimer
+from .restoring import Restorer
 from .snapshot import Snapshot, SnapshotMembers
 from .snapshots import SnapshotTable
 from .units import check_name, show_name, utc_name
@@ -46,6 +47,16 @@ class _Target:
     volume: Volume | None
     source_id: VolumeId
     attributes: Attributes
+    is_in_place: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Restore:
+    """A volume to be put back in place, to what, and what does it."""
+
+    volume: Volume
+    attributes: Attributes
+    restorer: Restorer
 
 
 class Clones:
@@ -128,8 +139,9 @@ class Clones:
 
         All at one instant, or none. The present is kept as a snapshot, which is returned; newer
         snapshots stay; volumes that were made later stay as they are, those removed since come
-        back. Raises NotFoundError; BusyVolumeError when one is open, without ``force``;
-        ExistsError when the name of one that is to come back is taken.
+        back. A copy-on-write volume is restored in place, which takes as long as copying what changed,
+        and nobody reads or writes it meanwhile. Raises NotFoundError; BusyVolumeError when one is open,
+        without ``force``; ExistsError when the name of one that is to come back is taken.
         """
         with trio.CancelScope(shield=True):
             async with self._snapshots.lock:
@@ -159,12 +171,13 @@ class Clones:
             raise ExistsError(
                 f"another volume has the name {show_name(attributes.name)!r} now", "Rename that one, then try again"
             )
-        if self._volumes.traits.get(source_id).change_mode == COPY_ON_WRITE:
+        is_in_place = self._volumes.traits.get(source_id).change_mode == COPY_ON_WRITE
+        if is_in_place and (volume is None or volume.volume_id != source_id):
             raise UnsupportedError(
-                f"volume {show_name(attributes.name)!r} is copy-on-write: what it is written over cannot be put back",
-                "Clone the snapshot instead, or copy its file over the volume",
+                f"volume {show_name(attributes.name)!r} is copy-on-write, and was removed",
+                "Clone the snapshot instead: snapfs clone",
             )
-        return _Target(volume, source_id, attributes)
+        return _Target(volume, source_id, attributes, is_in_place)
 
     async def _wait_until_closed(self, volumes: Sequence[Volume]) -> None:
         """A close may still be on its way. Raises BusyVolumeError for a volume that stays open."""
@@ -196,6 +209,8 @@ class Clones:
                     if volume.opens:
                         raise BusyVolumeError(f"volume {show_name(volume.name)!r} is open", "Close what uses it")
             await stack.enter_async_context(_writers_held(volumes))
+            in_place = [target for target in targets if target.is_in_place]
+            targets = [target for target in targets if not target.is_in_place]
             rows = [self._row_after(target, snapshot) for target in targets]
             traits = [
                 self._traits(
@@ -215,7 +230,12 @@ class Clones:
                     await self._note_counts(target.source_id, snapshot.instant, row.volume_id)
                 for one in traits:
                     self._volumes.traits.put(one)
-                undo = await self._commit(snapshot, volumes, rows, traits)
+                restores = [
+                    _Restore(target.volume, target.attributes, self._restorer(target.volume))
+                    for target in in_place
+                    if target.volume is not None
+                ]
+                undo = await self._commit(snapshot, volumes, rows, traits, restores)
             except BaseException:
                 for one in traits:
                     self._volumes.traits.drop(one.volume_id)
@@ -223,7 +243,50 @@ class Clones:
                 raise
             for target, row in zip(targets, rows, strict=True):
                 self._volumes.take_back(target.volume, row, Epoch(undo.instant + 1))
+            await self._restore(restores, snapshot.instant, undo)
         return undo
+
+    def _restorer(self, volume: Volume) -> Restorer:
+        return Restorer(volume, self._processors, self._volumes.catalog, self._volumes.traits, self._events)
+
+    async def _restore(self, restores: Sequence[_Restore], instant: int, undo: Snapshot) -> None:
+        """Put volumes that are written in place back: all of them, or none when one cannot be."""
+        presents = {one.volume: one.volume.attributes() for one in restores}
+        with self._jobs.running("rollback", "what was preserved", 0) as job:
+            try:
+                for one in restores:
+                    await one.restorer.copy_back(instant, one.attributes, job)
+            except (SnapfsError, OSError):
+                for one in restores:
+                    try:
+                        await one.restorer.copy_back(undo.instant, presents[one.volume], job)
+                    except (SnapfsError, OSError) as worse:
+                        one.restorer.give_up(worse)
+                    else:
+                        one.restorer.open_now()
+                raise
+        for one in restores:
+            one.restorer.open_now()
+        self._reclaimer.wake()
+
+    async def finish_restores(self) -> None:
+        """After opening: finish rollbacks in place that were cut off. One that cannot be leaves its volume closed."""
+        for row in [one for one in self._volumes.traits.rows.values() if one.restore_instant]:
+            volume = self._volumes.by_id.get(row.volume_id)
+            snapshot = self._snapshots.of_instant(row.restore_instant)
+            if volume is None or snapshot is None:
+                continue
+            attributes = (await self._snapshots.members(snapshot)).by_id[row.volume_id]
+            restorer = self._restorer(volume)
+            restorer.close_now()
+            try:
+                with self._jobs.running("rollback", show_name(volume.name), 0) as job:
+                    await restorer.copy_back(row.restore_instant, attributes, job)
+            except (SnapfsError, OSError) as error:
+                restorer.give_up(error)
+            else:
+                restorer.open_now()
+                self._events.note("rollback-finished", volume=show_name(volume.name))
 
     def _file_id_after(self, target: _Target, row: VolumeRow) -> VolumeId:
         """A file stays itself; one that comes back is again what it was, unless somebody has the removed one open."""
@@ -241,18 +304,37 @@ class Clones:
         return row if target.volume is None else row._replace(created_ns=target.volume.created_ns)
 
     async def _commit(
-        self, snapshot: Snapshot, volumes: list[Volume], rows: list[VolumeRow], traits: list[VolumeTraits]
+        self,
+        snapshot: Snapshot,
+        volumes: list[Volume],
+        rows: list[VolumeRow],
+        traits: list[VolumeTraits],
+        restores: Sequence[_Restore],
     ) -> Snapshot:
+        kept = [one.volume for one in restores]
+
         def change(batch: CatalogBatch, instant: int) -> None:
             for volume in volumes:
-                self._volumes.add_removal(batch, volume)
+                if volume not in kept:
+                    self._volumes.add_removal(batch, volume)
+            for volume in kept:
+                batch.traits.append(
+                    self._volumes.traits.get(volume.volume_id)._replace(restore_instant=snapshot.instant)
+                )
             batch.volumes += rows
             batch.traits += traits
             batch.meta["next_volume_id"] = self._volumes.next_volume_id
 
         name = self._snapshots.unused_name(utc_name(time.time_ns()).encode() + b"-before-rollback")
         note = f"before the rollback to {show_name(snapshot.name or b'')}"
-        return await self._snapshots.create_before(name, volumes, note, change)
+        undo = await self._snapshots.create_before(name, volumes, note, change, kept)
+        for one in restores:
+            one.restorer.close_now()
+        for volume in kept:
+            self._volumes.traits.put(
+                self._volumes.traits.get(volume.volume_id)._replace(restore_instant=snapshot.instant)
+            )
+        return undo
 
     # -- independence ------------------------------------------------------------------------
 

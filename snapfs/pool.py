@@ -323,6 +323,7 @@ class Pool:
         await self.reserve.helped(self._recover_rows)
         await self.changelogs.load()
         await self.images.look(after_crash=self._after_crash)
+        await self.clones.finish_restores()
         for processor in self.processors:
             count = await processor.remove_strays()
             if count:

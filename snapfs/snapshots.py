@@ -66,6 +66,7 @@ class _Cut:
     freeze: Freeze | None = None
     max_stall_ms: float | None = None
     make_change: Callable[[CatalogBatch, int], None] | None = None
+    kept: Sequence[Volume] = ()
 
 
 class SnapshotTable:
@@ -185,17 +186,23 @@ class SnapshotTable:
         return made
 
     async def create_before(
-        self, name: bytes | None, chosen: list[Volume], note: str, make_change: Callable[[CatalogBatch, int], None]
+        self,
+        name: bytes | None,
+        chosen: list[Volume],
+        note: str,
+        make_change: Callable[[CatalogBatch, int], None],
+        kept: Sequence[Volume] = (),
     ) -> Snapshot:
         """Make a snapshot of these volumes and replace them, in one commit.
 
         ``make_change`` gets the commit and the instant; the rows of these volumes are its own
-        business. The caller has flushed them, keeps writers out, holds this table's lock and the
+        business, but those of ``kept``, which are not replaced. The caller has flushed them, keeps
+        writers out, holds this table's lock and the
         volumes', and shields this from cancellation. Raises what :meth:`create` does.
         """
         self._check_free(name)
         cut = self._cut(_Wish(name, note, frozenset(), ""), chosen)
-        cut.make_change = make_change
+        cut.make_change, cut.kept = make_change, kept
         return await self._see_through(cut)
 
     def _check_free(self, name: bytes | None) -> None:
@@ -303,7 +310,7 @@ class SnapshotTable:
                 cut.make_change(rows, cut.row.instant)
             return rows
 
-        await self._catalog.save(covered if cut.make_change is None else (), batch)
+        await self._catalog.save(covered if cut.make_change is None else cut.kept, batch)
 
     def _abort(self, row: SnapshotRow, error: BaseException) -> None:
         """Forget a snapshot that could not be made durable; give back what was kept for it."""
@@ -352,6 +359,10 @@ class SnapshotTable:
             for volume_id, count in {**processor.tally.counts, **then}.items():
                 counts[volume_id] = counts.get(volume_id, 0) + count
         return counts
+
+    def of_instant(self, instant: int) -> Snapshot | None:
+        """The snapshot of an instant."""
+        return next((one for one in self.by_id.values() if one.instant == instant), None)
 
     def at(self, moment_ns: int) -> Snapshot:
         """The last snapshot made at or before a moment. Raises NotFoundError."""
@@ -439,6 +450,10 @@ class SnapshotTable:
         async with self.lock:
             snapshot = self.get(name)
             check_not_held(snapshot)
+            if any(one.restore_instant == snapshot.instant for one in self._volumes.traits.rows.values()):
+                raise HeldError(
+                    f"a rollback to snapshot {show_name(name)!r} is not finished", "Unmount and mount, to finish it"
+                )
             batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, None)])
             await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
             del self.by_name[name]

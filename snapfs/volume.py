@@ -281,6 +281,19 @@ class Volume(VolumeView):
         """Be the volume of another row, which is saved."""
         self._take(row, is_saved=True, needs_trim=False)
 
+    def put_back(self, attributes: Attributes) -> None:
+        """Its contents are those of then, durably, and so are its attributes now; its name stays.
+
+        What its source has behind the size is still to be cleared.
+        """
+        self.before_change()
+        self.size_bytes = self._synced_size_bytes = attributes.size_bytes
+        self._shrink_count += 1
+        self._trim = _TRIM_DUE
+        self.mode, self.uid, self.gid = attributes.mode, attributes.uid, attributes.gid
+        self.atime_ns, self.mtime_ns = attributes.atime_ns, attributes.mtime_ns
+        self.ctime_ns = time.time_ns()
+
     def resume(self, opens: int) -> None:
         """After :meth:`become`: whoever had it open has it open."""
         if opens:

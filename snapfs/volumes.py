@@ -70,7 +70,7 @@ class VolumeTable:
         self.traits = traits
         self.lock = trio.Lock()
         self.processors: Sequence[Processor] = ()
-        self._catalog = catalog
+        self.catalog = catalog
         self._snapshots = snapshots
         self._clock = clock
         self._next_volume_id = next_volume_id
@@ -92,7 +92,7 @@ class VolumeTable:
         return Volume(
             row,
             self.processors,
-            self._catalog,
+            self.catalog,
             self._snapshots,
             self._clock,
             traits=self.traits,
@@ -216,7 +216,7 @@ class VolumeTable:
                 if traits is not None:
                     self.traits.put(traits)
                 volume = self._volume(row, is_saved=False, needs_trim=False)
-                await self._catalog.save([volume], lambda: batch)
+                await self.catalog.save([volume], lambda: batch)
             except BaseException:
                 self.traits.drop(row.volume_id)
                 if prepare is not None:
@@ -311,7 +311,7 @@ class VolumeTable:
                 return batch
 
             try:
-                await self._catalog.save([volume, other] if other is not None and exchange else [volume], renamed)
+                await self.catalog.save([volume, other] if other is not None and exchange else [volume], renamed)
             except BaseException:
                 volume.name = old
                 if other is not None:
@@ -333,7 +333,7 @@ class VolumeTable:
         """
         async with self.lock:
             volume = self.get(name)
-            await self._reserve.helped(lambda: self._catalog.save([], lambda: self.add_removal(CatalogBatch(), volume)))
+            await self._reserve.helped(lambda: self.catalog.save([], lambda: self.add_removal(CatalogBatch(), volume)))
             del self.by_name[name]
             self._forget(volume)
 
@@ -400,7 +400,7 @@ class VolumeTable:
             if change.only_times:
                 return
             try:
-                await self._catalog.save([volume])
+                await self.catalog.save([volume])
             except BaseException:
                 volume.mode, volume.uid, volume.gid = old.mode, old.uid, old.gid
                 raise

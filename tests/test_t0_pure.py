@@ -251,7 +251,7 @@ LAYERS = [
     ["reclaim", "volume", "sealing", "hooks", "space"],
     ["volumes", "snapshot", "smallest"],
     ["snapshots"],
-    ["reclaimer", "scheduler", "affected", "sealer"],
+    ["reclaimer", "scheduler", "affected", "sealer", "restoring"],
     ["clones", "making", "changelogvolumes"],
     ["freeing", "imagewatch"],
     ["pool"],

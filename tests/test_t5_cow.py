@@ -135,3 +135,35 @@ def test_a_full_change_log_volume_stops_the_writer_and_harms_no_snapshot(
     mounted.unmount()
     assert "12.0 MiB" in snapfs("changelog", "list", mounted.pool).stdout
     mounted.mount()
+
+
+def test_an_image_goes_back_in_place(mounted: Mounted, tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    run("mkfs.ext4", "-q", image)
+    snapfs("create", mounted.path / "disk", "--mode", "cow", "--source", image)
+    volume = mounted.path / "disk"
+    with loop_device(volume) as device, mounted_filesystem(device, tmp_path / "fs") as folder:
+        (folder / "kept").write_bytes(os.urandom(3 << 20))
+        kept = (folder / "kept").read_bytes()
+        os.sync()
+        snapfs("snapshot", mounted.path, "good")
+        (folder / "kept").write_bytes(b"ransom" * 500000)
+        (folder / "more").write_bytes(os.urandom(8 << 20))
+    before = volume.read_bytes()
+    undo = snapfs("rollback", mounted.path, "good").stdout.strip()
+    assert volume.read_bytes() == (mounted.snapshots / "good" / "disk").read_bytes()
+    with loop_device(volume) as device, mounted_filesystem(device, tmp_path / "fs") as folder:
+        assert (folder / "kept").read_bytes() == kept and not (folder / "more").exists()
+    fd = os.open(volume, os.O_RDWR)
+    assert mounted.ask(f"rollback {undo}")["errno"] == errno.EBUSY
+    assert mounted.ask(f"rollback {undo} force=yes")["ok"]
+    assert os.pread(fd, 64 << 20, 0) == before
+    os.close(fd)
+    snapfs("rollback", mounted.path, "good")
+    mounted.unmount()
+    with loop_device(image) as device, mounted_filesystem(device, tmp_path / "fs") as folder:
+        assert (folder / "kept").read_bytes() == kept
+    run("e2fsck", "-fn", image)
+    mounted.mount()

@@ -1,0 +1,180 @@
+"""Rolling a copy-on-write volume back in place: what its snapshot preserved is copied over its source.
+
+The present is a snapshot by then, so what is overwritten is preserved for that first, as ever. In the commit of that
+snapshot the volume is marked as being restored, and until all is copied and durable nobody reads or
+writes it; so nobody sees a mix, and after a crash the copying is done again before the pool is used. When it
+cannot go through - the change log is full, a preserved block is damaged - the present is copied back in the
+same way, which takes no room. The time it takes follows what changed since the snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar, cast
+
+import trio
+
+from . import blockmap
+from .blockmap import HOLE
+from .catalogaccess import CatalogAccess
+from .errors import SnapfsError
+from .events import EventLog
+from .formats import Attributes, CatalogBatch
+from .geometry import BLOCK_SHIFT
+from .jobs import Job
+from .notresident import NotResidentError, OldBlocks
+from .portion import Portion
+from .processor import Processor
+from .snapshotindex import NEVER
+from .tasks import side_by_side
+from .traits import TraitsTable
+from .units import show_name
+from .volume import Volume
+
+T = TypeVar("T")
+
+_RUN_BLOCKS_MAX = 256
+_OBJECTS_A_COMMIT = 64
+
+
+class _Closed:
+    """Stands for a volume's portions while nobody may use them: whoever does waits, or is told why not."""
+
+    def __init__(self) -> None:
+        self._opened = trio.Event()
+        self._failure: SnapfsError | None = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if self._failure is not None:
+            raise type(self._failure)(self._failure.reason, self._failure.fix)
+        raise NotResidentError(self._wait)
+
+    async def _wait(self, old_blocks: OldBlocks) -> None:
+        await self._opened.wait()
+
+    def open(self) -> None:
+        """Have all who wait look again."""
+        self._opened.set()
+
+    def fail(self, failure: SnapfsError) -> None:
+        """Have all who use it be told."""
+        self._failure = failure
+        self._opened.set()
+
+
+class Restorer:
+    """Puts one volume back in place. Whoever makes it has the present as a snapshot of ``undo_instant``.
+
+    The caller holds the locks of the snapshots and of the volumes, and the volume's trimming turn.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        processors: Sequence[Processor],
+        catalog: CatalogAccess,
+        traits: TraitsTable,
+        events: EventLog,
+    ) -> None:
+        self._volume = volume
+        self._processors = processors
+        self._catalog = catalog
+        self._traits = traits
+        self._events = events
+        self._closed = _Closed()
+        self._portions: list[Portion] = []
+
+    def close_now(self) -> None:
+        """From now on nobody reads or writes the volume. Runs without an await."""
+        self._volume.open()
+        self._portions = self._volume.portions
+        self._volume.portions = cast("list[Portion]", [self._closed] * len(self._portions))
+
+    def open_now(self) -> None:
+        """Let readers and writers go on."""
+        self._volume.portions = self._portions
+        self._volume.close()
+        self._closed.open()
+
+    def give_up(self, error: SnapfsError | OSError) -> None:
+        """Leave the volume closed, until the pool is opened again."""
+        name = show_name(self._volume.name)
+        self._closed.fail(
+            SnapfsError(
+                f"a rollback of volume {name!r} could not be finished ({error})",
+                "Its snapshots are whole. Mend the cause, then unmount and mount: it is tried again",
+            )
+        )
+        self._events.note("rollback-unfinished", logging.ERROR, volume=name, reason=str(error))
+
+    async def copy_back(self, instant: int, attributes: Attributes, job: Job) -> None:
+        """Have the volume be what it was at an instant, durably. Raises what reading and writing raise."""
+        volume = self._volume
+        if self._traits.get(volume.volume_id).restore_instant != instant:
+            marked = self._traits.get(volume.volume_id)._replace(restore_instant=instant)
+            await self._catalog.save([], lambda: CatalogBatch(traits=[marked]))
+            self._traits.put(marked)
+        await self._portions[0].fit_source(attributes.size_bytes, may_cut=False)
+        await side_by_side(
+            [
+                _Copying(processor, portion, instant, job).run
+                for processor, portion in zip(self._processors, self._portions, strict=True)
+            ]
+        )
+        volume.put_back(attributes)
+        done = self._traits.get(volume.volume_id)._replace(restore_instant=0)
+        await self._catalog.save([volume], lambda: CatalogBatch(traits=[done]))
+        self._traits.put(done)
+
+
+class _Copying:
+    """Copying one processor's part."""
+
+    def __init__(self, processor: Processor, portion: Portion, instant: int, job: Job) -> None:
+        self._processor = processor
+        self._portion = portion
+        self._instant = instant
+        self._job = job
+
+    async def run(self) -> None:
+        """Copy all that was preserved since the instant over the source, durably."""
+        store = self._processor.access.store
+        await self._processor.commit([self._portion])
+        objects = await self._processor.access.ask(store.changed_objects, self._portion.volume_id, self._instant, NEVER)
+        for number, object_index in enumerate(objects):
+            await self._copy_object(object_index)
+            if number % _OBJECTS_A_COMMIT == _OBJECTS_A_COMMIT - 1:
+                await self._processor.commit([self._portion])
+        await self._processor.commit([self._portion])
+
+    async def _copy_object(self, object_index: int) -> None:
+        source_id = self._processor.sources[self._portion.volume_id].log_id
+        found = await self._portion.snapshot_map(object_index, self._instant)
+        for block, count, log_id in blockmap.all_runs(found):
+            if log_id == source_id:
+                # It has not changed since.
+                continue
+            for first in range(block, block + count, _RUN_BLOCKS_MAX):
+                await self._copy_run(object_index, first, min(_RUN_BLOCKS_MAX, block + count - first), log_id)
+
+    async def _copy_run(self, object_index: int, block: int, count: int, log_id: int) -> None:
+        if log_id == HOLE:
+            await _done(lambda old: self._portion.unmap_now(object_index, block, block + count))
+            return
+        view = memoryview(bytearray(count << BLOCK_SHIFT))
+        inside = block << BLOCK_SHIFT
+        segments = await _done(lambda old: self._portion.segments(log_id, object_index, inside, len(view), 0))
+        await self._portion.read_segments(segments, view)
+        await _done(lambda old: self._portion.write_now(object_index, inside, view, old))
+        self._job.done += len(view)
+
+
+async def _done(call: Callable[[OldBlocks], T]) -> T:
+    """Have a call go through that needs things in memory."""
+    old_blocks: OldBlocks = {}
+    while True:
+        try:
+            return call(old_blocks)
+        except NotResidentError as missing:
+            await missing.fetch(old_blocks)
