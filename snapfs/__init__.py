@@ -5,5 +5,5 @@ For scripts under trio: :func:`open_pool`. Everything else is found from the :cl
 
 from .pool import Pool, create_pool, open_pool
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Pool", "__version__", "create_pool", "open_pool"]

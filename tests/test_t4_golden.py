@@ -10,8 +10,9 @@ import pytest
 import snapfs
 from snapfs.check import check_pool, repair
 from snapfs.pool import embedded_device_opener, open_home
+from snapfs.scrub import verify
 
-from .harness import read_snapshot, read_volume
+from .harness import everything_is_proven, read_snapshot, read_volume
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -69,3 +70,24 @@ async def test_a_pool_of_0_2_0_opens(tmp_path: Path) -> None:
         assert [one["keep"] for one in pool.scheduler.entries()] == ["7d,12m"]
         await pool.clones.rollback(b"second")
         assert await read_volume(pool, b"v") == two
+
+
+async def test_a_pool_of_0_3_0_opens(tmp_path: Path) -> None:
+    """As that of 0.2.0, and: rollback of w to first; a hook; all sealed."""
+    with tarfile.open(GOLDEN / "pool-0.3.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path = tmp_path / "pool"
+    home = open_home(str(path))
+    report = check_pool(home, str(path), embedded_device_opener(home))
+    home.close()
+    assert not report.is_damaged, report.findings
+    async with snapfs.open_pool(path) as pool:
+        first, second = (pool.snapshots.get(name) for name in (b"first", b"second"))
+        assert await read_volume(pool, b"w") == b"cow " * 5000 == await read_snapshot(pool, first, b"w")
+        assert await read_volume(pool, b"c") == b"fork" + (b"one " * 3000)[4:]
+        assert first.root == "cd4e1356d14f8177abdf086be3f3d1756357b90ae31d783ade171fe57712fd8c"
+        assert second.root == "713fbfb4560ffa8ae50e6691cdd3268c8883a7ec4ae640c2bdc17e5bae27ba3d"
+        await everything_is_proven(pool)
+        assert (await verify(pool, first)).unsealed == ["w"]
+        (hook,) = pool.hooks.entries()
+        assert (hook["name"], hook["time_limit_s"], hook["volumes"]) == ("app", 20, ("v",))

@@ -11,6 +11,7 @@ import trio
 import snapfs
 from snapfs.backends import DirectoryDevice
 from snapfs.formats import COPY_ON_WRITE
+from snapfs.hook import make_hook
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool, create_pool
 from snapfs.schedule import make_schedule
@@ -40,7 +41,10 @@ async def make(folder: str) -> None:
         await write(pool, b"c", 0, b"fork")
         await pool.snapshots.create(b"second", [b"v"])
         await pool.clones.rollback(b"first", [b"v"])
+        await pool.clones.rollback(b"first", [b"w"])
         await pool.scheduler.add(make_schedule("daily", "1d", "03:30", keep="7d,12m"))
+        await pool.hooks.add(make_hook("app", "/bin/true before", "/bin/true after", "20s", ["v"], shell=False))
+        await pool.sealer.seal_all()
     with tarfile.open(os.path.join(folder, f"pool-{snapfs.__version__}.tar.gz"), "w:gz") as archive:
         archive.add(
             os.path.join(folder, "pool"), "pool", filter=lambda one: None if one.name == "pool/reserve" else one
