@@ -124,6 +124,8 @@ class CowPortion(Portion):
 
     def unmap_now(self, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
         """Make holes of an object's blocks from ``first`` up to ``last``, once what they hold is preserved."""
+        if first >= last:
+            return
         self._check_preserved(object_index, first, last)
         offset = log_offset(object_index, self._processor_count) + (first << BLOCK_SHIFT)
         self._source_file().punch(offset, (last - first) << BLOCK_SHIFT)

@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from .errors import BadCommandError, ChangedTargetError, DamagedError, ExistsError, MissingBaseError, SnapfsError
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
-from .transfer import Answer, Ask, OnProgress, ResumePoint, pieces, say_nothing
+from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
 from .units import OFFSET_MAX, check_name
 
 _NOTE_EVERY_BYTES = 256 << 20
@@ -425,9 +426,9 @@ class Receiver:
         """The snapshot holds what was sent: read from it again, and compare."""
         volume = self._head.volumes[place].name
         found = hashlib.blake2b(digest_size=32)
-        with open(os.path.join(self._mount_point, ".snapshots", name, volume), "rb", buffering=0) as kept:
+        with closing(SnapshotFile(os.path.join(self._mount_point, ".snapshots", name, volume))) as kept:
             for offset, length in extents:
-                for _, data in pieces(kept, offset, length, 1):
+                for _, data in kept.pieces(offset, length, 1):
                     found.update(data)
         if found.hexdigest() != digest:
             raise DamagedError(f"volume {volume!r} is not what was sent", "Check the devices, then send it again")

@@ -19,6 +19,7 @@ from .errors import DamagedError, TooNewError
 
 MAGIC = b"snapfs-stream\n"
 VERSION = 1
+Buffer = bytes | memoryview
 BEGIN, VOLUME, DATA, ZERO, END_VOLUME, END = 1, 2, 3, 4, 5, 6
 DATA_BYTES_MAX = 1 << 20
 _HEADER = struct.Struct("<BBII")
@@ -48,29 +49,32 @@ class StreamWriter:
         self.stored_bytes = 0
         self._put(MAGIC)
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: Buffer) -> None:
         self._file.write(data)
         self.stored_bytes += len(data)
 
-    def _frame(self, kind: int, payload: bytes) -> None:
-        stored, compression = payload, _STORED
-        if self._compressor is not None and len(payload) > 64:
-            smaller = self._compressor.compress(payload)
-            if len(smaller) < len(payload):
-                stored, compression = smaller, _ZSTD
-        header = _HEADER.pack(kind, compression, len(stored), len(payload))
-        self._chain = _checksum(self._chain, header, stored)
+    def _frame(self, kind: int, *parts: Buffer) -> None:
+        """A frame with a payload in parts, which are put together only to be compressed."""
+        stored, compression = parts, _STORED
+        length = sum(len(part) for part in parts)
+        if self._compressor is not None and length > 64:
+            smaller = self._compressor.compress(b"".join(parts))
+            if len(smaller) < length:
+                stored, compression = (smaller,), _ZSTD
+        header = _HEADER.pack(kind, compression, sum(len(part) for part in stored), length)
+        self._chain = _checksum(self._chain, header, *stored)
         self._put(header)
-        self._put(stored)
+        for part in stored:
+            self._put(part)
         self._put(self._chain)
 
     def fields(self, kind: int, fields: dict[str, Any]) -> None:
         """A frame of JSON."""
         self._frame(kind, json.dumps(fields).encode())
 
-    def data(self, offset: int, data: bytes) -> None:
+    def data(self, offset: int, data: Buffer) -> None:
         """A range of a volume, at most DATA_BYTES_MAX."""
-        self._frame(DATA, _RANGE.pack(offset, len(data)) + data)
+        self._frame(DATA, _RANGE.pack(offset, len(data)), data)
 
     def zero(self, offset: int, length: int) -> None:
         """A range of a volume that reads as zeros."""
@@ -98,10 +102,11 @@ def read_stream(file: IO[bytes]) -> Iterator[Frame]:
         yield _decoded(kind, _expanded(compression, stored, length))
 
 
-def _checksum(before: bytes, header: bytes, stored: bytes) -> bytes:
+def _checksum(before: bytes, header: bytes, *stored: Buffer) -> bytes:
     found = hashlib.blake2b(before, digest_size=_DIGEST_BYTES)
     found.update(header)
-    found.update(stored)
+    for part in stored:
+        found.update(part)
     return found.digest()
 
 

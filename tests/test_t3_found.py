@@ -434,3 +434,17 @@ async def test_attributes_kept_for_a_snapshot_that_failed_are_dropped() -> None:
         await pool.snapshots.create(b"t")
         await pool.reclaimer.reclaim_all()
     world.check_clean()
+
+
+async def test_a_copy_on_write_volume_cut_within_the_last_block_of_an_object() -> None:
+    """Clearing what lies behind had nothing to clear in that object, and went on preserving it for ever."""
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"1" * BLOCK)
+        await pool.snapshots.create(b"s")
+        with trio.fail_after(20):
+            await pool.volumes.truncate(volume, OBJECT - 1)
+        assert await read_volume(pool, b"v") == b"1" * BLOCK + bytes(OBJECT - 1 - BLOCK)
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"1" * BLOCK + bytes(2 * OBJECT - BLOCK)
+    world.check_clean()

@@ -1,4 +1,4 @@
-"""Measures what stands around snapshots: clone, rollback, diff, send, copy-on-write. One run on a mount of its own.
+"""Measures what stands around snapshots: clone, rollback, diff, send, scrub, copy-on-write. One run on its own mount.
 
 What is compared is said in each line. Sizes are of one machine; what counts is that clone and rollback do
 not grow with the volume, that diff follows what changed, and the ratios.
@@ -92,6 +92,7 @@ def sending(mount: Path, found: dict[str, object]) -> None:
     fill(path, 0, 512 * MIB)
     ask(mount, "snapshot sent volume=sent")
     kept = mount / ".snapshots" / "sent" / "sent"
+    wait_until_sealed(mount)
     for level in (0, 3):
         speeds, natives = [], []
         for _ in range(3):
@@ -107,6 +108,35 @@ def sending(mount: Path, found: dict[str, object]) -> None:
         speed, native = statistics.median(speeds), statistics.median(natives)
         found[f"send, zstd level {level}, MiB/s (random bytes)"] = speed
         found[f"send, zstd level {level}, of dd reading the same cold"] = speed / native
+
+
+def wait_until_sealed(mount: Path) -> None:
+    while json.loads((mount / ".snapfs" / "status.json").read_text())["unsealed_snapshot_count"]:
+        time.sleep(0.1)
+
+
+def proving(mount: Path, found: dict[str, object]) -> None:
+    path = make(mount, "proven", "1G")
+    fill(path, 0, 1024 * MIB)
+    ask(mount, "snapshot proven volume=proven")
+    started = time.perf_counter()
+    wait_until_sealed(mount)
+    found["sealing 1 GiB of random bytes in the background, MiB/s"] = 1024 / (time.perf_counter() - started)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    answer, took = ask(mount, "scrub")
+    found["scrub, cold, MiB/s"] = answer["checked_bytes"] / MIB / took
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    answer, took = ask(mount, "verify proven")
+    found["verify of 1 GiB, cold, MiB/s"] = answer["checked_bytes"] / MIB / took
+
+
+def restoring(mount: Path, found: dict[str, object]) -> None:
+    path = make(mount, "in-place", "1G", "--mode", "cow")
+    fill(path, 0, 512 * MIB)
+    ask(mount, "snapshot in-place volume=in-place")
+    fill(path, 0, 256 * MIB)
+    _, took = ask(mount, "rollback in-place volume=in-place")
+    found["rollback in place of a copy-on-write volume, 256 MiB changed, s"] = took
 
 
 def overwriting(mount: Path, found: dict[str, object], seconds: float) -> None:
@@ -140,6 +170,8 @@ def main() -> None:
             clones_and_rollbacks(mount, found)
             changes(mount, found)
             sending(mount, found)
+            proving(mount, found)
+            restoring(mount, found)
             overwriting(mount, found, options.seconds)
         finally:
             subprocess.run([*SNAPFS, "umount", str(mount)], check=True)
