@@ -414,12 +414,56 @@ class _ShardCheck:
         self._check_sums()
 
     def _check_sums(self) -> None:
-        count = self.store.malformed_sums_count()
+        for log in self.logs.values():
+            if log.summed and log.block_count:
+                self._check_sums_of(log)
+        for volume_id in self.store.content_volume_ids():
+            if self.store.content(volume_id) is None:
+                # It is worked out anew.
+                self.report.add(NOTE, self.where, f"the content hash of volume {volume_id} is damaged")
+        count = self.store.stray_contents_count()
         if count:
-            self.report.add(DAMAGE, self.where, f"the checksums of {count} objects cannot be read")
+            self.report.add(LEAK, self.where, f"{count} content hashes are of volumes that are not there")
         count = self.store.stray_sums_count()
         if count:
             self.report.add(LEAK, self.where, f"{count} objects have checksums in change logs that hold nothing")
+
+    def _check_sums_of(self, log: LogRow) -> None:
+        """Whether each named block of a sealed log has its checksum, or is zeros."""
+        where = f"{self.where}: change log {log.log_id}"
+        named = dict(self.named.get(log.log_id, _NamedBlocks()).masks)
+        for object_index in self.store.summed_objects(log.log_id):
+            try:
+                sums = self.store.sums(log.log_id, object_index)
+            except DamagedError as error:
+                self.report.add(DAMAGE, where, error.reason)
+                named.pop(object_index, None)
+                continue
+            named[object_index] = named.get(object_index, 0) & ~sums.mask
+        without = sum(self._data_count(log, object_index, mask) for object_index, mask in named.items() if mask)
+        if without:
+            self.report.add(DAMAGE, where, f"{without} of its blocks are not zeros and have no checksum")
+
+    def _data_count(self, log: LogRow, object_index: int, mask: int) -> int:
+        """Blocks of an object in a log that are not zeros."""
+        try:
+            file = self.context.devices[log.device_id].open(log_file(self.store.processor_index, log.log_id))
+        except (OSError, KeyError):
+            # That it is missing is told elsewhere.
+            return 0
+        base = log_offset(object_index, self.context.descriptor.processor_count)
+        found = 0
+        try:
+            for first, count in mask_runs(mask):
+                for block in range(first, first + count):
+                    contents = bytearray(BLOCK_SIZE)
+                    file.read_into(contents, base + (block << BLOCK_SHIFT))
+                    found += contents != bytes(BLOCK_SIZE)
+        except OSError as error:
+            self.report.add(DAMAGE, self.where, f"change log {log.log_id} cannot be read: {error.strerror}")
+        finally:
+            file.close()
+        return found
 
     def _check_source(self, log: LogRow) -> None:
         """Whether what a volume is written over is there."""

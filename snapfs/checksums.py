@@ -22,7 +22,6 @@ DIGEST_BYTES = 16
 RANGE_BLOCKS = 32
 RANGE_BYTES = RANGE_BLOCKS * BLOCK_SIZE
 MASK_BYTES = BLOCKS_PER_OBJECT // 8
-RANGES_BYTES = BLOCKS_PER_OBJECT // RANGE_BLOCKS * CHECKSUM_BYTES
 ZERO_DIGEST = bytes(DIGEST_BYTES)
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 _ZEROS = bytes(BLOCK_SIZE * BLOCKS_PER_OBJECT)
@@ -52,28 +51,31 @@ class ObjectSums:
     digests: bytes = b""
 
     @classmethod
-    def decode(cls, mask: object, checksums: object, ranges: object, digests: object = None) -> ObjectSums:
-        """What a store keeps. Raises DamagedError when it cannot be."""
-        if not (isinstance(mask, bytes) and isinstance(checksums, bytes) and len(mask) == MASK_BYTES):
-            raise DamagedError("checksums of an object cannot be read", "Unmount and run snapfs check")
-        if not isinstance(ranges, bytes) or len(ranges) not in (0, RANGES_BYTES):
-            raise DamagedError("checksums of an object's ranges cannot be read", "Unmount and run snapfs check")
+    def decode(
+        cls, place: tuple[int, int], mask: bytes, checksums: bytes, ranges: bytes, guards: bytes, digests: bytes | None
+    ) -> ObjectSums:
+        """What a store keeps for a log and an object. Raises DamagedError when it is not what was put there."""
+        wrong = DamagedError(
+            f"the checksums of object {place[1]} in change log {place[0]} are damaged", "Unmount and run snapfs check"
+        )
+        if len(guards) != 2 * CHECKSUM_BYTES or guards[:CHECKSUM_BYTES] != _guard(place, mask, checksums, ranges):
+            raise wrong
+        if digests is not None and guards[CHECKSUM_BYTES:] != _guard(place, digests):
+            raise wrong
         bits = int.from_bytes(mask, "little")
+        count = bits.bit_count()
+        if len(checksums) != count * CHECKSUM_BYTES or (digests is not None and len(digests) != count * DIGEST_BYTES):
+            raise wrong
         if bits == FULL_MASK:
             # One number for all, which is known by its identity.
             bits = FULL_MASK
-        count = bits.bit_count()
-        if len(checksums) != count * CHECKSUM_BYTES:
-            raise DamagedError("checksums of an object are cut off", "Unmount and run snapfs check")
-        if digests is None:
-            return cls(bits, checksums, ranges)
-        if not isinstance(digests, bytes) or len(digests) != count * DIGEST_BYTES:
-            raise DamagedError("digests of an object are cut off", "Unmount and run snapfs check")
-        return cls(bits, checksums, ranges, digests)
+        return cls(bits, checksums, ranges, digests or b"")
 
-    def encoded(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """Mask, checksums, ranges and digests as a store keeps them."""
-        return self.mask.to_bytes(MASK_BYTES, "little"), self.checksums, self.ranges, self.digests
+    def encoded(self, place: tuple[int, int]) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+        """Mask, checksums, ranges, guards of these and of the digests, and digests, as a store keeps them."""
+        mask = self.mask.to_bytes(MASK_BYTES, "little")
+        guards = _guard(place, mask, self.checksums, self.ranges) + _guard(place, self.digests)
+        return mask, self.checksums, self.ranges, guards, self.digests
 
     @property
     def size_bytes(self) -> int:
@@ -142,6 +144,11 @@ class ObjectSums:
             at = (self.mask & ((1 << first) - 1)).bit_count() * DIGEST_BYTES
             return self.digests[at : at + count * DIGEST_BYTES]
         return b"".join([self.digest_at(block) for block in range(first, first + count)])
+
+
+def _guard(place: tuple[int, int], *parts: bytes) -> bytes:
+    """A checksum over checksums: a store that went bad must not make sound data look damaged."""
+    return xxh3_64_digest(b"%d %d " % place + b"".join(parts))
 
 
 class SumsMaker:

@@ -25,6 +25,7 @@ from .portion import Portion
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .restoring import Restorer
+from .sealedfile import DamagedBlockError
 from .snapshot import Snapshot, SnapshotMembers
 from .snapshots import SnapshotTable
 from .units import check_name, show_name, utc_name
@@ -417,7 +418,14 @@ class _Flattening:
         block, count, log_id = run
         buffer = memoryview(bytearray(count << BLOCK_SHIFT))
         segments = portion.segments(log_id, object_index, block << BLOCK_SHIFT, len(buffer), 0)
-        await portion.read_segments(segments, buffer)
+        try:
+            await portion.read_segments(segments, buffer)
+        except DamagedBlockError as damage:
+            if self._portion_now().names_now(damage):
+                portion.report(damage)
+                raise
+            # Written anew meanwhile, and freed where it was.
+            return
         # Logs of others do not change, so what was read holds for the blocks that still lie there.
         portion = self._portion_now()
         for first, length, same in portion.runs_now(object_index, block, block + count):

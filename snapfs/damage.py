@@ -40,7 +40,7 @@ class DamageLedger:
     def replace(self, found: Iterable[DamagedBlock]) -> None:
         """All was looked at, and this is what is damaged."""
         before = self.known
-        self.known = {one: before.get(one) for one in found}
+        self.known = {one: before.get(one) for one in list(found)[:KNOWN_MAX]}
         self.found.set()
 
     def untold(self) -> list[DamagedBlock]:

@@ -431,13 +431,14 @@ CREATE TABLE sums (             -- checksums of the blocks of logs that take no 
   blocks BLOB NOT NULL,           -- 1024 bits, the lowest first: which blocks have any; the others are zeros
   checksums BLOB NOT NULL,        -- 8 bytes a block
   ranges BLOB NOT NULL,           -- 8 bytes for each 32 blocks, zeros included; empty: too few blocks to pay
+  guards BLOB NOT NULL,           -- 8 bytes over the three before, 8 over the digests
   digests BLOB NOT NULL,          -- 16 bytes a block
   PRIMARY KEY (log_id, object_index)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE contents (         -- the content hash of a portion as the last sealed snapshot has it, see contenthash.py
   volume_id INTEGER PRIMARY KEY,
   instant INTEGER NOT NULL,
-  value BLOB NOT NULL             -- 384 bytes
+  value BLOB NOT NULL             -- 384 bytes, and 8 over the row
 ) STRICT;
 """
 

@@ -9,7 +9,7 @@ anything; the caller fetches that and calls again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -324,7 +324,7 @@ class Portion:
         log: ChangeLog | None = None
         if self._log_known is not None and self._log_known.epoch == epoch:
             log = self._logs.adopt(self._log_known)
-            if log.sealed or log.block_count == 0:
+            if log.sealed or log.summed or log.block_count == 0:
                 log = None
             elif log.file is None:
                 raise NotResidentError(partial(self._open_log, log.log_id))
@@ -707,8 +707,8 @@ class Portion:
         try:
             await self.read_segments([(log, offset, BLOCK_SIZE, 0)], memoryview(buffer))
         except DamagedBlockError as damage:
-            if self._names_now(damage):
-                self._logs.sums.report(damage)
+            if self.names_now(damage):
+                self.report(damage)
                 raise
             return
         old_blocks[(log.log_id, offset)] = bytes(buffer)
@@ -717,7 +717,7 @@ class Portion:
         """Tell whoever keeps track of damage."""
         self._logs.sums.report(damage)
 
-    def _names_now(self, damage: DamagedBlockError) -> bool:
+    def names_now(self, damage: DamagedBlockError) -> bool:
         """Whether the live map names a block still; what it no longer names may be freed."""
         state = self.objects.get(damage.object_index)
         return state is not None and blockmap.entry(state.block_map, damage.block) == damage.log_id
@@ -730,32 +730,27 @@ class Portion:
         used = [log for log, _, _, _ in segments if log is not None]
         if any(log.is_discarded for log in used):
             raise NotResidentError(_look_again)
-        files: list[tuple[DeviceFile, int, memoryview, bool]] = []
-        for log, offset, length, at in segments:
-            part = view[at : at + length]
-            if log is None:
-                part[:] = _ZEROS[:length]
-            else:
-                files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
-        while True:
-            try:
-                await self._with_logs(used, partial(_read_all, files))
-            except NotResidentError as missing:
-                # Checksums, of a log that is sealed.
-                await missing.fetch({})
-            else:
-                return
+        with _in_use(used):
+            while True:
+                files: list[tuple[DeviceFile, int, memoryview, bool]] = []
+                for log, offset, length, at in segments:
+                    part = view[at : at + length]
+                    if log is None:
+                        part[:] = _ZEROS[:length]
+                    else:
+                        files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
+                try:
+                    await self._access.in_thread(_read_all, files)
+                except NotResidentError as missing:
+                    # Checksums, of a log that is sealed.
+                    await missing.fetch({})
+                else:
+                    return
 
     async def _with_logs(self, used: Sequence[ChangeLog], call: Callable[[], None]) -> None:
         """Run a blocking call in a thread; the files of these logs stay open meanwhile."""
-        for user in used:
-            user.users += 1
-        try:
+        with _in_use(used):
             await self._access.in_thread(call)
-        finally:
-            for user in used:
-                user.users -= 1
-                user.close_if_discarded()
 
     # -- committing --------------------------------------------------------------------------
 
@@ -884,6 +879,19 @@ class Portion:
         self._freed.clear()
         self._candidates.clear()
         self._count_changed = False
+
+
+@contextlib.contextmanager
+def _in_use(logs: Sequence[ChangeLog]) -> Iterator[None]:
+    """The files of these logs stay open inside."""
+    for log in logs:
+        log.users += 1
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.users -= 1
+            log.close_if_discarded()
 
 
 def _is_zero(inside: int, data: Buffer) -> bool:

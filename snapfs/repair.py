@@ -28,6 +28,7 @@ async def repair_running(pool: Pool) -> list[str]:
         await reclaim.drop_unneeded_copies(processor, 0, NEVER)
         await processor.punch_freed()
         done += await processor.access.ask(partial(_recount, processor, set(pool.volumes.by_id)))
+        await processor.access.ask(processor.access.store.drop_stray_contents)
         strays = await processor.access.ask(processor.access.store.stray_sums_count)
         if strays:
             await processor.access.ask(processor.access.store.drop_stray_sums)

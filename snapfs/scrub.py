@@ -16,7 +16,7 @@ from .blockmap import HOLE, BlockMap
 from .checksums import ZERO_DIGEST, ObjectSums, digest_of
 from .contenthash import ContentHash, element_of, root_of
 from .damage import DamagedBlock
-from .errors import UnsealedError
+from .errors import DamagedError, UnsealedError
 from .formats import LogRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT
 from .jobs import Job
@@ -94,10 +94,7 @@ async def _scrub_log(processor: Processor, row: LogRow, rate: _Rate, job: Job, r
     try:
         extents = await processor.access.in_thread(lambda: list(file.data_extents()))
         objects = {one for one, _ in objects_with_data(extents, processor.index, processor.processor_count)}
-        place = 0
-        while rows := await processor.access.ask(processor.access.store.sums_from, row.log_id, place, 4096):
-            objects.update(one.object_index for one in rows)
-            place = rows[-1].object_index + 1
+        objects.update(await processor.access.ask(processor.access.store.summed_objects, row.log_id))
         ordered = sorted(objects)
         for start in range(0, len(ordered), _OBJECTS_A_STEP):
             await _scrub_objects(processor, row, file, ordered[start : start + _OBJECTS_A_STEP], rate, job, report)
@@ -119,7 +116,11 @@ async def _scrub_objects(
         mask = named.get(object_index, 0)
         if not mask:
             continue
-        sums = await processor.access.ask(processor.access.store.checksums, row.log_id, object_index)
+        try:
+            sums = await processor.access.ask(processor.access.store.checksums, row.log_id, object_index)
+        except DamagedError as error:
+            report.unreadable_logs.append(error.reason)
+            continue
         base = (object_index // processor.processor_count) << OBJECT_SHIFT
         try:
             wrong = await processor.access.in_thread(_compare, file, base, mask, sums)

@@ -69,7 +69,8 @@ class SumCache:
     def forget_log(self, log_id: int) -> None:
         """A log is gone."""
         gone = self.known.pop(log_id, None)
-        if gone is not None:
+        if gone:
+            self._queue = deque(one for one in self._queue if one[0] != log_id)
             self._size_bytes -= sum(sums.size_bytes for sums in gone.values())
             gone.clear()
 
@@ -121,7 +122,7 @@ class SealedFile(DeviceFile):
             if sums is not None and sums.mask is FULL_MASK:
                 count = self._file.try_read_into(buffer, offset)
                 at = (offset & OBJECT_MASK) >> _CHECKSUM_SHIFT
-                if xxh3_64_digest(buffer) == sums.checksums[at : at + CHECKSUM_BYTES]:
+                if count == BLOCK_SIZE and xxh3_64_digest(buffer) == sums.checksums[at : at + CHECKSUM_BYTES]:
                     return count
         try:
             return self._read(buffer, offset, self._file.try_read_into)
@@ -142,12 +143,12 @@ class SealedFile(DeviceFile):
         length = len(buffer)
         if (offset | length) & _BLOCK_MASK:
             return self._read_unaligned(sums, buffer, offset, read)
-        count = read(buffer, offset)
-        first = (offset & OBJECT_MASK) >> BLOCK_SHIFT
         view = buffer if isinstance(buffer, memoryview) else memoryview(buffer)
-        if count == length and not sums.matches(first, view):
+        _read_all_of(view, offset, read)
+        first = (offset & OBJECT_MASK) >> BLOCK_SHIFT
+        if not sums.matches(first, view):
             self._fail(sums, offset >> OBJECT_SHIFT, first, view)
-        return count
+        return length
 
     def _read_unaligned(
         self,
@@ -158,12 +159,12 @@ class SealedFile(DeviceFile):
     ) -> int:
         start = offset & ~_BLOCK_MASK
         whole = memoryview(bytearray(-(-(offset + len(buffer)) // BLOCK_SIZE) * BLOCK_SIZE - start))
-        count = read(whole, start)
+        _read_all_of(whole, start, read)
         first = (start & OBJECT_MASK) >> BLOCK_SHIFT
-        if count == len(whole) and not sums.matches(first, whole):
+        if not sums.matches(first, whole):
             self._fail(sums, offset >> OBJECT_SHIFT, first, whole)
         memoryview(buffer)[:] = whole[offset - start : offset - start + len(buffer)]
-        return len(buffer) if count == len(whole) else max(0, min(len(buffer), count - (offset - start)))
+        return len(buffer)
 
     def _fail(self, sums: ObjectSums, place: int, first: int, view: memoryview) -> None:
         wrong = sums.first_wrong(first, view)
@@ -205,3 +206,10 @@ class SealedFile(DeviceFile):
     def close(self) -> None:
         """See :meth:`DeviceFile.close`."""
         self._file.close()
+
+
+def _read_all_of(view: memoryview, offset: int, read: Callable[[bytearray | memoryview, int], int]) -> None:
+    """Fill a view; what is behind the end of a file reads as zeros, which are damage unless they were sealed."""
+    count = read(view, offset)
+    if count < len(view):
+        view[count:] = bytes(len(view) - count)

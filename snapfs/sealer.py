@@ -61,14 +61,15 @@ class Sealer:
         self._hurry = Wakeup()
         self._hurried_count = 0
         self._since_ns = 0
+        self._told: set[str] = set()
 
     async def run(self) -> None:
         """Seal whenever a snapshot was made; until cancelled."""
         while True:
             try:
                 is_complete = await self.seal_all(gently=True)
-            except (SnapfsError, OSError) as error:
-                self._events.note("sealing-failed", logging.WARNING, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - the pool goes on without it, and says so
+                self._note_failure("sealing", error)
                 is_complete = False
             with trio.move_on_after(float("inf") if is_complete else RETRY_S):
                 await self._wakeup.wait()
@@ -90,14 +91,25 @@ class Sealer:
 
     async def _seal_waiting(self, *, gently: bool) -> bool:
         self._since_ns = time.perf_counter_ns()
+        is_complete = True
         for processor in self._processors:
-            await seal_logs(processor, self._rest if gently else at_full_pace)
+            is_complete &= await seal_logs(processor, self._rest if gently else at_full_pace, self._note_failure)
         for snapshot in self.waiting():
             try:
                 await self._seal(snapshot)
             except NotSealedError:
                 continue
-        return not self.waiting()
+            except (SnapfsError, OSError) as error:
+                if snapshot.snapshot_id in self._snapshots.by_id:
+                    self._note_failure(f"snapshot {show_name(snapshot.name or b'')}", error)
+        return is_complete and not self.waiting()
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        """Tell of a failure, once."""
+        told = f"{what}: {error}"
+        if told not in self._told:
+            self._told.add(told)
+            self._events.note("sealing-failed", logging.WARNING, what=what, reason=str(error))
 
     async def _rest(self, size_bytes: int) -> None:
         """Rest as long as was worked, unless somebody waits for the work to be done."""

@@ -23,13 +23,13 @@ from .formats import CHANGE_LOG, LogRow, ShardBatch, SumsRow
 from .geometry import BLOCK_SHIFT, BLOCKS_PER_OBJECT, OBJECT_SHIFT, VolumeId
 from .processor import Processor
 from .shardstore import ShardStore
-from .snapshotindex import NEVER
 from .unnamed import mask_runs, objects_with_data
 
 _STEP_BLOCKS = 1024
 _RUN_BLOCKS_MAX = 256
 _BATCH = 256
 Pace = Callable[[int], Awaitable[None]]
+OnFailure = Callable[[str, Exception], None]
 
 
 class NotSealedError(SnapfsError):
@@ -41,15 +41,28 @@ async def at_full_pace(size_bytes: int) -> None:
     await trio.lowlevel.checkpoint()
 
 
-async def seal_logs(processor: Processor, pace: Pace = at_full_pace) -> bool:
-    """Give all closed logs their checksums; whether all have them now. ``pace`` is told of bytes read, and may wait."""
+def raise_failure(what: str, error: Exception) -> None:
+    """A failure ends it."""
+    raise error
+
+
+async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure: OnFailure = raise_failure) -> bool:
+    """Give all closed logs their checksums; whether all have them now.
+
+    ``pace`` is told of bytes read, and may wait. ``on_failure`` is told of a log that cannot be read; then the others
+    go on.
+    """
     is_complete = True
     for row in await processor.access.ask(processor.access.store.unsummed_logs):
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 state = _is_closed(processor, row)
         if state:
-            await _seal_log(processor, row, pace)
+            try:
+                await _seal_log(processor, row, pace)
+            except (OSError, SnapfsError) as error:
+                is_complete = False
+                on_failure(f"change log {row.log_id} of processor {processor.index}", error)
         elif state is None:
             is_complete = False
     return is_complete
@@ -62,7 +75,8 @@ def _is_closed(processor: Processor, row: LogRow) -> bool | None:
     """
     facts = processor.facts_of(row.volume_id)
     portion = processor.portions.get(row.volume_id)
-    if facts.last_instant == NEVER:
+    if not facts.is_gone:
+        # Also one that is removed and still open goes on writing.
         named_epoch = max(facts.named_epoch, 0 if portion is None else portion.named_epoch)
         if row.epoch >= max(processor.clock.epoch, named_epoch):
             return False
@@ -71,7 +85,8 @@ def _is_closed(processor: Processor, row: LogRow) -> bool | None:
     if isinstance(portion, CowPortion) and portion.is_preserving:
         return None
     log = processor.logs.known.get(row.log_id)
-    return None if log is not None and (log.dirty or log.pins) else True
+    is_in_use = log is not None and (log.dirty or log.pins or (portion is not None and portion.current_log is log))
+    return None if is_in_use else True
 
 
 async def _seal_log(processor: Processor, row: LogRow, pace: Pace) -> None:
@@ -96,6 +111,8 @@ async def _seal_log(processor: Processor, row: LogRow, pace: Pace) -> None:
                 batch, pending = ShardBatch(), 0
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
+                if not _is_closed(processor, row):
+                    return
                 batch.summed_logs.append(row.log_id)
                 await processor.commit_locked([], batch)
                 log = processor.logs.known.get(row.log_id)

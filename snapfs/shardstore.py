@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+from xxhash import xxh3_64_digest
+
 from . import blockmap
 from .backends import Device
 from .checksums import ObjectSums
@@ -30,6 +32,7 @@ from .formats import (
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
 from .traits import Ancestor
 
+_STRAY_CONTENTS = "WHERE volume_id NOT IN (SELECT volume_id FROM portions)"
 _STRAY_SUMS = "WHERE log_id NOT IN (SELECT log_id FROM logs WHERE block_count > 0)"
 
 
@@ -258,7 +261,7 @@ class ShardStore:
     def open_log(self, volume_id: VolumeId, epoch: int) -> LogRow | None:
         """The log that takes a volume's writes in an epoch, if it was begun."""
         row = self.database.row(
-            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0 AND kind = 0"
+            "SELECT * FROM logs WHERE volume_id = ? AND epoch = ? AND sealed = 0 AND summed = 0 AND kind = 0"
             " ORDER BY log_id DESC LIMIT 1",
             (volume_id, epoch),
         )
@@ -450,26 +453,27 @@ class ShardStore:
     def checksums(self, log_id: int, object_index: int) -> ObjectSums:
         """The checksums of an object's blocks in a log, without digests; of zeros alone when there are none."""
         row = self.database.row(
-            "SELECT blocks, checksums, ranges FROM sums WHERE log_id = ? AND object_index = ?", (log_id, object_index)
+            "SELECT blocks, checksums, ranges, guards, NULL FROM sums WHERE log_id = ? AND object_index = ?",
+            (log_id, object_index),
         )
-        return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
+        return ObjectSums(0, b"") if row is None else ObjectSums.decode((log_id, object_index), *row)
 
     def sums(self, log_id: int, object_index: int) -> ObjectSums:
         """The checksums and digests of an object's blocks in a log; of zeros alone when there are none."""
         row = self.database.row(
-            "SELECT blocks, checksums, ranges, digests FROM sums WHERE log_id = ? AND object_index = ?",
+            "SELECT blocks, checksums, ranges, guards, digests FROM sums WHERE log_id = ? AND object_index = ?",
             (log_id, object_index),
         )
-        return ObjectSums(0, b"") if row is None else ObjectSums.decode(*row)
+        return ObjectSums(0, b"") if row is None else ObjectSums.decode((log_id, object_index), *row)
 
     def sums_from(self, log_id: int, from_object: int, limit: int) -> list[SumsRow]:
         """Up to ``limit`` objects' sums in a log from an object on, in order."""
         rows = self.database.rows(
-            "SELECT log_id, object_index, blocks, checksums, ranges, digests FROM sums"
+            "SELECT log_id, object_index, blocks, checksums, ranges, guards, digests FROM sums"
             " WHERE log_id = ? AND object_index >= ? ORDER BY object_index LIMIT ?",
             (log_id, from_object, limit),
         )
-        return [SumsRow(row[0], row[1], ObjectSums.decode(*row[2:])) for row in rows]
+        return [SumsRow(row[0], row[1], ObjectSums.decode((row[0], row[1]), *row[2:])) for row in rows]
 
     def stray_sums_count(self) -> int:
         """How many objects have checksums in logs of which nothing is named."""
@@ -481,18 +485,29 @@ class ShardStore:
         with self.database.transaction():
             self.database.execute(f"DELETE FROM sums {_STRAY_SUMS}")
 
-    def malformed_sums_count(self) -> int:
-        """How many objects have checksums that cannot be read."""
-        row = self.database.row(
-            "SELECT count(*) FROM sums WHERE length(blocks) != 128 OR length(checksums) % 8 != 0"
-            " OR length(digests) != 2 * length(checksums) OR length(ranges) NOT IN (0, 256)"
-        )
+    def stray_contents_count(self) -> int:
+        """How many content hashes are of volumes that are not counted here."""
+        row = self.database.row(f"SELECT count(*) FROM contents {_STRAY_CONTENTS}")
         return 0 if row is None else int(row[0])
 
+    def drop_stray_contents(self) -> None:
+        """Forget content hashes of volumes that are not counted here."""
+        with self.database.transaction():
+            self.database.execute(f"DELETE FROM contents {_STRAY_CONTENTS}")
+
+    def summed_objects(self, log_id: int) -> list[int]:
+        """Objects that have checksums in a log, in order."""
+        rows = self.database.rows("SELECT object_index FROM sums WHERE log_id = ? ORDER BY object_index", (log_id,))
+        return [row[0] for row in rows]
+
     def content(self, volume_id: VolumeId) -> ContentRow | None:
-        """The content hash of a portion as the last sealed snapshot has it."""
+        """The content hash of a portion as the last sealed snapshot has it; None also when it is damaged."""
         row = self.database.row("SELECT * FROM contents WHERE volume_id = ?", (volume_id,))
-        return None if row is None else ContentRow(row[0], row[1], int.from_bytes(cast("bytes", row[2]), "little"))
+        return None if row is None else _content(row)
+
+    def content_volume_ids(self) -> list[VolumeId]:
+        """Volumes that have a content hash."""
+        return [row[0] for row in self.database.rows("SELECT volume_id FROM contents")]
 
     def has_log_between(self, volume_id: VolumeId, after: int, until: int) -> bool:
         """Whether a volume began a log after one instant and before or at another: only then it may have changed."""
@@ -550,14 +565,16 @@ class ShardStore:
                 ("DELETE FROM sums WHERE log_id = ?", [(one,) for one in batch.dropped_logs + batch.dropped_sums]),
                 (
                     # Not of a log that went while it was read.
-                    "INSERT OR REPLACE INTO sums SELECT ?1, ?2, ?3, ?4, ?5, ?6"
+                    "INSERT OR REPLACE INTO sums SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7"
                     " WHERE EXISTS (SELECT 1 FROM logs WHERE log_id = ?1 AND block_count > 0)",
-                    [(*row[:2], *row.sums.encoded()) for row in batch.sums],
+                    [(*row[:2], *row.sums.encoded(row[:2])) for row in batch.sums],
                 ),
                 ("UPDATE logs SET summed = 1 WHERE log_id = ?", [(log_id,) for log_id in batch.summed_logs]),
                 (
-                    "INSERT OR REPLACE INTO contents VALUES (?, ?, ?)",
-                    [(*row[:2], row.value.to_bytes(VALUE_BYTES, "little")) for row in batch.contents],
+                    # Not of a volume that was taken apart while it was sealed.
+                    "INSERT OR REPLACE INTO contents SELECT ?1, ?2, ?3"
+                    " WHERE EXISTS (SELECT 1 FROM portions WHERE volume_id = ?1)",
+                    [(*row[:2], _guarded(row)) for row in batch.contents],
                 ),
                 ("INSERT INTO freed VALUES (?, ?, ?)", batch.freed),
                 ("INSERT INTO candidates VALUES (?, ?, ?, ?)", batch.candidates),
@@ -612,3 +629,18 @@ def _copy(row: tuple[object, ...]) -> CopyRow:
         Epoch(cast("int", epoch)),
         blockmap.decode(stored),
     )
+
+
+def _guarded(row: ContentRow) -> bytes:
+    """A content hash as a store keeps it, with a checksum over the row."""
+    value = row.value.to_bytes(VALUE_BYTES, "little")
+    return value + xxh3_64_digest(b"%d %d " % row[:2] + value)
+
+
+def _content(row: tuple[object, ...]) -> ContentRow | None:
+    volume_id, instant, stored = row
+    value = cast("bytes", stored)
+    found = ContentRow(
+        VolumeId(cast("int", volume_id)), cast("int", instant), int.from_bytes(value[:VALUE_BYTES], "little")
+    )
+    return found if found.value and value == _guarded(found) else None

@@ -617,6 +617,10 @@ class Volume(VolumeView):
                     portion.write_now(object_index, inside, bytes(length), old_blocks)
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
+            except DamagedBlockError as damage:
+                if portion.names_now(damage):
+                    portion.report(damage)
+                    raise
             else:
                 return
 

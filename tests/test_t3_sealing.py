@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
+from typing import cast
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs.backends import CrashPlan
+from snapfs import sealing
+from snapfs.backends import CrashPlan, DeviceFile
+from snapfs.check import Report, check_pool
 from snapfs.checksums import ObjectSums, SumsMaker, digest_of
 from snapfs.contenthash import PRIME, ContentHash, element_of
-from snapfs.errors import UnsealedError
-from snapfs.formats import COPY_ON_WRITE, SumsRow
+from snapfs.errors import DamagedError, StallError, UnsealedError
+from snapfs.formats import COPY_ON_WRITE, REDIRECT, SumsRow
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.scrub import scrub, verify
-from snapfs.sealedfile import DamagedBlockError
+from snapfs.sealedfile import DamagedBlockError, SealedFile
+from snapfs.volume import Volume
 
-from .harness import Running, World, everything_is_proven, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, everything_is_proven, open_world, read_snapshot, read_volume
 
 OBJECT = 4 << 20
 BLOCK = 4096
@@ -60,7 +65,7 @@ def test_sums_match_what_they_were_made_of_and_nothing_else(seed: bytes, first: 
     for index in range(count):
         maker.add(first + index, memoryview(contents)[index * BLOCK : (index + 1) * BLOCK])
     made = maker.made()
-    sums = ObjectSums.decode(*made.encoded())
+    sums = ObjectSums.decode((1, 2), *made.encoded((1, 2)))
     assert sums == made
     assert sums.matches(first, memoryview(contents)) and sums.first_wrong(first, memoryview(contents)) is None
     assert sums.digests_of(first, count) == b"".join(
@@ -179,6 +184,7 @@ async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None
         assert damage(world, b"first", by=b"!", shift=BLOCK) == 1
         report = await scrub(pool)
         assert {(one.object_index, one.block) for one in report.damaged} == {(0, 0), (1, 1)}
+        damage(world, b"first", by=b"\0", shift=BLOCK)
 
 
 async def test_sealing_goes_on_after_a_crash_and_keeps_no_log_from_dying() -> None:
@@ -297,3 +303,245 @@ async def test_a_block_freed_while_it_is_read_is_not_damage() -> None:
                 rows += await processor.access.ask(processor.access.store.sums_from, log.log_id, 0, 10)
         assert any(row.sums.mask >> 1 & 1 for row in rows)
         assert not (await scrub(pool)).damaged
+
+
+# -- what attacks found ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change_mode", [REDIRECT, COPY_ON_WRITE])
+async def test_a_volume_removed_while_open_is_not_sealed_while_it_is_written(change_mode: int) -> None:
+    async with open_world(World()) as pool:
+        await pool.maker.create(VolumeWish(b"v", OBJECT, change_mode))
+        await pool.volumes.create(b"w")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"0" * 4 * BLOCK)
+            await pool.snapshots.create(b"s")
+            await volume.write(0, b"1" * 4 * BLOCK)
+            await pool.volumes.remove(b"v")
+            await volume.sync()
+            await pool.snapshots.create(b"other", [b"w"])
+
+            async def write_meanwhile(size_bytes: int) -> None:
+                await volume.write(0, b"2" * BLOCK)
+
+            for processor in pool.processors:
+                await sealing.seal_logs(processor, write_meanwhile)
+            await volume.write(0, b"3" * 5 * BLOCK)
+            assert await volume.read(0, 5 * BLOCK) == b"3" * 5 * BLOCK
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"0" * 4 * BLOCK + bytes(OBJECT - 4 * BLOCK)
+
+
+@pytest.mark.parametrize("names", [None, [b"v"]])
+async def test_an_epoch_entered_again_after_an_aborted_snapshot_has_a_log_of_its_own(names: list[bytes] | None) -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * BLOCK)
+        with pytest.raises(StallError):
+            await pool.snapshots.create(b"s", names, max_stall_ms=0)
+        await pool.reclaimer.reclaim_all()
+        await pool.sealer.seal_all()
+    async with open_world(world) as pool:
+        await put(pool, b"v", 0, b"2" * 10)
+        await put(pool, b"v", BLOCK, b"3" * BLOCK)
+        expected = b"2" * 10 + b"1" * (BLOCK - 10) + b"3" * BLOCK
+        assert await read_volume(pool, b"v") == expected
+        snapshot = await pool.snapshots.create(b"s")
+        await everything_is_proven(pool)
+        assert await read_snapshot(pool, snapshot, b"v") == expected
+    world.check_clean()
+
+
+async def test_a_log_that_dies_while_a_reader_waits_for_its_checksums() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"A" * BLOCK * 4)
+        await pool.snapshots.create(b"s0")
+        await put(pool, b"v", BLOCK, b"B" * BLOCK)
+        await pool.snapshots.create(b"s1")
+        await pool.sealer.seal_all()
+    async with open_world(world) as pool:
+        sums = pool.processors[0].logs.sums
+        load, count = sums._load, 0
+
+        async def late(log_id: int, object_index: int) -> ObjectSums:
+            nonlocal count
+            found = await load(log_id, object_index)
+            count += 1
+            if count == 2:
+                await volume.write(0, b"C" * BLOCK * 4)
+                await pool.snapshots.delete(b"s0")
+                await pool.snapshots.delete(b"s1")
+                await pool.reclaimer.reclaim_all()
+            return found
+
+        sums._load = late
+        async with pool.volumes.opened(b"v") as volume:
+            # Through a thread, as when the device would have to wait.
+            segments = volume._segments(0, 4 * BLOCK) if await warm(volume) else []
+            sums.known.clear()
+            for log in pool.processors[0].logs.known.values():
+                if isinstance(log.file, SealedFile):
+                    log.file._known.clear()
+            buffer = memoryview(bytearray(4 * BLOCK))
+            with contextlib.suppress(DamagedBlockError):
+                # What was freed meanwhile is looked at again by whoever asked; but no closed file is read.
+                await segments[0][0].read_segments(segments[0][1], buffer)
+            assert await volume.read(0, 4 * BLOCK) == b"C" * BLOCK * 4
+
+
+async def warm(volume: Volume) -> bool:
+    """Have its maps and logs in memory."""
+    await volume.read(0, volume.size_bytes)
+    return True
+
+
+async def test_a_clone_written_while_it_is_flattened_is_not_damaged() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"A" * BLOCK * 4)
+        await pool.snapshots.create(b"s0")
+        await pool.sealer.seal_all()
+        await pool.clones.clone(b"s0", b"v", b"c")
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s0")
+        await pool.reclaimer.reclaim_all()
+        sums = pool.processors[0].logs.sums
+        load, count = sums._load, 0
+        async with pool.volumes.opened(b"c") as volume:
+
+            async def late(log_id: int, object_index: int) -> ObjectSums:
+                nonlocal count
+                found = await load(log_id, object_index)
+                count += 1
+                if count == 1:
+                    await volume.write(BLOCK, b"new!" * 1024)
+                    await pool.sync()
+                    await pool.reclaimer.reclaim_all()
+                return found
+
+            sums._load = late
+            await pool.clones.flatten(b"c")
+            assert bytes(await volume.read(0, 3 * BLOCK))[::BLOCK] == b"AnA"
+        assert not pool.damage.known
+    world.check_clean()
+
+
+async def test_one_log_that_cannot_be_read_keeps_no_other_from_being_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        await pool.volumes.create(b"a")
+        await pool.volumes.create(b"b")
+        await put(pool, b"a", 0, b"A" * BLOCK)
+        await put(pool, b"b", 0, b"B" * BLOCK)
+        real = sealing.read_sums
+        failed = 0
+
+        def read(file: DeviceFile, base: int, mask: int) -> ObjectSums:
+            nonlocal failed
+            sums = real(file, base, mask)
+            if sums.digests == digest_of(b"A" * BLOCK):
+                failed += 1
+                raise OSError(errno.EIO, "I/O error")
+            return sums
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sealing, "read_sums", read)
+            bad = await pool.snapshots.create(b"s-a", [b"a"])
+            good = await pool.snapshots.create(b"s-b", [b"b"])
+            assert not await pool.sealer.seal_all()
+            assert good.root and not bad.root and failed
+            assert pool.events.contents.count(b"sealing-failed") == 1
+        await everything_is_proven(pool)
+
+
+async def test_damaged_checksums_are_told_and_a_damaged_content_hash_is_worked_out_anew() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 100 * BLOCK)
+        await pool.snapshots.create(b"first")
+        await pool.sealer.seal_all()
+        database = pool.processors[0].access.store.database
+        with database.transaction():
+            database.execute("UPDATE contents SET value = zeroblob(392)")
+        await put(pool, b"v", 0, b"2" * BLOCK)
+        await pool.snapshots.create(b"second")
+        await everything_is_proven(pool)
+        with database.transaction():
+            database.execute("UPDATE contents SET value = zeroblob(500)")
+        await put(pool, b"v", 0, b"3" * BLOCK)
+        await pool.snapshots.create(b"third")
+        await everything_is_proven(pool)
+        (checksums,) = database.row("SELECT checksums FROM sums WHERE log_id = 1") or ()
+        with database.transaction():
+            database.execute("UPDATE sums SET checksums = zeroblob(800) WHERE log_id = 1")
+        pool.processors[0].logs.sums.known[1].clear()
+        with pytest.raises(DamagedError, match="checksums of object 0"):
+            await read_volume(pool, b"v")
+        assert (await scrub(pool)).unreadable_logs
+        report = check_of(world)
+        assert any("checksums of object 0 in change log 1" in finding.what for finding in report.findings)
+        with database.transaction():
+            database.execute("DELETE FROM sums WHERE log_id = 1 AND ? > 0", (1,))
+        report = check_of(world)
+        assert any("have no checksum" in finding.what for finding in report.findings)
+        assert len(cast("bytes", checksums)) == 800
+        await pool.snapshots.delete(b"first")
+        await pool.snapshots.delete(b"second")
+        await pool.snapshots.delete(b"third")
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+    world.check_clean()
+
+
+def check_of(world: World) -> Report:
+    """What the verifier says of a pool that is open, of which all is durable."""
+    copy = World.__new__(World)
+    copy.home = world.home.crash(CrashPlan(0, 0.0))
+    copy.outside = world.outside
+    copy.devices = {path: device.crash(CrashPlan(0, 0.0)) for path, device in world.devices.items()}
+    return check_pool(copy.home, WHERE, copy.open_device, copy.has_image)
+
+
+async def test_a_sealed_log_that_was_cut_off_gives_no_zeros() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 8 * BLOCK)
+        snapshot = await pool.snapshots.create(b"s")
+        await pool.sealer.seal_all()
+        (device,) = world.devices.values()
+        file = device.open("logs/0/00000001")
+        contents = bytearray(8 * BLOCK)
+        file.read_into(contents, 0)
+        file.truncate(4 * BLOCK + 100)
+        with pytest.raises(DamagedBlockError):
+            await read_snapshot(pool, snapshot, b"v")
+        file.write(contents, 0)
+        assert await read_snapshot(pool, snapshot, b"v") == contents
+        file.close()
+
+
+async def test_nothing_is_kept_for_volumes_that_went_before_they_were_sealed() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(4):
+            await put(pool, b"v", 0, os.urandom(BLOCK))
+            async with pool.sealer._turn:
+                await pool.snapshots.create(b"s%d" % number)
+                if number == 3:
+                    await pool.volumes.remove(b"v")
+                else:
+                    await pool.clones.rollback(b"s%d" % number, [b"v"])
+                await pool.reclaimer.reclaim_all()
+            await pool.sealer.seal_all()
+        for name in list(pool.snapshots.by_name):
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        await pool.reclaimer.reclaim_all()
+        for processor in pool.processors:
+            assert not processor.access.store.database.rows("SELECT 1 FROM contents UNION SELECT 1 FROM sums")
+    world.check_clean()
