@@ -122,9 +122,10 @@ class Catalog:
         """All schedules."""
         return [ScheduleRow(*row) for row in self.database.rows("SELECT * FROM schedules ORDER BY name")]
 
-    def hooks(self) -> list[tuple[str, str]]:
-        """All hooks, each as its name and its rule."""
-        return cast("list[tuple[str, str]]", self.database.rows("SELECT name, rule FROM hooks ORDER BY name"))
+    def hooks(self) -> list[tuple[bytes, bytes]]:
+        """All hooks, each as its name and its rule; as bytes, for what is damaged may be no text."""
+        rows = self.database.rows("SELECT CAST(name AS BLOB), CAST(rule AS BLOB) FROM hooks ORDER BY name")
+        return cast("list[tuple[bytes, bytes]]", rows)
 
     def receives(self) -> dict[str, str]:
         """By guid: the states of streams that are being received, or were cut off."""
@@ -271,7 +272,7 @@ class Catalog:
                 ("INSERT OR REPLACE INTO changelogs VALUES (?, ?, ?, ?)", batch.changelogs),
                 ("INSERT OR REPLACE INTO devices VALUES (?, ?, ?)", batch.devices),
                 ("INSERT OR REPLACE INTO schedules VALUES (?, ?, ?)", batch.schedules),
-                ("DELETE FROM hooks WHERE name = ?", [(one,) for one in batch.dropped_hooks]),
+                ("DELETE FROM hooks WHERE CAST(name AS BLOB) = ?", [(one,) for one in batch.dropped_hooks]),
                 ("INSERT OR REPLACE INTO hooks VALUES (?, ?)", batch.hooks),
                 (
                     "UPDATE snapshots SET root = ?2, previous_root = ?3, unsealed = ?4 WHERE snapshot_id = ?1",

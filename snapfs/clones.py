@@ -349,7 +349,7 @@ class Clones:
             volume_id = volume.volume_id
             if self._volumes.traits.get(volume_id).change_mode == COPY_ON_WRITE:
                 return 0
-            with self._jobs.running("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
+            with self._jobs.stoppable("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
                 for processor in self._processors:
                     await _Flattening(volume, processor, job).run()
             await volume.sync()

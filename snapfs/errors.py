@@ -144,6 +144,18 @@ class HookFailedError(SnapfsError):
     errno = errno.ECANCELED
 
 
+class InsideHookError(SnapfsError):
+    """A program that runs before or after a snapshot asked for something that waits for that snapshot."""
+
+    errno = errno.EDEADLK
+
+
+class StoppedError(SnapfsError):
+    """Work was stopped, because the mount is going away. What was done so far stays."""
+
+    errno = errno.ECANCELED
+
+
 class StallError(SnapfsError):
     """A snapshot would have held things up for longer than was allowed. None was made."""
 

@@ -592,7 +592,7 @@ class CatalogBatch:
     dropped_snapshots: list[SnapshotId] = field(default_factory=list)
     roots: list[tuple[SnapshotId, str, str, str]] = field(default_factory=list)
     hooks: list[tuple[str, str]] = field(default_factory=list)
-    dropped_hooks: list[str] = field(default_factory=list)
+    dropped_hooks: list[bytes] = field(default_factory=list)
     holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
     dropped_holds: list[tuple[SnapshotId, str]] = field(default_factory=list)
     traits: list[VolumeTraits] = field(default_factory=list)

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from .errors import BadCommandError, DamagedError
+from .errors import BadCommandError, DamagedError, SnapfsError
 from .units import check_name, parse_duration
 
 TIME_LIMIT_S = 10
 TIME_LIMIT_S_MAX = 3600
+COMMAND_LENGTH_MAX = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +51,23 @@ class Hook:
         return json.dumps(fields)
 
     @classmethod
-    def from_json(cls, name: str, text: str) -> Hook:
+    def from_json(cls, name: str, text: bytes) -> Hook:
         """Read it. Raises DamagedError."""
         try:
-            fields = json.loads(text)
-            return make_hook(
-                name,
-                str(fields["before"]),
-                str(fields["after"]),
-                f"{int(fields['time_limit_s'])}s",
-                tuple(str(one) for one in fields["volumes"]),
-                shell=bool(fields["shell"]),
-            )
-        except (ValueError, TypeError, KeyError, BadCommandError) as error:
+            fields = json.loads(text.decode())
+            before, after, limit = fields["before"], fields["after"], fields["time_limit_s"]
+            volumes, shell = fields["volumes"], fields["shell"]
+            if not (
+                isinstance(before, str)
+                and isinstance(after, str)
+                and type(limit) is int
+                and isinstance(volumes, list)
+                and all(isinstance(one, str) for one in volumes)
+                and isinstance(shell, bool)
+            ):
+                raise ValueError("a field is of another type")
+            return make_hook(name, before, after, f"{limit}s", volumes, shell=shell)
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, SnapfsError) as error:
             raise DamagedError(f"hook {name!r} is damaged", "Remove it and add it again") from error
 
 
@@ -71,9 +76,15 @@ def make_hook(
 ) -> Hook:
     """A hook as a user writes it. Raises BadCommandError, BadNameError."""
     check_name(name.encode("utf-8", "surrogateescape"), "hook")
+    if not _is_text(name):
+        raise BadCommandError(f"the name {name[:64]!r} is not text in UTF-8", "Write it in UTF-8")
     if not before and not after:
         raise BadCommandError("a hook needs a program", "Give one to run before snapshots, after them, or both")
     for phase, command in (("before", before), ("after", after)):
+        if len(command) > COMMAND_LENGTH_MAX:
+            raise BadCommandError(
+                f"the program to run {phase} has {len(command)} characters", f"Use at most {COMMAND_LENGTH_MAX}"
+            )
         try:
             words = shlex.split(command)
         except ValueError as error:
@@ -82,11 +93,19 @@ def make_hook(
             raise BadCommandError(
                 f"the program to run {phase} has no absolute path", "Write it from / on, or ask for a shell"
             )
-        if "\0" in command:
-            raise BadCommandError("a command has a NUL byte", "Leave it out")
+        if "\0" in command or not _is_text(command):
+            raise BadCommandError(f"the program to run {phase} is not text in UTF-8", "Write it in UTF-8")
     time_limit_s = TIME_LIMIT_S if time_limit is None else parse_duration(time_limit)
     if not 1 <= time_limit_s <= TIME_LIMIT_S_MAX:
         raise BadCommandError(
             f"a time limit of {time_limit_s} s", f"Give 1 to {TIME_LIMIT_S_MAX} seconds: applications stand still"
         )
     return Hook(name, before, after, time_limit_s, tuple(volumes), shell)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,7 +3,11 @@
 Run as a file, beside the daemon and in a session of its own, with nothing of snapfs imported. It reads its
 plan, a line of JSON, from standard input; runs the programs that freeze; tells so on standard output;
 waits for a word of the daemon, for the end of its input (which the kernel brings also when the daemon
-was killed), or until the longest time is over; runs those that thaw, in turned order; and tells what came of it.
+was killed), or until the longest time is over; runs those that thaw, in turned order; and tells what came of it. Each
+program is told of as it begins and ends, so that the daemon can go on where this process is killed.
+
+It touches no file once something is frozen, for that may be the filesystem the file is on, and it waits for no
+program for ever: one that does not even end when it is killed is left behind.
 """
 
 from __future__ import annotations
@@ -13,51 +17,102 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
-import tempfile
 import time
 from typing import Any
 
-_OUTPUT_BYTES_MAX = 2000
+_OUTPUT_BYTES_MAX = 1000
+_KILLED_WAIT_S = 1.0
+_LOCK_PERIOD_S = 0.02
+
+
+def tell(**document: Any) -> None:
+    """Tell the daemon, if it is still there."""
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(document).encode() + b"\n")
 
 
 def run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> str:
-    """Run one program of a hook; why it failed, empty if it did not. Its whole group is ended at the limit."""
-    command = hook[phase]
-    if not command:
+    """Run one program of a hook; why it failed, empty if it did not."""
+    if not hook[phase]:
         return ""
-    environment = {**plan["environment"], "SNAPFS_PHASE": phase, "SNAPFS_HOOK": hook["name"]}
-    with tempfile.TemporaryFile() as output:
+    try:
+        return _run(hook, phase, plan, limit_s)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other programs are still to be run
+        return f"{phase} cannot be run: {error}"
+    finally:
+        tell(ended=hook["name"], phase=phase)
+
+
+def _run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> str:
+    command = hook[phase]
+    reading, writing = os.pipe()
+    try:
         try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", command] if hook["shell"] else command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                stdout=writing,
+                stderr=writing,
                 cwd="/",
-                env=environment,
+                env={**plan["environment"], "SNAPFS_PHASE": phase, "SNAPFS_HOOK": hook["name"]},
                 start_new_session=True,
             )
-        except OSError as error:
-            return f"{phase} cannot be run: {error.strerror}"
-        try:
-            code = process.wait(max(0.0, limit_s))
-        except subprocess.TimeoutExpired:
+        finally:
+            os.close(writing)
+        tell(begun=hook["name"], phase=phase, pid=process.pid)
+        output = bytearray()
+        if not _has_ended(process, reading, output, limit_s):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"{phase} took longer than {limit_s:g} s and was ended"
-        if code == 0:
-            return ""
-        output.seek(0)
-        told = output.read(_OUTPUT_BYTES_MAX).decode(errors="replace").strip()
-        return f"{phase} ended with {code}" + (f": {told}" if told else "")
+            if not _has_ended(process, reading, output, _KILLED_WAIT_S):
+                return f"{phase} took longer than {limit_s:.3g} s and could not even be killed"
+            return f"{phase} took longer than {limit_s:.3g} s and was ended"
+    finally:
+        os.close(reading)
+    code = process.wait()
+    if code == 0:
+        return ""
+    told = "".join(one if one.isprintable() else " " for one in bytes(output).decode(errors="replace")).strip()
+    return f"{phase} ended with {code}" + (f": {told}" if told else "")
 
 
-def tell(document: dict[str, Any]) -> None:
-    """Tell the daemon, if it is still there."""
-    with contextlib.suppress(OSError):
-        os.write(1, json.dumps(document).encode() + b"\n")
+def _has_ended(process: subprocess.Popen[bytes], reading: int, output: bytearray, limit_s: float) -> bool:
+    """Whether a program ends in time; what it says is kept up to a bound, and all of it is taken."""
+    until = time.monotonic() + max(0.0, limit_s)
+    ended = os.pidfd_open(process.pid)
+    try:
+        waiting = [ended, reading]
+        while True:
+            ready, _, _ = select.select(waiting, [], [], max(0.0, until - time.monotonic()))
+            if reading in ready:
+                part = os.read(reading, 65536)
+                output += part[: max(0, _OUTPUT_BYTES_MAX - len(output))]
+                if not part:
+                    waiting = [ended]
+            elif ended in ready:
+                return True
+            if not ready or time.monotonic() > until:
+                return process.poll() is not None
+    finally:
+        os.close(ended)
+
+
+def only_guard(name: str, until: float) -> socket.socket | None:
+    """Be the only guard of a pool, once one that a daemon left behind has ended; None when it does not in time."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    while True:
+        try:
+            # A name that is in no filesystem and goes with the process.
+            lock.bind("\0" + name)
+        except OSError:
+            if time.monotonic() > until:
+                lock.close()
+                return None
+            time.sleep(_LOCK_PERIOD_S)
+        else:
+            return lock
 
 
 def wait_for_word(until: float) -> str:
@@ -68,39 +123,61 @@ def wait_for_word(until: float) -> str:
     return "word" if os.read(0, 1) else "end"
 
 
+def read_plan() -> dict[str, Any] | None:
+    """The plan; None when the daemon is gone before it has told it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65536)
+        if not part:
+            return None
+        line += part
+    plan: dict[str, Any] = json.loads(line)
+    return plan
+
+
+def freeze(plan: dict[str, Any], until: float) -> tuple[list[dict[str, Any]], str, bool]:
+    """Run the programs that freeze: the hooks that were begun, why one failed, and whether time ran out."""
+    begun: list[dict[str, Any]] = []
+    for hook in plan["hooks"]:
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            return begun, "no time is left", True
+        begun.append(hook)
+        failure = run(hook, "before", plan, min(hook["time_limit_s"], left_s))
+        if failure:
+            return begun, f"hook {hook['name']!r}: {failure}", time.monotonic() > until
+    return begun, "", False
+
+
+def thaw(begun: list[dict[str, Any]], plan: dict[str, Any]) -> list[str]:
+    """Run the programs that thaw, in turned order; what failed."""
+    failures = [(hook, run(hook, "after", plan, hook["time_limit_s"])) for hook in reversed(begun)]
+    return [f"hook {hook['name']!r}: {failure}" for hook, failure in failures if failure]
+
+
 def main() -> None:
     """Freeze, wait, thaw."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A handler, and not SIG_IGN, which the programs would inherit.
         signal.signal(number, lambda number, frame: None)
-    line = b""
-    while not line.endswith(b"\n"):
-        part = os.read(0, 65536)
-        if not part:
-            return
-        line += part
-    plan = json.loads(line)
+    plan = read_plan()
+    if plan is None:
+        return
+    lock = only_guard(plan["lock_name"], time.monotonic() + plan["lock_wait_s"])
     started = time.monotonic()
-    until = started + plan["freeze_limit_s"]
-    begun: list[dict[str, Any]] = []
-    failure = ""
-    for hook in [] if plan["only_thaw"] else plan["hooks"]:
-        begun.append(hook)
-        limit_s = min(hook["time_limit_s"], until - time.monotonic())
-        failure = run(hook, "before", plan, limit_s)
-        if failure:
-            failure = f"hook {hook['name']!r}: {failure}"
-            break
     if plan["only_thaw"]:
-        begun = plan["hooks"]
-    tell({"failure": failure})
-    ended_by = "failure" if failure else "end" if plan["only_thaw"] else wait_for_word(until + plan["grace_s"])
-    failures = []
-    for hook in reversed(begun):
-        told = run(hook, "after", plan, hook["time_limit_s"])
-        if told:
-            failures.append(f"hook {hook['name']!r}: {told}")
-    tell({"ended_by": ended_by, "failures": failures, "frozen_ns": int((time.monotonic() - started) * 1e9)})
+        tell(ended_by="end", failures=thaw(plan["hooks"], plan), frozen_ns=0)
+        return
+    if lock is None:
+        tell(failure="the programs of an earlier snapshot are still running", is_late=False)
+        tell(ended_by="failure", failures=[], frozen_ns=0)
+        return
+    until = started + plan["freeze_limit_s"]
+    begun, failure, is_late = freeze(plan, until)
+    tell(failure=failure, is_late=is_late)
+    ended_by = "failure" if failure else wait_for_word(until + plan["grace_s"])
+    failures = thaw(begun, plan)
+    tell(ended_by=ended_by, failures=failures, frozen_ns=int((time.monotonic() - started) * 1e9))
 
 
 if __name__ == "__main__":

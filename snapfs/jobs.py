@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import trio
+
+from .errors import StoppedError
+
 
 class Job:
     """One piece of work. ``done`` and ``total`` are bytes, or whatever its kind counts."""
@@ -23,6 +27,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self.now: list[Job] = []
+        self._scopes: list[trio.CancelScope] = []
 
     @contextmanager
     def running(self, kind: str, what: str, total: int) -> Iterator[Job]:
@@ -33,3 +38,21 @@ class Jobs:
             yield job
         finally:
             self.now.remove(job)
+
+    @contextmanager
+    def stoppable(self, kind: str, what: str, total: int) -> Iterator[Job]:
+        """The same, of one that need not be finished. Raises StoppedError when :meth:`stop` was called meanwhile."""
+        scope = trio.CancelScope()
+        self._scopes.append(scope)
+        try:
+            with scope, self.running(kind, what, total) as job:
+                yield job
+        finally:
+            self._scopes.remove(scope)
+        if scope.cancelled_caught:
+            raise StoppedError(f"{kind} was stopped", "Run it again when the pool is mounted")
+
+    def stop(self) -> None:
+        """Stop all that need not be finished."""
+        for scope in self._scopes:
+            scope.cancel()

@@ -193,6 +193,7 @@ class _Mount:
         A plain unmount has the kernel write all back; the session then ends by itself. While the
         mount is busy: no new opens first, then each open volume is flushed, then the session ends.
         """
+        self._pool.jobs.stop()
         try:
             await self._own_mount.unmount()
         except OSError as error:

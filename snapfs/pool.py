@@ -239,7 +239,7 @@ class Pool:
             for store in stores
         ]
         self.volumes.processors = self.processors
-        self.hooks = HookTable(self.catalog, self.events, catalog.hooks())
+        self.hooks = HookTable(self.catalog, self.events, descriptor.pool_id, catalog.hooks())
         self.snapshots = SnapshotTable(
             self.catalog,
             self.volumes,

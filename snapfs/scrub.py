@@ -74,7 +74,7 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
             row.block_count << BLOCK_SHIFT for row in await processor.access.ask(store.unsummed_logs)
         )
     total = sum(row.block_count for _, row in summed) << BLOCK_SHIFT
-    with pool.jobs.running("scrub", "the sealed change logs", total) as job:
+    with pool.jobs.stoppable("scrub", "the sealed change logs", total) as job:
         for processor, row in summed:
             await _scrub_log(processor, row, rate, job, report)
         report.checked_bytes = job.done
@@ -209,7 +209,7 @@ async def verify(pool: Pool, snapshot: Snapshot) -> VerifyReport:
     report.unsealed = [show_name(members.by_id[one].name) for one in members.ordered_ids if one not in ids]
     total = sum(members.block_counts.get(one, 0) for one in ids) << BLOCK_SHIFT
     volumes = []
-    with pool.jobs.running("verify", show_name(snapshot.name or b""), total) as job:
+    with pool.jobs.stoppable("verify", show_name(snapshot.name or b""), total) as job:
         for volume_id in ids:
             attributes = members.by_id[volume_id]
             view = await pool.snapshots.open_volume(snapshot, volume_id)

@@ -22,8 +22,9 @@ from .catalogaccess import CatalogAccess
 from .errors import ExistsError, HeldError, NotFoundError, StallError
 from .events import EventLog
 from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
+from .freeze import Freeze
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
-from .hooks import Freeze, HookTable
+from .hooks import HookTable
 from .processor import Processor
 from .reserve import Reserve
 from .shardstate import EpochClock

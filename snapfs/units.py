@@ -11,8 +11,8 @@ from .errors import BadCommandError, BadNameError, NameTooLongError, ReservedNam
 NAME_MAX_BYTES = 255
 OFFSET_MAX = (1 << 63) - 1
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_SIZE = re.compile(r"\s*(\d{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
-_DURATION = re.compile(r"(\d{1,9})([smhdw]?)")
+_SIZE = re.compile(r"\s*([0-9]{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw]?)")
 _DURATION_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _MOMENT_FORMS = (
     "%Y-%m-%dT%H:%M:%SZ",

@@ -145,9 +145,6 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "1X", "9" * 50, "9E", "٣"])
 def test_bad_sizes_are_refused(text: str) -> None:
-    if text == "٣":
-        assert units.parse_size(text) == 3
-        return
     with pytest.raises(TooLargeError if text == "9E" else BadCommandError):
         units.parse_size(text)
 
@@ -241,6 +238,7 @@ LAYERS = [
     ["receive"],
     ["blockmap", "snapshotindex", "tasks", "jobs", "notresident", "checksums", "contenthash"],
     ["formats", "events", "damage", "sealedfile"],
+    ["freeze"],
     ["database", "traits", "image"],
     ["placement"],
     ["catalog", "shardstore", "changelog", "reserve"],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import signal
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,9 +122,6 @@ def test_applications_are_thawed_also_when_one_is_killed(mounted: Mounted, tmp_p
     go_on = tmp_path / "go-on"
     os.mkfifo(go_on)
     notes = add_hook(mounted, tmp_path, f"cat {go_on}", "")
-    import subprocess
-    import sys
-
     asking = subprocess.Popen(
         [sys.executable, "-m", "snapfs", "snapshot", str(mounted.path), "s"],
         stdout=subprocess.PIPE,
@@ -130,9 +131,7 @@ def test_applications_are_thawed_also_when_one_is_killed(mounted: Mounted, tmp_p
     if victim == "daemon":
         mounted.kill()
     else:
-        daemon = mounted.status()["pid"]
-        children = " ".join(one.read_text() for one in Path(f"/proc/{daemon}/task").glob("*/children")).split()
-        (guard,) = [int(pid) for pid in children if b"hookguard" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        guard = guard_of(mounted)
         fd = os.pidfd_open(guard)
         os.kill(guard, signal.SIGKILL)
         wait_for_end(fd)
@@ -203,3 +202,140 @@ def test_bad_hooks_are_refused(mounted: Mounted) -> None:
     assert mounted.ask("hook remove gone")["ok"]
     assert mounted.ask('hook add lines "before=test -n \\"$SNAPFS_MOUNT\\" && exit 0" shell=yes')["ok"]
     assert mounted.ask("snapshot s")["ok"]
+
+
+# -- what attacks found ----------------------------------------------------------------------
+
+
+def test_a_hook_that_asks_for_snapshots_is_refused_and_hangs_nothing(mounted: Mounted, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    inside = f"{sys.executable} -m snapfs snapshot {mounted.path} inner 2>> {said}"
+    notes = add_hook(mounted, tmp_path, f"{inside}; mkdir {mounted.snapshots}/inner 2>> {said}; true", "")
+    snapfs("snapshot", mounted.path, "outer")
+    assert os.listdir(mounted.snapshots) == ["outer"]
+    assert said.read_text().count("Resource deadlock avoided") >= 1 and len(said.read_text().splitlines()) == 2
+    assert told(notes) == ["app before", "app after"]
+
+
+def test_what_a_hook_freezes_may_hold_everything_it_writes_to(mounted: Mounted, tmp_path: Path) -> None:
+    """The next hook hangs on a frozen filesystem and cannot be killed, and the guard has nowhere to write to."""
+    image = mounted.path / "disk"
+    snapfs("create", image, "--size", "64M")
+    run("mkfs.ext4", "-q", image)
+    with loop_device(image) as device, mounted_filesystem(device, tmp_path / "fs") as folder:
+        os.environ["TMPDIR"] = str(folder)
+        try:
+            freeze, thaw = f"/sbin/fsfreeze --freeze {folder}", f"/sbin/fsfreeze --unfreeze {folder}"
+            snapfs("hook", "add", mounted.path, "a", "--before", freeze, "--after", thaw, "--time-limit", "5s")
+            writer = script(tmp_path, "writer", f"echo x > {folder}/x")
+            snapfs("hook", "add", mounted.path, "b", "--before", writer, "--time-limit", "1s")
+            answer = mounted.ask("snapshot s")
+        finally:
+            del os.environ["TMPDIR"]
+        assert answer["errno"] == errno.ECANCELED and "could not even be killed" in answer["error"], answer
+        (folder / "goes-on").write_text("thawed")
+    assert os.listdir(mounted.snapshots) == []
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_a_guard_that_is_killed_leaves_nothing_frozen(mounted: Mounted, tmp_path: Path, phase: str) -> None:
+    """What it was running is ended first; a hook that was not begun is not thawed; frozen time is told in full."""
+    notes = tmp_path / "notes"
+    pause = {one: f"sleep {int(one == phase)}" for one in ("before", "after")}
+    first = script(tmp_path, "first", f"echo freezing >> {notes}; {pause['before']}; echo frozen >> {notes}")
+    last = script(tmp_path, "last", f"echo thawing >> {notes}; {pause['after']}; echo thawed >> {notes}")
+    snapfs("hook", "add", mounted.path, "app", "--before", first, "--after", last)
+    snapfs("hook", "add", mounted.path, "later", "--after", script(tmp_path, "other", f"echo later >> {notes}"))
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "snapfs", "snapshot", str(mounted.path), "s", "--json", "--max-stall", "30s"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: ("freezing" if phase == "before" else "thawing") in told(notes), "it is at it")
+    guard = guard_of(mounted)
+    fd = os.pidfd_open(guard)
+    os.kill(guard, signal.SIGKILL)
+    wait_for_end(fd)
+    out, _ = asking.communicate(timeout=60)
+    if phase == "before":
+        assert asking.returncode == 1 and told(notes) == ["freezing", "thawing", "thawed"]
+    else:
+        # The second time is whole; the first was ended.
+        assert told(notes) == ["freezing", "frozen", "later", "thawing", "thawing", "thawed"]
+        assert json.loads(out)["frozen_ms"] > 1000
+    assert "hook-guard-lost" in (mounted.path / ".snapfs" / "events").read_text()
+
+
+def guard_of(mounted: Mounted) -> int:
+    daemon = mounted.status()["pid"]
+    children = " ".join(one.read_text() for one in Path(f"/proc/{daemon}/task").glob("*/children")).split()
+    (guard,) = [int(pid) for pid in children if b"hookguard" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return guard
+
+
+def test_guards_of_a_daemon_that_was_killed_end_before_others_begin(mounted: Mounted, tmp_path: Path) -> None:
+    notes = add_hook(mounted, tmp_path, "sleep 1", "sleep 1")
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "snapfs", "snapshot", str(mounted.path), "s"], stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: told(notes) == ["app before"], "the hook runs")
+    mounted.kill()
+    asking.wait(60)
+    run("umount", "--lazy", mounted.path)
+    mounted.mount()
+    snapfs("snapshot", mounted.path, "t")
+    assert told(notes) == ["app before", "app after"] * 2
+
+
+def test_a_damaged_hook_is_told_and_holds_snapshots_up(mounted: Mounted) -> None:
+    for name in ("a", "b", "c", "d"):
+        assert mounted.ask(f"hook add {name} before=/bin/true")["ok"]
+    mounted.unmount()
+    with contextlib.closing(sqlite3.connect(mounted.pool / "catalog.sqlite")) as database, database:
+        rule = json.loads(database.execute("SELECT rule FROM hooks LIMIT 1").fetchone()[0])
+        for name, damaged in (
+            ("a", json.dumps({**rule, "time_limit_s": 0}).replace(": 0", ": 1e400")),
+            ("b", "[" * 100000),
+            ("c", json.dumps({**rule, "volumes": "abc"})),
+        ):
+            database.execute("UPDATE hooks SET rule = ? WHERE name = ?", (damaged, name))
+        database.execute("UPDATE hooks SET rule = CAST(x'ff7b' AS TEXT) WHERE name = 'd'")
+    mounted.mount()
+    answer = mounted.ask("snapshot s")
+    assert answer["errno"] == errno.ECANCELED and "hook 'a' is damaged" in answer["error"]
+    assert "damaged" in snapfs("hook", "list", mounted.path).stdout
+    assert mounted.ask("snapshot s hooks=no")["ok"]
+    for name in ("a", "b", "c", "d"):
+        snapfs("hook", "remove", mounted.path, name)
+    assert mounted.ask("snapshot t")["ok"]
+
+
+def test_words_and_bounds(mounted: Mounted, tmp_path: Path) -> None:
+    assert mounted.ask("hook add \udcff before=/bin/true")["errno"] == errno.EINVAL
+    assert mounted.ask("hook add a before=/bin/" + "x" * 9000)["errno"] == errno.EINVAL
+    assert mounted.ask("snapshot s max-stall=\u0661ms")["errno"] == errno.EINVAL
+    add_hook(mounted, tmp_path, "printf '\\033[31mred\\n%05000d' 1; exit 1", "")
+    answer = mounted.ask("snapshot s")
+    assert "[31mred" in answer["error"] and answer["error"].isprintable() and len(answer["error"]) < 1200
+    snapfs("hook", "remove", mounted.path, "app")
+    add_hook(mounted, tmp_path, "sleep 1", "")
+    answer = mounted.ask("snapshot s max-stall=100ms")
+    assert answer["errno"] == errno.ETIMEDOUT and "allowed" in answer["error"], answer
+
+
+def test_a_scrub_is_stopped_when_the_daemon_is(mounted: Mounted) -> None:
+    (mounted.path / "v").write_bytes(os.urandom(8 << 20))
+    mounted.snapshot("s")
+    wait_until(lambda: mounted.status()["unsealed_snapshot_count"] == 0, "it is sealed")
+    assert mounted.ask("scrub rate=1")["errno"] == errno.EINVAL
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "snapfs", "scrub", str(mounted.path), "--rate", "64K"], stderr=subprocess.PIPE
+    )
+    wait_until(lambda: bool(mounted.status()["jobs"]), "it scrubs")
+    pid = mounted.status()["pid"]
+    fd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGTERM)
+    wait_for_end(fd)
+    _, words = asking.communicate(timeout=60)
+    assert asking.returncode == 1 and (b"was stopped" in words or b"not connected" in words), words
+    mounted.mount()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .control import ask_anywhere
@@ -16,6 +18,8 @@ def hook() -> None:
     runs after (it thaws it): as for fsfreeze, a database's backup mode, or a virtual machine's guest agent.
     They run for every snapshot, also by schedule and by mkdir, as the user of the daemon, in / and with
     nothing of its environment but PATH, LANG, SNAPFS_MOUNT, SNAPFS_SNAPSHOT, SNAPFS_HOOK and SNAPFS_PHASE.
+    They may read and write the volumes, and give snapfs no commands. One that runs after should do no harm
+    when it runs twice: it does, when the process that runs it is killed meanwhile.
 
     If the first fails or takes too long, no snapshot is made. The second runs whatever happens, also when
     the daemon is killed in between: right after the cut, before anything is written.
@@ -69,8 +73,10 @@ def list_hooks(where: str, as_json: bool) -> None:
         return
     print_table(
         ["NAME", "BEFORE", "AFTER", " LIMIT", "VOLUMES"],
-        [
-            [one["name"], one["before"], one["after"], f"{one['time_limit_s']} s", " ".join(one["volumes"]) or "any"]
-            for one in hooks
-        ],
+        [[one["name"], "damaged", "", "", ""] if one["is_damaged"] else _row(one) for one in hooks],
     )
+
+
+def _row(hook: dict[str, Any]) -> list[str]:
+    volumes = " ".join(hook["volumes"]) or "any"
+    return [hook["name"], hook["before"], hook["after"], f"{hook['time_limit_s']} s", volumes]

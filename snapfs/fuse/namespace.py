@@ -397,6 +397,7 @@ class Namespace:
                 await self.pool.volumes.truncate(volume, 0)
             return self._open_volume(volume, flags, caller)
         if inode == names.CONTROL:
+            self.pool.hooks.refuse_inside(caller.pid)
             return ControlHandle(ControlSession(self._control))
         if inode == names.EVENTS:
             if flags & (_WRITE_FLAGS | os.O_TRUNC):

@@ -21,6 +21,7 @@ from ..errors import SnapfsError
 from ..notresident import NotResidentError
 from ..units import NAME_MAX_BYTES
 from ..volumes import AttributeChange
+from . import names
 from .handles import ControlHandle, Handle, VolumeHandle
 from .namespace import Caller, Namespace, Node
 
@@ -204,11 +205,13 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
+        self._namespace.pool.hooks.refuse_inside(ctx.pid)
         return _attributes(await self._namespace.make_folder(parent_inode, name))
 
     @_translated
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """See pyfuse3."""
+        self._namespace.pool.hooks.refuse_inside(ctx.pid)
         await self._namespace.remove_folder(parent_inode, name)
 
     @_translated
@@ -224,6 +227,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """See pyfuse3."""
         if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
             raise FUSEError(errno.EINVAL)
+        if parent_inode_old == names.SNAPSHOTS:
+            self._namespace.pool.hooks.refuse_inside(ctx.pid)
         await self._namespace.rename(
             parent_inode_old,
             name_old,

@@ -15,7 +15,7 @@ from ..status import snapshot_entries_with_space, snapshot_entry
 from ..units import format_size, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 
-_STALL = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s)")
+_STALL = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s)")
 
 
 async def _snapshot(context: CommandContext, command: Command) -> Answer:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from ..errors import BadCommandError
 from ..scrub import scrub, verify
-from ..units import parse_size
+from ..units import format_size, parse_size
 from .command import Answer, Command, CommandContext, CommandFunction
+
+RATE_MIN = 64 << 10
 
 
 async def _scrub(context: CommandContext, command: Command) -> Answer:
@@ -16,8 +18,8 @@ async def _scrub(context: CommandContext, command: Command) -> Answer:
     command.known_options("rate")
     rate = command.one_of("rate")
     bytes_per_s = None if rate is None else parse_size(rate)
-    if bytes_per_s is not None and bytes_per_s < 1:
-        raise BadCommandError("the rate is 0", "Write rate=100M, for so much a second, or leave it out")
+    if bytes_per_s is not None and bytes_per_s < RATE_MIN:
+        raise BadCommandError(f"a rate of {bytes_per_s}", f"Give {format_size(RATE_MIN)} at least, or leave it out")
     report = await scrub(context.pool, bytes_per_s)
     return {
         "checked_bytes": report.checked_bytes,
