@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 from array import array
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from snapfs.errors import (
 )
 from snapfs.formats import FORMAT_VERSION, DeviceDescriptor, PoolDescriptor
 from snapfs.fuse import names
+from snapfs.fuse.command import split_words
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 from snapfs.unnamed import mask_runs, objects_with_data
 
@@ -315,3 +317,19 @@ def test_only_the_fuse_layer_and_the_mount_know_pyfuse3() -> None:
     for path in (SOURCE / "snapfs").rglob("*.py"):
         if "import pyfuse3" in path.read_text():
             assert str(path.relative_to(SOURCE / "snapfs")) in allowed, path
+
+
+@given(st.text(alphabet=" \t\n'\"\\\\#=abü", max_size=30))
+def test_a_line_is_split_as_a_shell_would(text: str) -> None:
+    try:
+        expected = shlex.split(text, comments=True)
+    except ValueError:
+        with pytest.raises(BadCommandError):
+            split_words(text)
+    else:
+        assert split_words(text) == expected
+
+
+def test_a_long_word_is_read_in_time() -> None:
+    word = "x" * 900_000
+    assert split_words(f"hook add '{word}' {word}") == ["hook", "add", word, word]

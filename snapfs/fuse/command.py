@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -110,16 +110,47 @@ class Command:
         return values[-1] == b"yes" if values else default
 
 
+_PIECE = r"""[^ \t\r\n'"\\#]+|'[^']*'|"(?:[^"\\]|\\.)*"|\\."""
+_WORD = re.compile(rf"(?P<space>[ \t\r\n]+)|(?P<comment>#[^\n]*)|(?P<word>(?:{_PIECE})+)", re.DOTALL)
+_PIECES = re.compile(_PIECE, re.DOTALL)
+_ESCAPED = re.compile(r"""\\(["\\])""")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a line, quoted as in a shell, up to a comment. Raises BadCommandError.
+
+    As :func:`shlex.split` does, but in a time that grows with the line and not with its square.
+    """
+    words = []
+    place = 0
+    while place < len(text):
+        match = _WORD.match(text, place)
+        if match is None:
+            raise BadCommandError(
+                f"the line cannot be read from {text[place : place + 32]!r} on", "Close each quote; quote as in a shell"
+            )
+        if match["word"]:
+            words.append("".join(_plain(piece) for piece in _PIECES.findall(match["word"])))
+        place = match.end()
+    return words
+
+
+def _plain(piece: str) -> str:
+    """What a piece of a word means."""
+    if piece[0] == "'":
+        return piece[1:-1]
+    if piece[0] == '"':
+        return _ESCAPED.sub(r"\1", piece[1:-1])
+    return piece[1:] if piece[0] == "\\" else piece
+
+
 def parse(line: bytes) -> tuple[str, Command] | None:
     """A line as name and command; None for an empty line or a comment. Raises BadCommandError."""
     if len(line) > LINE_BYTES_MAX:
         raise BadCommandError(f"a line of {len(line)} bytes", f"Lines go up to {LINE_BYTES_MAX}")
     if b"\0" in line:
         raise BadCommandError("the line has a NUL byte", "Write text: one command a line")
-    try:
-        parts = shlex.split(show_name(line), comments=True)
-    except ValueError as error:
-        raise BadCommandError(f"the line cannot be read: {error}", "Close each quote; quote as in a shell") from None
+    parts = split_words(show_name(line))
     if not parts:
         return None
     words: list[bytes] = []
