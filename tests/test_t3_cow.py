@@ -97,7 +97,7 @@ async def test_a_reader_of_a_snapshot_never_sees_the_overwritten_source() -> Non
         done = trio.Event()
 
         async def write() -> None:
-            for number in range(200):
+            for number in range(80):
                 await put(pool, b"v", number * 37 % 500 * BLOCK, b"b" * BLOCK)
             done.set()
 
