@@ -288,8 +288,8 @@ def test_modes_are_enforced(mounts: Callable[..., Mounted], tmp_path: Path) -> N
     os.chmod(path, 0o600)
     mounted.snapshot("then")
     os.chmod(path, 0o644)
-    as_other = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
-    run(*as_other, "cat", path)
+    as_other: dict[str, object] = {"user": 12345, "group": 12345, "extra_groups": [], "cwd": "/"}
+    run("cat", path, **as_other)
     for command in (
         ["cat", mounted.snapshots / "then" / "private"],
         ["sh", "-c", f"echo x > {path}"],
@@ -299,7 +299,7 @@ def test_modes_are_enforced(mounts: Callable[..., Mounted], tmp_path: Path) -> N
         ["touch", mounted.path / "mine"],
         ["chmod", "777", path],
     ):
-        run(*as_other, *command, expect=1 if command[0] != "sh" else 2)
+        run(*command, expect=1 if command[0] != "sh" else 2, **as_other)
     assert os.listdir(mounted.snapshots) == ["then"]
     for root, folders, files in os.walk(mounted.pool):
         for name in [*folders, *files]:
