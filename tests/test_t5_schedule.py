@@ -72,6 +72,15 @@ def test_moments_are_paths(mounted: Mounted) -> None:
     assert (mounted.snapshots / "@0s" / "v").read_bytes() == b"2"
     for name in ("@1h", "@2020-01-01", "@nonsense", "@"):
         assert not (mounted.snapshots / name).exists()
+    # Commands take them too.
+    assert mounted.ask("clone @latest/v again")["ok"]
+    assert (mounted.path / "again").read_bytes() == b"2"
+    volume.write_bytes(b"3")
+    assert mounted.ask("diff @latest")["volumes"]
+    undo = mounted.ask("rollback @latest volume=v")
+    assert undo["name"] == "s2" and volume.read_bytes() == b"2"
+    assert mounted.ask("rollback @1h")["errno"] == errno.ENOENT
+    assert mounted.ask(f"delete {undo['undo']}")["ok"]
     # Under its name and as a moment at once.
     here = os.getcwd()
     try:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 
 from ..diff import VolumeChange, blame, content_of, diff, names_gone
 from ..errors import BadCommandError
 from ..formats import CatalogBatch
-from ..pool import Pool
-from ..snapshot import Snapshot
 from ..status import snapshot_entry
-from ..units import parse_moment, parse_size, show_name
+from ..units import parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
-from .snapshotcommands import guid_of
+from .snapshotcommands import guid_of, snapshot_of
 
 
 async def _diff(context: CommandContext, command: Command) -> Answer:
     """diff A [B]: what is other in snapshot B, or now, than in A: extents with offset, length and kind."""
     command.word_count(1, 2, "the name of a snapshot, or of two")
     command.known_options()
-    snapshots = [context.pool.snapshots.get(name) for name in command.words]
+    snapshots = [snapshot_of(context.pool, name) for name in command.words]
     changes = await diff(context.pool, snapshots[0], snapshots[1] if len(snapshots) == 2 else None)
     return {"volumes": [_change_entry(one) for one in changes]}
 
@@ -48,9 +45,9 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
     command.word_count(1, 1, "the name of a snapshot")
     command.known_options("base")
     pool = context.pool
-    snapshot = _snapshot_of(pool, command.words[0])
+    snapshot = snapshot_of(pool, command.words[0])
     base_name = command.one_of("base")
-    base = None if base_name is None else pool.snapshots.get(base_name.encode("utf-8", "surrogateescape"))
+    base = None if base_name is None else snapshot_of(pool, base_name.encode("utf-8", "surrogateescape"))
     volumes = []
     for one in await content_of(pool, base, snapshot):
         assert one.after is not None
@@ -68,13 +65,6 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
         "gone": [show_name(name) for name in await names_gone(pool, base, snapshot)],
         "volumes": volumes,
     }
-
-
-def _snapshot_of(pool: Pool, name: bytes) -> Snapshot:
-    """The snapshot of a name, or of a moment."""
-    if name[:1] == b"@":
-        return pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
-    return pool.snapshots.get(name)
 
 
 async def _receive_state(context: CommandContext, command: Command) -> Answer:

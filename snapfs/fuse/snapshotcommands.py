@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 
 import trio
 
 from ..errors import BadCommandError, NoSpaceError
 from ..geometry import BLOCK_SIZE
+from ..pool import Pool
 from ..smallest import smallest_choice
+from ..snapshot import Snapshot
 from ..snapshots import check_not_held
 from ..status import snapshot_entries_with_space, snapshot_entry
-from ..units import format_size, parse_size, show_name
+from ..units import format_size, parse_moment, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 
 _STALL = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s)")
@@ -55,6 +58,13 @@ def guid_of(text: str) -> str:
     if len(text) > 128 or not text.isascii() or not text.isprintable():
         raise BadCommandError(f"{text[:64]!r} is no guid", "It is for snapfs receive")
     return text
+
+
+def snapshot_of(pool: Pool, name: bytes) -> Snapshot:
+    """The snapshot of a name, or the last one at or before a moment, as ``@1h``. Raises NotFoundError, BadNameError."""
+    if name[:1] == b"@":
+        return pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
+    return pool.snapshots.get(name)
 
 
 async def _delete(context: CommandContext, command: Command) -> Answer:

@@ -8,6 +8,7 @@ from ..errors import BadCommandError
 from ..scrub import scrub, verify
 from ..units import format_size, parse_size
 from .command import Answer, Command, CommandContext, CommandFunction
+from .snapshotcommands import snapshot_of
 
 RATE_MIN = 64 << 10
 
@@ -35,7 +36,7 @@ async def _verify(context: CommandContext, command: Command) -> Answer:
     """verify NAME: read all that a snapshot holds, and hold it against the root it was sealed with."""
     command.word_count(1, 1, "the name of a snapshot")
     command.known_options()
-    report = await verify(context.pool, context.pool.snapshots.get(command.words[0]))
+    report = await verify(context.pool, snapshot_of(context.pool, command.words[0]))
     return {
         "root": report.root,
         "computed_root": report.computed_root or None,

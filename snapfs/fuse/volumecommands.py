@@ -10,6 +10,7 @@ from ..geometry import volume_size_bytes_max
 from ..making import CHANGE_MODES, VolumeWish
 from ..units import format_size, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
+from .snapshotcommands import snapshot_of
 
 
 async def _create(context: CommandContext, command: Command) -> Answer:
@@ -72,7 +73,7 @@ async def _clone(context: CommandContext, command: Command) -> Answer:
     snapshot, slash, volume = source.partition(b"/")
     if not slash:
         raise BadCommandError(f"{show_name(source)!r} names no volume of a snapshot", "Write it as NAME/VOLUME")
-    made = await context.pool.clones.clone(snapshot, volume, new)
+    made = await context.pool.clones.clone(snapshot_of(context.pool, snapshot).name or b"", volume, new)
     return {"volume": show_name(new), "volume_id": made.volume_id, "size_bytes": made.size_bytes}
 
 
@@ -88,10 +89,9 @@ async def _rollback(context: CommandContext, command: Command) -> Answer:
     """rollback NAME [volume=V]... [force=yes]: put volumes back to a snapshot; the present is kept as another one."""
     command.word_count(1, 1, "the name of a snapshot")
     command.known_options("volume", "force")
-    undo = await context.pool.clones.rollback(
-        command.words[0], command.all_of("volume") or None, force=command.flag("force")
-    )
-    return {"name": show_name(command.words[0]), "undo": show_name(undo.name or b"")}
+    name = snapshot_of(context.pool, command.words[0]).name or b""
+    undo = await context.pool.clones.rollback(name, command.all_of("volume") or None, force=command.flag("force"))
+    return {"name": show_name(name), "undo": show_name(undo.name or b"")}
 
 
 COMMANDS: Mapping[str, CommandFunction] = {
