@@ -39,6 +39,7 @@ from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
 
 Segment = tuple[ChangeLog | None, int, int, int]
+_KeptRun = tuple[int, int, bool]
 
 LOAD_WINDOW = 64
 _WAS_MISSING = -1
@@ -273,15 +274,42 @@ class Portion:
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
         if log.quota is not None:
             log.quota.check(blockmap.other_count(state.block_map, first, last, log.log_id))
+        zeros = _zero_blocks(inside, data)
+        kept = _runs_besides(zeros, state.block_map, first, last, log.log_id) if zeros else [(first, last, True)]
         try:
-            self._touch(log).write_new(replacement.payload, base + replacement.start)
+            if len(kept) == 1:
+                self._touch(log).write_new(replacement.payload, base + replacement.start)
+            else:
+                self._write_kept(log, replacement, base, kept)
         except OSError:
             self._give_back(log, state, base, first, last)
             raise
         self._keep_copy(object_index, state)
-        self._point_at(log, object_index, state, first, last)
+        for low, high, is_kept in kept:
+            if is_kept:
+                self._point_at(log, object_index, state, low, high)
+            else:
+                self._make_holes(object_index, state, low, high)
         for old_log, offset, length in replacement.freed:
             self._free(old_log, object_index, offset, length)
+
+    def _write_kept(self, log: ChangeLog, replacement: _Replacement, base: int, runs: list[_KeptRun]) -> None:
+        """Write the runs of a payload that are kept."""
+        payload = memoryview(replacement.payload)
+        for low, high, is_kept in runs:
+            if is_kept:
+                at = max(0, (low << BLOCK_SHIFT) - replacement.start)
+                end = (high << BLOCK_SHIFT) - replacement.start
+                self._touch(log).write_new(payload[at:end], base + replacement.start + at)
+
+    def _make_holes(self, object_index: int, state: ObjectState, first: int, last: int) -> None:
+        """Have blocks that read as zeros take no space; what only they named is the caller's to free."""
+        count = blockmap.mapped_count(state.block_map, first, last)
+        if count:
+            self._tally.add(self.volume_id, -count)
+            self._count_changed = True
+        state.block_map = blockmap.with_range(state.block_map, first, last, HOLE)
+        self._dirty_objects.add(object_index)
 
     def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> int:
         """Raise what would keep :meth:`write_now` from going through, and change nothing.
@@ -879,6 +907,41 @@ class Portion:
         self._freed.clear()
         self._candidates.clear()
         self._count_changed = False
+
+
+def _zero_blocks(inside: int, data: Buffer) -> list[int]:
+    """Whole blocks of zeros in a write, by their number in the object. Nearly always their first bytes tell."""
+    skip = -inside & _BLOCK_MASK
+    count = (len(data) - skip) >> BLOCK_SHIFT
+    if count <= 0:
+        return []
+    view = memoryview(data)
+    heads = bytes(view[skip : skip + (count << BLOCK_SHIFT) : BLOCK_SIZE])
+    if 0 not in heads:
+        return []
+    first = (inside + skip) >> BLOCK_SHIFT
+    found = []
+    for index, head in enumerate(heads):
+        at = skip + (index << BLOCK_SHIFT)
+        if head == 0 and view[at : at + BLOCK_SIZE] == _ZEROS[:BLOCK_SIZE]:
+            found.append(first + index)
+    return found
+
+
+def _runs_besides(zeros: list[int], block_map: BlockMap, first: int, last: int, log_id: int) -> list[_KeptRun]:
+    """A range in runs that are to be written and runs that become holes.
+
+    A block of zeros that lies in the current log is written too, so that the log stays open.
+    """
+    holes = {block for block in zeros if blockmap.entry(block_map, block) != log_id}
+    runs: list[_KeptRun] = []
+    for block in range(first, last):
+        is_kept = block not in holes
+        if runs and runs[-1][2] == is_kept:
+            runs[-1] = (runs[-1][0], block + 1, is_kept)
+        else:
+            runs.append((block, block + 1, is_kept))
+    return runs
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ operations = st.one_of(
     ),
     st.tuples(st.just("truncate"), st.sampled_from(NAMES), offsets),
     st.tuples(st.just("zero"), st.sampled_from(NAMES), st.integers(0, 3500), st.integers(1, 600)),
+    st.tuples(st.just("sparse"), st.sampled_from(NAMES), st.integers(0, 60000), st.lists(st.booleans(), max_size=8)),
     st.tuples(st.just("discard"), st.sampled_from(NAMES), offsets, lengths),
     st.tuples(st.just("create"), st.sampled_from(NAMES)),
     st.tuples(st.just("create-special"), st.sampled_from(NAMES), st.sampled_from(["cow", "image-cow", "image"])),
@@ -142,6 +143,20 @@ class Runner:
         volume.note()
         async with self.running.pool.volumes.opened(name) as real:
             await real.write(offset, bytes(length))
+
+    async def do_sparse(self, name: bytes, offset: int, pattern: list[bool]) -> None:
+        """A write in which some blocks are of zeros."""
+        volume = self.model.volumes.get(name)
+        if volume is None or not pattern:
+            return
+        head = b"h" * (-offset % 4096)
+        data = head + b"".join(b"d" * 4096 if one else bytes(4096) for one in pattern) + b"t" * 100
+        if len(volume.data) < offset + len(data):
+            volume.data.extend(bytes(offset + len(data) - len(volume.data)))
+        volume.data[offset : offset + len(data)] = data
+        volume.note()
+        async with self.running.pool.volumes.opened(name) as real:
+            await real.write(offset, data)
 
     async def do_discard(self, name: bytes, offset: int, length: int) -> None:
         volume = self.model.volumes.get(name)

@@ -900,3 +900,25 @@ async def test_what_was_given_back_stays_given_back_after_a_power_cut() -> None:
         await running.pool.reclaimer.reclaim_all()
         await running.stop()
     world.check_clean()
+
+
+async def test_blocks_of_zeros_in_a_write_take_no_space() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        data = b"x" * 10000 + bytes(40000) + b"y" * 5000 + bytes(8192)
+        await put(pool, b"v", 100, data)
+        assert await read_volume(pool, b"v") == bytes(100) + data
+        volume = pool.volumes.get(b"v")
+        assert volume.block_count == 3 + 3
+        snapshot = await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"n" * 4096 + bytes(3 * 4096) + b"m" * 4096)
+        assert volume.block_count == 5
+        expected = b"n" * 4096 + bytes(3 * 4096) + b"m" * 4096 + (bytes(100) + data)[5 * 4096 :]
+        assert await read_volume(pool, b"v") == expected
+        assert await read_snapshot(pool, snapshot, b"v") == bytes(100) + data
+        # Zeros over what the current log has: it is written, and the log stays open.
+        await put(pool, b"v", 0, bytes(4096) + b"k" * 4096)
+        assert await read_volume(pool, b"v") == bytes(4096) + b"k" * 4096 + expected[8192:]
+        await pool.sync()
+    world.check_clean()
