@@ -138,10 +138,11 @@ class Clones:
     ) -> Snapshot:
         """Put the volumes named, or all that the snapshot holds (None), back to what they were; durable.
 
-        All at one instant, or none. The present is kept as a snapshot, which is returned; newer
-        snapshots stay; volumes that were made later stay as they are, those removed since come
-        back. A copy-on-write volume is restored in place, which takes as long as copying what changed,
-        and nobody reads or writes it meanwhile. Raises NotFoundError; BusyVolumeError when one is open,
+        All at one instant, or none; but when a copy-on-write volume cannot be put back, redirecting ones are
+        by then, and a rollback to the snapshot of the present brings them forth again. The present is kept as
+        a snapshot, which is returned; newer snapshots stay; volumes that were made later stay as they are, those
+        removed since come back. A copy-on-write volume is restored in place, which takes as long as copying what
+        changed, and nobody reads or writes it meanwhile. Raises NotFoundError; BusyVolumeError when one is open,
         without ``force``; ExistsError when the name of one that is to come back is taken.
         """
         with trio.CancelScope(shield=True):
@@ -154,8 +155,11 @@ class Clones:
                 if not force:
                     await self._wait_until_closed(volumes)
                 await self._snapshots.before_cut(volumes)
-                undo = await self._replace(snapshot, members, wanted, force=force)
-            await self.after_rollback(volumes)
+                try:
+                    undo = await self._replace(snapshot, members, wanted, force=force)
+                finally:
+                    # Also when one could not be put back: others may have been.
+                    await self.after_rollback(volumes)
         self._events.note(
             "rolled-back",
             to=show_name(snapshot_name),
@@ -172,6 +176,8 @@ class Clones:
             raise ExistsError(
                 f"another volume has the name {show_name(attributes.name)!r} now", "Rename that one, then try again"
             )
+        if volume is not None:
+            self._volumes.check_whole([volume])
         is_in_place = self._volumes.traits.get(source_id).change_mode == COPY_ON_WRITE
         if is_in_place and (volume is None or volume.volume_id != source_id):
             raise UnsupportedError(
@@ -248,45 +254,99 @@ class Clones:
         return undo
 
     def _restorer(self, volume: Volume) -> Restorer:
-        return Restorer(volume, self._processors, self._volumes.catalog, self._volumes.traits, self._events)
+        return Restorer(volume, self._processors, self._events)
 
     async def _restore(self, restores: Sequence[_Restore], instant: int, undo: Snapshot) -> None:
-        """Put volumes that are written in place back: all of them, or none when one cannot be."""
+        """Put volumes that are written in place back: all of them, or none when one cannot be.
+
+        They are marked as being restored by the commit that published ``undo``. All marks change in one commit:
+        when all are copied; or, when one cannot be, before any is put back to the present. None opens before that.
+        """
         presents = {one.volume: one.volume.attributes() for one in restores}
         with self._jobs.running("rollback", "what was preserved", 0) as job:
             try:
                 for one in restores:
-                    await one.restorer.copy_back(instant, one.attributes, job)
-            except (SnapfsError, OSError):
-                for one in restores:
-                    try:
-                        await one.restorer.copy_back(undo.instant, presents[one.volume], job)
-                    except (SnapfsError, OSError) as worse:
-                        one.restorer.give_up(worse)
-                    else:
-                        one.restorer.open_now()
+                    await one.restorer.copy_back(instant, one.attributes.size_bytes, job)
+                await self._settle([(one, one.attributes) for one in restores])
+            except BaseException as error:
+                await self._put_presents_back(restores, presents, undo, error, job)
                 raise
-        for one in restores:
-            one.restorer.open_now()
         self._reclaimer.wake()
+
+    async def _put_presents_back(
+        self,
+        restores: Sequence[_Restore],
+        presents: dict[Volume, Attributes],
+        undo: Snapshot,
+        error: BaseException,
+        job: Job,
+    ) -> None:
+        if not isinstance(error, SnapfsError | OSError):
+            for one in restores:
+                one.restorer.give_up(error)
+            return
+        done = []
+        try:
+            await self._mark(restores, undo.instant)
+            for one in restores:
+                try:
+                    await one.restorer.copy_back(undo.instant, presents[one.volume].size_bytes, job)
+                except (SnapfsError, OSError) as worse:
+                    one.restorer.give_up(worse)
+                else:
+                    done.append((one, presents[one.volume]))
+            await self._settle(done)
+        except (SnapfsError, OSError) as worse:
+            for one in restores:
+                one.restorer.give_up(worse)
+
+    async def _mark(self, restores: Sequence[_Restore], instant: int) -> None:
+        """Note, in one commit, to which instant these volumes are being restored; 0 for none."""
+        traits = self._volumes.traits
+        rows = [traits.get(one.volume.volume_id)._replace(restore_instant=instant) for one in restores]
+        await self._volumes.catalog.save([], lambda: CatalogBatch(traits=rows))
+        for row in rows:
+            traits.put(row)
+
+    async def _settle(self, restored: Sequence[tuple[_Restore, Attributes]]) -> None:
+        """These volumes are what they are to be, durably: give them their attributes, in one commit, and open them."""
+        traits = self._volumes.traits
+        rows = [traits.get(one.volume.volume_id)._replace(restore_instant=0) for one, _ in restored]
+        for one, attributes in restored:
+            one.volume.put_back(attributes)
+        await self._volumes.catalog.save([one.volume for one, _ in restored], lambda: CatalogBatch(traits=rows))
+        for row in rows:
+            traits.put(row)
+        for one, _ in restored:
+            one.restorer.open_now()
 
     async def finish_restores(self) -> None:
         """After opening: finish rollbacks in place that were cut off. One that cannot be leaves its volume closed."""
-        for row in [one for one in self._volumes.traits.rows.values() if one.restore_instant]:
+        traits = self._volumes.traits
+        marked = [one for one in traits.rows.values() if one.restore_instant]
+        gone = [one._replace(restore_instant=0) for one in marked if one.volume_id not in self._volumes.by_id]
+        if gone:
+            await self._volumes.catalog.save([], lambda: CatalogBatch(traits=gone))
+            for row in gone:
+                traits.put(row)
+        for row in marked:
             volume = self._volumes.by_id.get(row.volume_id)
             snapshot = self._snapshots.of_instant(row.restore_instant)
-            if volume is None or snapshot is None:
+            if volume is None:
                 continue
-            attributes = (await self._snapshots.members(snapshot)).by_id[row.volume_id]
             restorer = self._restorer(volume)
             restorer.close_now()
+            if snapshot is None:
+                restorer.give_up(SnapfsError("its snapshot is gone"))
+                continue
+            attributes = (await self._snapshots.members(snapshot)).by_id[row.volume_id]
             try:
                 with self._jobs.running("rollback", show_name(volume.name), 0) as job:
-                    await restorer.copy_back(row.restore_instant, attributes, job)
+                    await restorer.copy_back(row.restore_instant, attributes.size_bytes, job)
+                await self._settle([(_Restore(volume, attributes, restorer), attributes)])
             except (SnapfsError, OSError) as error:
                 restorer.give_up(error)
             else:
-                restorer.open_now()
                 self._events.note("rollback-finished", volume=show_name(volume.name))
 
     def _file_id_after(self, target: _Target, row: VolumeRow) -> VolumeId:

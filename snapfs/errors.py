@@ -144,6 +144,12 @@ class HookFailedError(SnapfsError):
     errno = errno.ECANCELED
 
 
+class UnfinishedError(SnapfsError):
+    """A volume whose rollback in place could not be finished. It stays closed, and no snapshot is made of it."""
+
+    errno = errno.EIO
+
+
 class InsideHookError(SnapfsError):
     """A program that runs before or after a snapshot asked for something that waits for that snapshot."""
 

@@ -149,6 +149,9 @@ class Portion:
         self._candidates: list[CandidateRow] = []
         self._count_changed = False
 
+    def check_now(self) -> None:
+        """Whether it may be used: it may. What stands for it while it may not raises."""
+
     # -- reading -----------------------------------------------------------------------------
 
     def map_now(self, object_index: int) -> BlockMap:

@@ -4,7 +4,8 @@ The present is a snapshot by then, so what is overwritten is preserved for that 
 snapshot the volume is marked as being restored, and until all is copied and durable nobody reads or
 writes it; so nobody sees a mix, and after a crash the copying is done again before the pool is used. When it
 cannot go through - the change log is full, a preserved block is damaged - the present is copied back in the
-same way, which takes no room. The time it takes follows what changed since the snapshot.
+same way, which takes no room; at an opening it then stays closed. The time it takes follows what changed since
+the snapshot.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ import trio
 
 from . import blockmap
 from .blockmap import HOLE
-from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
-from .formats import Attributes, CatalogBatch
 from .geometry import BLOCK_SHIFT
 from .jobs import Job
 from .notresident import NotResidentError, OldBlocks
@@ -28,7 +27,6 @@ from .portion import Portion
 from .processor import Processor
 from .snapshotindex import NEVER
 from .tasks import side_by_side
-from .traits import TraitsTable
 from .units import show_name
 from .volume import Volume
 
@@ -73,14 +71,10 @@ class Restorer:
         self,
         volume: Volume,
         processors: Sequence[Processor],
-        catalog: CatalogAccess,
-        traits: TraitsTable,
         events: EventLog,
     ) -> None:
         self._volume = volume
         self._processors = processors
-        self._catalog = catalog
-        self._traits = traits
         self._events = events
         self._closed = _Closed()
         self._portions: list[Portion] = []
@@ -97,7 +91,7 @@ class Restorer:
         self._volume.close()
         self._closed.open()
 
-    def give_up(self, error: SnapfsError | OSError) -> None:
+    def give_up(self, error: BaseException) -> None:
         """Leave the volume closed, until the pool is opened again."""
         name = show_name(self._volume.name)
         self._closed.fail(
@@ -106,26 +100,17 @@ class Restorer:
                 "Its snapshots are whole. Mend the cause, then unmount and mount: it is tried again",
             )
         )
-        self._events.note("rollback-unfinished", logging.ERROR, volume=name, reason=str(error))
+        self._events.note("rollback-unfinished", logging.ERROR, volume=name, reason=str(error) or repr(error))
 
-    async def copy_back(self, instant: int, attributes: Attributes, job: Job) -> None:
-        """Have the volume be what it was at an instant, durably. Raises what reading and writing raise."""
-        volume = self._volume
-        if self._traits.get(volume.volume_id).restore_instant != instant:
-            marked = self._traits.get(volume.volume_id)._replace(restore_instant=instant)
-            await self._catalog.save([], lambda: CatalogBatch(traits=[marked]))
-            self._traits.put(marked)
-        await self._portions[0].fit_source(attributes.size_bytes, may_cut=False)
+    async def copy_back(self, instant: int, size_bytes: int, job: Job) -> None:
+        """Have the source hold what the volume held at an instant, durably. Raises what reading and writing raise."""
+        await self._portions[0].fit_source(size_bytes, may_cut=False)
         await side_by_side(
             [
                 _Copying(processor, portion, instant, job).run
                 for processor, portion in zip(self._processors, self._portions, strict=True)
             ]
         )
-        volume.put_back(attributes)
-        done = self._traits.get(volume.volume_id)._replace(restore_instant=0)
-        await self._catalog.save([volume], lambda: CatalogBatch(traits=[done]))
-        self._traits.put(done)
 
 
 class _Copying:

@@ -167,6 +167,7 @@ class SnapshotTable:
         async with self.lock:
             self._check_free(name)
             chosen = self._chosen(volume_names)
+            self._volumes.check_whole(self._volumes.by_name.values() if chosen is None else chosen)
             await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
             shown = None if volume_names is None else [show_name(one) for one in volume_names]
             hooks = self.hooks.concerning(shown) if with_hooks else []
@@ -451,7 +452,9 @@ class SnapshotTable:
         async with self.lock:
             snapshot = self.get(name)
             check_not_held(snapshot)
-            if any(one.restore_instant == snapshot.instant for one in self._volumes.traits.rows.values()):
+            restoring = [one for one in self._volumes.by_name.values() if self._volumes.is_restoring(one)]
+            instants = [self._volumes.traits.get(one.volume_id).restore_instant for one in restoring]
+            if snapshot.instant in instants:
                 raise HeldError(
                     f"a rollback to snapshot {show_name(name)!r} is not finished", "Unmount and mount, to finish it"
                 )

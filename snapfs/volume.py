@@ -77,33 +77,39 @@ class VolumeView(ABC):
             portion.read_now(self.map_now(object_index), object_index, inside, view[at : at + step])
         return view
 
+    def contents_mark(self) -> int:
+        """Another one once the contents were cut or put back: what was read over that is of both."""
+        return 0
+
     async def read(self, offset: int, length: int) -> bytearray:
         """Read up to ``length`` bytes; fewer at the end."""
-        length = max(0, min(length, self.size_bytes - offset))
-        buffer = bytearray(length)
-        view = memoryview(buffer)
         old_blocks: OldBlocks = {}
         while True:
+            # Anew each time: a volume may be another size after a wait.
+            count = max(0, min(length, self.size_bytes - offset))
+            buffer = bytearray(count)
+            view = memoryview(buffer)
+            mark = self.contents_mark()
             try:
                 filled = self.read_now(offset, view)
-                return buffer if len(filled) == length else buffer[: len(filled)]
+                return buffer if len(filled) == count else buffer[: len(filled)]
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
                 continue
             except BlockingIOError:
                 pass
             try:
-                plan = self._segments(offset, length)
+                plan = self._segments(offset, count)
                 for portion, segments in plan:
                     await portion.read_segments(segments, view)
                 # Read from where the maps pointed before; if they do so still, nothing was freed.
-                if self._segments(offset, length) == plan:
+                if self._segments(offset, count) == plan and mark == self.contents_mark():
                     return buffer
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
             except DamagedBlockError as damage:
                 # What the maps name no more may be freed meanwhile, and is not damaged for that.
-                if await self._segments_again(offset, length) == plan:
+                if await self._segments_again(offset, count) == plan:
                     self.portions[damage.object_index % self.processor_count].report(damage)
                     raise
 
@@ -181,6 +187,20 @@ class Volume(VolumeView):
     def map_now(self, object_index: int) -> BlockMap:
         """See :meth:`VolumeView.map_now`."""
         return self.portions[object_index % self.processor_count].map_now(object_index)
+
+    def contents_mark(self) -> int:
+        """See :meth:`VolumeView.contents_mark`."""
+        return self._shrink_count
+
+    async def wait_until_open(self) -> None:
+        """While a rollback in place has it closed: wait. Raises SnapfsError when that could not be finished."""
+        while self.portions:
+            try:
+                self.portions[0].check_now()
+            except NotResidentError as missing:
+                await missing.fetch({})
+            else:
+                return
 
     @property
     def is_removed(self) -> bool:
@@ -487,6 +507,7 @@ class Volume(VolumeView):
         without what lay behind it. Until the maps are, the catalog's ``trim`` says so, and nobody
         sees what is behind the size. Raises TooLargeError, NoSpaceError.
         """
+        await self.wait_until_open()
         if size_bytes >= self.size_bytes:
             while size_bytes > self.size_bytes:
                 try:
@@ -543,6 +564,7 @@ class Volume(VolumeView):
 
         Gives the bytes in blocks that became holes. Needs the caller to keep cuts and truncates out.
         """
+        await self.wait_until_open()
         end = min(offset + length, self.size_bytes)
         before = self.block_count
         self.open()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import trio
 
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, NotFoundError, SnapfsError
+from .errors import ExistsError, NotFoundError, SnapfsError, UnfinishedError
 from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow, VolumeTraits
 from .geometry import Epoch, VolumeId
 from .processor import PortionFacts, Processor
@@ -374,7 +374,24 @@ class VolumeTable:
 
     def to_trim(self) -> list[Volume]:
         """Volumes that have something behind their size to be cleared."""
-        return [volume for volume in self.by_name.values() if volume.needs_trim and volume.may_have_blocks]
+        return [
+            volume
+            for volume in self.by_name.values()
+            if volume.needs_trim and volume.may_have_blocks and not self.is_restoring(volume)
+        ]
+
+    def is_restoring(self, volume: Volume) -> bool:
+        """Whether a rollback in place of it is under way, or could not be finished."""
+        return self.traits.get(volume.volume_id).restore_instant != 0
+
+    def check_whole(self, volumes: Iterable[Volume]) -> None:
+        """Raises UnfinishedError for a volume whose rollback in place could not be finished: it is a mix."""
+        for volume in volumes:
+            if self.is_restoring(volume):
+                raise UnfinishedError(
+                    f"a rollback of volume {show_name(volume.name)!r} is not finished",
+                    "Mend what kept it from that, then unmount and mount; or name other volumes, or remove it",
+                )
 
     # -- attributes --------------------------------------------------------------------------
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import trio
 
 from snapfs import restoring
 from snapfs.backends import CrashPlan, DeviceFile
-from snapfs.errors import HeldError, NoSpaceError, SnapfsError, UnsupportedError
+from snapfs.backends.memory import MemoryFile
+from snapfs.errors import HeldError, NoSpaceError, SnapfsError, UnfinishedError, UnsupportedError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.portion import Portion, Segment
 
 from .harness import Running, World, open_world, read_snapshot, read_volume
 from .test_t3_cow import changelog_world
@@ -204,10 +207,26 @@ async def test_one_that_can_go_neither_way_stays_closed_until_it_can(monkeypatch
             patch.setattr(restoring._Copying, "_copy_run", fail)
             with pytest.raises(OSError, match="the device is gone"):
                 await pool.clones.rollback(b"old")
-        with pytest.raises(SnapfsError, match="could not be finished"):
-            await read_volume(pool, b"v")
-        with pytest.raises(SnapfsError, match="could not be finished"):
-            await put(pool, b"v", 0, b"1")
+        volume = pool.volumes.get(b"v")
+        size_bytes = volume.size_bytes
+        for refused in (
+            partial(read_volume, pool, b"v"),
+            partial(put, pool, b"v", 0, b"1"),
+            partial(pool.volumes.truncate, volume, 4096),
+            partial(pool.volumes.truncate, volume, 9 * OBJECT),
+            partial(pool.volumes.discard, volume, 0, 4096),
+        ):
+            with pytest.raises(SnapfsError, match="could not be finished"):
+                await refused()
+        # What it holds is a mix: nothing is to become of it.
+        with pytest.raises(UnfinishedError):
+            await pool.snapshots.create(b"later")
+        with pytest.raises(UnfinishedError):
+            await pool.clones.rollback(b"old", force=True)
+        await pool.volumes.create(b"other")
+        await pool.snapshots.create(b"of-another", [b"other"])
+        await pool.reclaimer.reclaim_all()
+        assert volume.size_bytes == size_bytes
         assert await read_snapshot(pool, pool.snapshots.get(b"old"), b"v") == old
         (undo,) = [name for name in pool.snapshots.by_name if name.endswith(b"-before-rollback")]
         with pytest.raises(HeldError):
@@ -215,4 +234,106 @@ async def test_one_that_can_go_neither_way_stays_closed_until_it_can(monkeypatch
         new = await read_snapshot(pool, pool.snapshots.get(undo), b"v")
     async with open_world(world) as pool:
         assert await read_volume(pool, b"v") == new
+    world.check_clean()
+
+
+async def test_a_power_cut_while_presents_are_put_back_leaves_all_of_them_at_the_present(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        for name in (b"a", b"b"):
+            await pool.maker.create(VolumeWish(name, 4 * BLOCK, COPY_ON_WRITE))
+            await put(pool, name, 0, b"o" * 4 * BLOCK)
+        await pool.snapshots.create(b"old")
+        for name in (b"a", b"b"):
+            await put(pool, name, 0, b"n" * 4 * BLOCK)
+        ids = [pool.volumes.get(name).volume_id for name in (b"a", b"b")]
+        copy_run, seen = restoring._Copying._copy_run, []
+
+        async def fail(self: restoring._Copying, *words: int) -> None:
+            seen.append(self._portion.volume_id)
+            if seen == ids:
+                raise OSError(5, "the device is tired")
+            if len(seen) == 3:
+                raise PowerCutError
+            await copy_run(self, *words)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(restoring._Copying, "_copy_run", fail)
+            with pytest.raises(PowerCutError):
+                await pool.clones.rollback(b"old")
+        assert len(seen) == 3
+        await running.crash(CrashPlan(3, 0.5))
+        running = Running(world)
+        await running.start(nursery)
+        for name in (b"a", b"b"):
+            assert await read_volume(running.pool, name) == b"n" * 4 * BLOCK
+        await running.stop()
+    world.check_clean()
+
+
+async def test_one_that_could_not_be_restored_may_be_removed_and_lets_its_snapshots_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    async with open_world(world) as pool:
+        await prepare(pool, world)
+
+        async def fail(self: restoring._Copying, *words: int) -> None:
+            raise OSError(5, "the device is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(restoring._Copying, "_copy_run", fail)
+            with pytest.raises(OSError, match="the device is gone"):
+                await pool.clones.rollback(b"old")
+        await pool.volumes.remove(b"v")
+        for name in list(pool.snapshots.by_name):
+            await pool.snapshots.delete(name)
+    async with open_world(world) as pool:
+        await pool.reclaimer.reclaim_all()
+        assert not pool.volumes.traits.rows
+    world.check_clean()
+
+
+async def test_a_reader_that_waited_gets_the_size_and_the_contents_of_one_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 2 * BLOCK, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"o" * 2 * BLOCK)
+        await pool.snapshots.create(b"old")
+        await put(pool, b"v", 0, b"n" * 8 * BLOCK)
+        volume = pool.volumes.get(b"v")
+        pool.volumes.open(volume)
+        read_segments, waiting, go_on = Portion.read_segments, trio.Event(), trio.Event()
+
+        async def slow(self: Portion, segments: list[Segment], view: memoryview) -> None:
+            await read_segments(self, segments, view)
+            if not waiting.is_set():
+                waiting.set()
+                await go_on.wait()
+
+        def never(self: MemoryFile, buffer: bytearray | memoryview, offset: int) -> int:
+            raise BlockingIOError(11, "it would have to wait")
+
+        found = []
+
+        async def read() -> None:
+            found.append(bytes(await volume.read(0, 8 * BLOCK)))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Portion, "read_segments", slow)
+            patch.setattr(MemoryFile, "try_read_into", never)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await waiting.wait()
+                await pool.clones.rollback(b"old", force=True)
+                go_on.set()
+        assert found == [b"o" * 2 * BLOCK]
+        pool.volumes.close(volume)
     world.check_clean()
