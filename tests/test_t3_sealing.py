@@ -174,8 +174,9 @@ async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
         await put(pool, b"v", 0, b"marker" + bytes(BLOCK - 6) + b"y" * BLOCK)
-        # A block of zeros in the middle of a write is kept as data.
-        await put(pool, b"v", OBJECT, b"first" + bytes(3 * BLOCK) + b"last")
+        # A block of zeros over one that the current log has is kept as data.
+        await put(pool, b"v", OBJECT, b"first" + b"x" * 3 * BLOCK + b"last")
+        await put(pool, b"v", OBJECT + BLOCK, bytes(BLOCK))
         snapshot = await pool.snapshots.create(b"s")
         await pool.sealer.seal_all()
         assert damage(world, b"marker", by=bytes(6)) == 1
