@@ -61,7 +61,13 @@ class MemoryFile(DeviceFile):
 
     def __init__(self, device: MemoryDevice, node: _Node) -> None:
         self._device = device
-        self._node = node
+        self._open_node: _Node | None = node
+
+    @property
+    def _node(self) -> _Node:
+        if self._open_node is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._open_node
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """See :meth:`DeviceFile.read_into`."""
@@ -152,7 +158,8 @@ class MemoryFile(DeviceFile):
             yield start * PAGE_SIZE, min(end * PAGE_SIZE, max(self._node.size, start * PAGE_SIZE + 1))
 
     def close(self) -> None:
-        """See :meth:`DeviceFile.close`."""
+        """See :meth:`DeviceFile.close`. What is closed is not read or written any more, as with a descriptor."""
+        self._open_node = None
 
 
 class MemoryDevice(Device):

@@ -29,7 +29,7 @@ from .changelog import ChangeLog
 from .errors import DamagedError, NoSpaceError, SyncFailedError
 from .formats import IMAGE_LOG, CopyRow, FreedRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
-from .notresident import NotResidentError, OldBlocks
+from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion
 from .shardstate import ObjectState
 
@@ -227,11 +227,7 @@ class CowPortion(Portion):
         self._seal(log)
 
     async def _planned(self, object_index: int, first: int, last: int) -> list[_Run]:
-        while True:
-            try:
-                return self._plan_now(object_index, first, last)
-            except NotResidentError as missing:
-                await missing.fetch({})
+        return await when_resident(lambda _: self._plan_now(object_index, first, last))
 
     def _plan_now(self, object_index: int, first: int, last: int) -> list[_Run]:
         """The runs to be preserved of an object, its copy made and the change log begun."""

@@ -17,7 +17,7 @@ from .blockmap import HOLE, BlockMap
 from .errors import BadCommandError
 from .formats import COPY_ON_WRITE, Attributes
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT, OBJECT_SIZE, VolumeId
-from .notresident import NotResidentError
+from .notresident import when_resident
 from .pool import Pool
 from .portion import Portion
 from .processor import Processor
@@ -252,11 +252,7 @@ async def _map_of(processor: Processor, state: State, object_index: int) -> Bloc
 
 
 async def _live_map(portion: Portion, object_index: int) -> BlockMap:
-    while True:
-        try:
-            return blockmap.keep(portion.map_now(object_index))
-        except NotResidentError as missing:
-            await missing.fetch({})
+    return await when_resident(lambda _: blockmap.keep(portion.map_now(object_index)))
 
 
 def differing_runs(old: BlockMap, new: BlockMap) -> list[tuple[int, int, bool]]:

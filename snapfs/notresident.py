@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 OldBlocks = dict[tuple[int, int], bytes]
 
 
@@ -16,3 +18,17 @@ class NotResidentError(Exception):
     def __init__(self, fetch: Callable[[OldBlocks], Awaitable[None]]) -> None:
         super().__init__()
         self.fetch = fetch
+
+
+async def when_resident(call: Callable[[OldBlocks], T]) -> T:
+    """Have a ``_now`` call go through: fetch what it names until it needs nothing more; what it gives.
+
+    ``call`` gets the old contents of blocks that were fetched. One dictionary serves all tries, for it also tells
+    what was looked for in vain, so that nothing is looked for without end.
+    """
+    old_blocks: OldBlocks = {}
+    while True:
+        try:
+            return call(old_blocks)
+        except NotResidentError as missing:
+            await missing.fetch(old_blocks)

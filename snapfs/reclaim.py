@@ -20,7 +20,7 @@ from .blockmap import BlockMap
 from .changelog import ChangeLog
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
-from .notresident import NotResidentError
+from .notresident import when_resident
 from .portion import Portion
 from .processor import Processor
 from .unnamed import mask_runs, named_masks
@@ -123,13 +123,7 @@ def _let_go(processor: Processor, step: _Step) -> None:
 
 
 async def _drop(one: _Unneeded) -> None:
-    while True:
-        try:
-            one.portion.drop_copy_now(one.copy, one.later, one.earlier)
-        except NotResidentError as missing:
-            await missing.fetch({})
-        else:
-            return
+    await when_resident(lambda _: one.portion.drop_copy_now(one.copy, one.later, one.earlier))
 
 
 async def _idle_logs(processor: Processor) -> list[LogId]:
@@ -167,13 +161,7 @@ async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | 
 
 
 async def _settle(portion: Portion, object_index: int) -> None:
-    while True:
-        try:
-            portion.settle_now(object_index)
-        except NotResidentError as missing:
-            await missing.fetch({})
-        else:
-            return
+    await when_resident(lambda _: portion.settle_now(object_index))
 
 
 async def _inherited_copies(processor: Processor, portion: Portion, span: Span, objects: list[int]) -> ShardBatch:

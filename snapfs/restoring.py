@@ -11,8 +11,8 @@ the snapshot.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar, cast
+from collections.abc import Sequence
+from typing import NoReturn, cast
 
 import trio
 
@@ -22,15 +22,13 @@ from .errors import SnapfsError
 from .events import EventLog
 from .geometry import BLOCK_SHIFT
 from .jobs import Job
-from .notresident import NotResidentError, OldBlocks
+from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion
 from .processor import Processor
 from .snapshotindex import NEVER
 from .tasks import side_by_side
 from .units import show_name
 from .volume import Volume
-
-T = TypeVar("T")
 
 _RUN_BLOCKS_MAX = 256
 _OBJECTS_A_COMMIT = 64
@@ -145,21 +143,11 @@ class _Copying:
 
     async def _copy_run(self, object_index: int, block: int, count: int, log_id: int) -> None:
         if log_id == HOLE:
-            await _done(lambda old: self._portion.unmap_now(object_index, block, block + count))
+            await when_resident(lambda _: self._portion.unmap_now(object_index, block, block + count))
             return
         view = memoryview(bytearray(count << BLOCK_SHIFT))
         inside = block << BLOCK_SHIFT
-        segments = await _done(lambda old: self._portion.segments(log_id, object_index, inside, len(view), 0))
+        segments = await when_resident(lambda _: self._portion.segments(log_id, object_index, inside, len(view), 0))
         await self._portion.read_segments(segments, view)
-        await _done(lambda old: self._portion.write_now(object_index, inside, view, old))
+        await when_resident(lambda old: self._portion.write_now(object_index, inside, view, old))
         self._job.done += len(view)
-
-
-async def _done(call: Callable[[OldBlocks], T]) -> T:
-    """Have a call go through that needs things in memory."""
-    old_blocks: OldBlocks = {}
-    while True:
-        try:
-            return call(old_blocks)
-        except NotResidentError as missing:
-            await missing.fetch(old_blocks)

@@ -20,7 +20,7 @@ from .errors import DamagedError, UnsealedError
 from .formats import LogRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT
 from .jobs import Job
-from .notresident import NotResidentError
+from .notresident import when_resident
 from .pool import Pool
 from .portion import Portion, Segment
 from .processor import Processor
@@ -277,11 +277,8 @@ class _Verifying:
         return await self._processor.access.in_thread(_digests_in, view)
 
     async def _segments(self, object_index: int, log_id: int, block: int, length: int) -> list[Segment]:
-        while True:
-            try:
-                return self._portion.segments(log_id, object_index, block << BLOCK_SHIFT, length, 0)
-            except NotResidentError as missing:
-                await missing.fetch({})
+        inside = block << BLOCK_SHIFT
+        return await when_resident(lambda _: self._portion.segments(log_id, object_index, inside, length, 0))
 
 
 def _digests_in(view: memoryview) -> bytes:

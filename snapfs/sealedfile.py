@@ -18,6 +18,7 @@ from .errors import DamagedError
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_MASK, OBJECT_SHIFT
 from .notresident import NotResidentError, OldBlocks
 
+# Of all processors together.
 CACHED_BYTES_MAX = 32 << 20
 _BLOCK_MASK = BLOCK_SIZE - 1
 # From a place in an object to that of its block's checksum.
@@ -58,7 +59,7 @@ class SumCache:
         self._load = load
         self._processor_index = processor_index
         self._processor_count = processor_count
-        self._bytes_max = bytes_max
+        self._bytes_max = bytes_max // processor_count
         self._size_bytes = 0
         self._queue: deque[tuple[int, int]] = deque()
 

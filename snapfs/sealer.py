@@ -29,6 +29,7 @@ from .units import show_name
 
 RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
+_TOLD_MAX = 256
 
 
 @dataclass(slots=True)
@@ -108,6 +109,8 @@ class Sealer:
         """Tell of a failure, once."""
         told = f"{what}: {error}"
         if told not in self._told:
+            if len(self._told) >= _TOLD_MAX:
+                self._told.clear()
             self._told.add(told)
             self._events.note("sealing-failed", logging.WARNING, what=what, reason=str(error))
 

@@ -25,7 +25,7 @@ from .processor import Processor
 from .shardstore import ShardStore
 from .unnamed import mask_runs, objects_with_data
 
-_STEP_BLOCKS = 1024
+_STEP_BLOCKS = 16384
 _RUN_BLOCKS_MAX = 256
 _BATCH = 256
 Pace = Callable[[int], Awaitable[None]]
@@ -106,7 +106,7 @@ async def _seal_log(processor: Processor, row: LogRow, pace: Pace) -> None:
             batch.sums.append(SumsRow(row.log_id, object_index, sums))
             pending += mask.bit_count()
             await pace(mask.bit_count() << BLOCK_SHIFT)
-            if pending >= _STEP_BLOCKS * 16 or len(batch.sums) >= _BATCH:
+            if pending >= _STEP_BLOCKS or len(batch.sums) >= _BATCH:
                 await processor.commit([], batch)
                 batch, pending = ShardBatch(), 0
         with trio.CancelScope(shield=True):

@@ -27,7 +27,7 @@ from .geometry import (
     pieces,
     volume_size_bytes_max,
 )
-from .notresident import NotResidentError, OldBlocks
+from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion, Segment
 from .processor import Processor
 from .sealedfile import DamagedBlockError
@@ -109,16 +109,9 @@ class VolumeView(ABC):
                 await missing.fetch(old_blocks)
             except DamagedBlockError as damage:
                 # What the maps name no more may be freed meanwhile, and is not damaged for that.
-                if await self._segments_again(offset, count) == plan:
+                if await when_resident(lambda _, count=count: self._segments(offset, count)) == plan:  # type: ignore[misc]
                     self.portions[damage.object_index % self.processor_count].report(damage)
                     raise
-
-    async def _segments_again(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
-        while True:
-            try:
-                return self._segments(offset, length)
-            except NotResidentError as missing:
-                await missing.fetch({})
 
     def _segments(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
         found = []
@@ -194,13 +187,8 @@ class Volume(VolumeView):
 
     async def wait_until_open(self) -> None:
         """While a rollback in place has it closed: wait. Raises SnapfsError when that could not be finished."""
-        while self.portions:
-            try:
-                self.portions[0].check_now()
-            except NotResidentError as missing:
-                await missing.fetch({})
-            else:
-                return
+        if self.portions:
+            await when_resident(lambda _: self.portions[0].check_now())
 
     @property
     def is_removed(self) -> bool:
@@ -673,10 +661,4 @@ class Volume(VolumeView):
             from_object = stored[-1] + 1
 
     async def _unmap(self, portion: Portion, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
-        while True:
-            try:
-                portion.unmap_now(object_index, first, last)
-            except NotResidentError as missing:
-                await missing.fetch({})
-            else:
-                return
+        await when_resident(lambda _: portion.unmap_now(object_index, first, last))

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import restoring
 from snapfs.backends import CrashPlan, DeviceFile
@@ -16,6 +17,8 @@ from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.portion import Portion, Segment
+from snapfs.processor import Processor
+from snapfs.volume import Volume
 
 from .harness import Running, World, open_world, read_snapshot, read_volume
 from .test_t3_cow import changelog_world
@@ -336,4 +339,30 @@ async def test_a_reader_that_waited_gets_the_size_and_the_contents_of_one_state(
                 go_on.set()
         assert found == [b"o" * 2 * BLOCK]
         pool.volumes.close(volume)
+    world.check_clean()
+
+
+async def test_a_rollback_goes_on_when_a_trim_that_has_the_volume_open_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapfs.volumes._CLOSING_CHECK_S", float("inf"))
+    world = World()
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", None))
+        await put(pool, b"v", 0, b"x" * 3 * BLOCK)
+        volume = pool.volumes.get(b"v")
+        halfway, go_on = trio.Event(), trio.Event()
+        trim_portion = Volume._trim_portion
+
+        async def slow(self: Volume, processor: Processor, portion: Portion) -> None:
+            halfway.set()
+            await go_on.wait()
+            await trim_portion(self, processor, portion)
+
+        monkeypatch.setattr(Volume, "_trim_portion", slow)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(volume.truncate, BLOCK)
+                await halfway.wait()
+                nursery.start_soon(pool.volumes.wait_until_closed, volume)
+                await trio.testing.wait_all_tasks_blocked()
+                go_on.set()
     world.check_clean()

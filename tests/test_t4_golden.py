@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import snapfs
-from snapfs.check import check_pool, repair
+from snapfs.check import Report, check_pool, repair
 from snapfs.pool import embedded_device_opener, open_home
 from snapfs.scrub import verify
 
@@ -17,17 +17,29 @@ from .harness import everything_is_proven, read_snapshot, read_volume
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("name", ["pool-0.1.0.tar.gz"])
-async def test_a_pool_of_an_earlier_version_opens(name: str, tmp_path: Path) -> None:
+def unpacked(version: str, folder: Path) -> Path:
+    """The golden pool of a version, in a folder."""
+    with tarfile.open(GOLDEN / f"pool-{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "pool"
+
+
+def checked(path: Path) -> Report:
+    """What the verifier says of a pool."""
+    home = open_home(str(path))
+    try:
+        return check_pool(home, str(path), embedded_device_opener(home))
+    finally:
+        home.close()
+
+
+@pytest.mark.parametrize("version", ["0.1.0"])
+async def test_a_pool_of_an_earlier_version_opens(version: str, tmp_path: Path) -> None:
     """Made of: v = 'one ' * 3000; snapshot first; 'two ' at 4096; truncate to 9000; snapshot second of v; w removed."""
-    with tarfile.open(GOLDEN / name) as archive:
-        archive.extractall(tmp_path, filter="data")
-    path = tmp_path / "pool"
+    path = unpacked(version, tmp_path)
     # The archive has no holes, so blocks of zeros lie where no map points; a repair gives them back.
     for is_repaired in (False, True):
-        home = open_home(str(path))
-        report = check_pool(home, str(path), embedded_device_opener(home))
-        home.close()
+        report = checked(path)
         assert not report.is_damaged and report.snapshot_count == 2, report.findings
         if not is_repaired:
             home = open_home(str(path))
@@ -48,13 +60,8 @@ async def test_a_pool_of_an_earlier_version_opens(name: str, tmp_path: Path) -> 
 async def test_a_pool_of_0_2_0_opens(tmp_path: Path) -> None:
     """Made of: v = 'one ' * 3000; w cow, 'cow ' * 5000; snapshot first; 'two ' in both; clone c of first/v,
     'fork' in it; snapshot second of v; rollback of v to first; a schedule."""
-    with tarfile.open(GOLDEN / "pool-0.2.0.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    path = tmp_path / "pool"
-    home = open_home(str(path))
-    report = check_pool(home, str(path), embedded_device_opener(home))
-    home.close()
-    assert not report.is_damaged, report.findings
+    path = unpacked("0.2.0", tmp_path)
+    assert not checked(path).is_damaged, checked(path).findings
     one, cow = b"one " * 3000, b"cow " * 5000
     two = one[:4096] + b"two " + one[4100:]
     async with snapfs.open_pool(path) as pool:
@@ -74,13 +81,8 @@ async def test_a_pool_of_0_2_0_opens(tmp_path: Path) -> None:
 
 async def test_a_pool_of_0_3_0_opens(tmp_path: Path) -> None:
     """As that of 0.2.0, and: rollback of w to first; a hook; all sealed."""
-    with tarfile.open(GOLDEN / "pool-0.3.0.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    path = tmp_path / "pool"
-    home = open_home(str(path))
-    report = check_pool(home, str(path), embedded_device_opener(home))
-    home.close()
-    assert not report.is_damaged, report.findings
+    path = unpacked("0.3.0", tmp_path)
+    assert not checked(path).is_damaged, checked(path).findings
     async with snapfs.open_pool(path) as pool:
         first, second = (pool.snapshots.get(name) for name in (b"first", b"second"))
         assert await read_volume(pool, b"w") == b"cow " * 5000 == await read_snapshot(pool, first, b"w")

@@ -135,7 +135,8 @@ def test_applications_are_thawed_also_when_one_is_killed(mounted: Mounted, tmp_p
         fd = os.pidfd_open(guard)
         os.kill(guard, signal.SIGKILL)
         wait_for_end(fd)
-    go_on.write_text("")
+    # Opened for both, for whoever waited for it may have been ended.
+    os.close(os.open(go_on, os.O_RDWR))
     wait_until(lambda: told(notes)[-1] == "app after", "the application is thawed")
     asking.communicate(timeout=60)
     assert asking.returncode == 1

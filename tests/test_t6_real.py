@@ -208,10 +208,11 @@ def resident_mib(mounted: Mounted) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def test_fio_verifies_over_snapshots(mounted: Mounted) -> None:
+def test_fio_verifies_over_snapshots(mounted: Mounted, tmp_path: Path) -> None:
     path = mounted.path / "v"
     common = ["--name=v", f"--filename={path}", "--size=48m", "--rw=randwrite", "--ioengine=libaio", "--direct=1"]
     common += ["--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--output-format=terse"]
+    common += [f"--aux-path={tmp_path}", "--verify_state_save=0"]
     sums = {}
     for number in range(6):
         run("fio", *common, f"--randseed={number}", "--do_verify=1", "--io_size=24m", "--bsrange=512-64k")

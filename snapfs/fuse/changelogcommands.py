@@ -6,16 +6,12 @@ from collections.abc import Mapping
 
 from ..errors import BadCommandError
 from ..units import parse_size, show_name
-from .command import Answer, Command, CommandContext, CommandFunction
+from .command import Answer, Command, CommandContext, CommandFunction, run_action
 
 
 async def _changelog(context: CommandContext, command: Command) -> Answer:
     """changelog create NAME capacity=SIZE device=PATH... [free-oldest=yes] | resize NAME SIZE | remove NAME | list."""
-    action = show_name(command.words[0]) if command.words else ""
-    function = _CHANGELOG_ACTIONS.get(action)
-    if function is None:
-        raise BadCommandError(f"changelog cannot {action!r}", f"It can {', '.join(_CHANGELOG_ACTIONS)}")
-    return await function(context, Command(command.words[1:], command.options))
+    return await run_action(context, command, "changelog", _CHANGELOG_ACTIONS)
 
 
 async def _changelog_create(context: CommandContext, command: Command) -> Answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BadCommandError
@@ -169,3 +169,14 @@ def parse(line: bytes) -> tuple[str, Command] | None:
 
 
 CommandFunction = Callable[[CommandContext, Command], Awaitable[Answer]]
+
+
+async def run_action(
+    context: CommandContext, command: Command, name: str, actions: Mapping[str, CommandFunction]
+) -> Answer:
+    """Run a command whose first word says what it is to do. Raises BadCommandError for a word that it does not know."""
+    action = show_name(command.words[0]) if command.words else ""
+    function = actions.get(action)
+    if function is None:
+        raise BadCommandError(f"{name} cannot {action[:64]!r}", f"It can {', '.join(actions)}")
+    return await function(context, Command(command.words[1:], command.options))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import BadCommandError
 from ..hook import make_hook
 from ..units import show_name
-from .command import Answer, Command, CommandContext, CommandFunction
+from .command import Answer, Command, CommandContext, CommandFunction, run_action
 
 
 async def _hook(context: CommandContext, command: Command) -> Answer:
@@ -15,11 +14,7 @@ async def _hook(context: CommandContext, command: Command) -> Answer:
 
     hook remove NAME | list: programs that freeze and thaw applications around snapshots.
     """
-    action = show_name(command.words[0]) if command.words else ""
-    function = _ACTIONS.get(action)
-    if function is None:
-        raise BadCommandError(f"hook cannot {action!r}", f"It can {', '.join(_ACTIONS)}")
-    return await function(context, Command(command.words[1:], command.options))
+    return await run_action(context, command, "hook", _ACTIONS)
 
 
 async def _add(context: CommandContext, command: Command) -> Answer:

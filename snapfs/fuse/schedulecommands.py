@@ -8,7 +8,7 @@ from ..errors import BadCommandError
 from ..schedule import make_schedule
 from ..scheduler import shown
 from ..units import check_tag, show_name
-from .command import Answer, Command, CommandContext, CommandFunction
+from .command import Answer, Command, CommandContext, CommandFunction, run_action
 
 
 async def _schedule(context: CommandContext, command: Command) -> Answer:
@@ -16,11 +16,7 @@ async def _schedule(context: CommandContext, command: Command) -> Answer:
 
     schedule remove NAME | run NAME [dry-run=yes] | list: snapshots made by the daemon itself.
     """
-    action = show_name(command.words[0]) if command.words else ""
-    function = _SCHEDULE_ACTIONS.get(action)
-    if function is None:
-        raise BadCommandError(f"schedule cannot {action!r}", f"It can {', '.join(_SCHEDULE_ACTIONS)}")
-    return await function(context, Command(command.words[1:], command.options))
+    return await run_action(context, command, "schedule", _SCHEDULE_ACTIONS)
 
 
 async def _schedule_add(context: CommandContext, command: Command) -> Answer:

@@ -77,9 +77,10 @@ async def _delete(context: CommandContext, command: Command) -> Answer:
     if not command.flag("dry-run"):
         for one in chosen:
             check_not_held(one)
-        for name in dict.fromkeys(command.words):
+        names = list(dict.fromkeys(command.words))
+        for name in names:
             await snapshots.delete(name)
-        return {"name": show_name(command.words[0]), "deleted": [show_name(name) for name in command.words]}
+        return {"name": show_name(names[0]), "deleted": [show_name(name) for name in names]}
     account = await snapshots.account()
     exclusive = account.exclusive_blocks()
     return {
@@ -118,15 +119,15 @@ async def _reclaim(context: CommandContext, command: Command) -> Answer:
             "Nothing was deleted. Release holds, or remove volumes",
         )
     names = [free_to_go[instant].name or b"" for instant in choice.instants]
-    if not command.flag("dry-run"):
-        for name in names:
-            await pool.snapshots.delete(name)
-        await pool.reclaimer.reclaim_all()
-    return {
-        "deleted" if not command.flag("dry-run") else "would_delete": [show_name(name) for name in names],
-        "freed_bytes" if not command.flag("dry-run") else "would_free_bytes": choice.freed_blocks * BLOCK_SIZE,
-        "is_smallest": choice.is_smallest,
-    }
+    shown = [show_name(name) for name in names]
+    size_bytes = choice.freed_blocks * BLOCK_SIZE
+    if command.flag("dry-run"):
+        return {"would_delete": shown, "would_free_bytes": size_bytes, "is_smallest": choice.is_smallest}
+    gone = [await pool.snapshots.delete(name) for name in names]
+    await pool.reclaimer.reclaim_all()
+    # One that was opened since it was chosen gives its space back when it is closed.
+    is_freed = not any(one.snapshot_id in pool.snapshots.deleted for one in gone)
+    return {"deleted": shown, "freed_bytes": size_bytes, "is_freed": is_freed, "is_smallest": choice.is_smallest}
 
 
 async def _rename(context: CommandContext, command: Command) -> Answer:
