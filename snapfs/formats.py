@@ -18,6 +18,8 @@ from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
 FORMAT_VERSION = 3
 
 REDIRECT, COPY_ON_WRITE = 0, 1
+# By the words of the command line.
+CHANGE_MODES = {"redirect": REDIRECT, "cow": COPY_ON_WRITE}
 POOL_CHANGE_LOGS = 0
 
 POOL_FILE = "pool.json"

@@ -14,6 +14,7 @@ from .backends import DeviceFile
 from .errors import BadCommandError, InUseError, NotFoundError, UnreadableError
 from .events import EventLog
 from .formats import (
+    CHANGE_MODES,
     COPY_ON_WRITE,
     IMAGE_LOG,
     POOL_CHANGE_LOGS,
@@ -30,7 +31,6 @@ from .units import show_name
 from .volume import Volume
 from .volumes import VolumeTable
 
-CHANGE_MODES = {"redirect": REDIRECT, "cow": COPY_ON_WRITE}
 IsOwnPath = Callable[[str], bool]
 
 

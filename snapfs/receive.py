@@ -8,13 +8,14 @@ nothing in it is believed before it was looked at.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Any
+
+import blake3
 
 from .errors import BadCommandError, ChangedTargetError, DamagedError, ExistsError, MissingBaseError, SnapfsError
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
@@ -329,7 +330,7 @@ class Receiver:
     def _receive_volume(self, place: int, frames: Iterator[Frame], done_bytes: int, on_progress: OnProgress) -> int:
         volume = self._head.volumes[place]
         fd = self._open(volume)
-        digest = hashlib.blake2b(digest_size=32)
+        digest = blake3.blake3()
         extents: list[tuple[int, int]] = []
         try:
             for frame in frames:
@@ -425,7 +426,7 @@ class Receiver:
     def _read_back(self, name: str, place: int, digest: str, extents: list[tuple[int, int]]) -> None:
         """The snapshot holds what was sent: read from it again, and compare."""
         volume = self._head.volumes[place].name
-        found = hashlib.blake2b(digest_size=32)
+        found = blake3.blake3()
         with closing(SnapshotFile(os.path.join(self._mount_point, ".snapshots", name, volume))) as kept:
             for offset, length in extents:
                 for _, data in kept.pieces(offset, length, 1):

@@ -7,11 +7,13 @@ import shlex
 from array import array
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs import blockmap, geometry, units
+from snapfs.cli import cli
 from snapfs.errors import (
     BadCommandError,
     BadNameError,
@@ -333,3 +335,11 @@ def test_a_line_is_split_as_a_shell_would(text: str) -> None:
 def test_a_long_word_is_read_in_time() -> None:
     word = "x" * 900_000
     assert split_words(f"hook add '{word}' {word}") == ["hook", "add", word, word]
+
+
+def test_every_command_is_found_by_its_name() -> None:
+    context = click.Context(cli)
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None and command.name == name and command.help
+    assert cli.get_command(context, "nonsense") is None

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from snapfs.cli.control import ask
 from snapfs.errors import DamagedError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
-from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VERSION, VOLUME, ZERO, StreamWriter, read_stream
+from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
 
 from .conftest import SNAPFS, Mounted, snapfs, wait_until
 
 MIB = 1 << 20
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def sent(mounted: Mounted, *words: object) -> bytes:
@@ -213,9 +214,30 @@ def test_frames_survive(level: int) -> None:
 
 def test_worked_bytes_of_the_format() -> None:
     # As docs/stream-format.md has them.
-    assert a_stream(0)[:14] == b"snapfs-stream\n"
+    assert a_stream(0)[:14] == b"snapfs-stream2"
     assert a_stream(0)[14:24] == bytes.fromhex("01 00 16000000 16000000")
-    assert a_stream(0)[24:46] == b'{"version": 1, "x": 1}'
+    assert a_stream(0)[24:46] == b'{"version": 2, "x": 1}'
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_a_stream_of_version_1_is_read(level: int) -> None:
+    with open(GOLDEN / f"stream-1-level-{level}.bin", "rb") as file:
+        frames = list(read_stream(file))
+    assert frames == [
+        Frame(BEGIN, {"version": 1, "x": 1}),
+        Frame(DATA, {}, 4096, 4000, b"data" * 1000),
+        Frame(ZERO, {}, 1 << 40, 12345),
+        Frame(END, {}),
+    ]
+
+
+@pytest.mark.parametrize("size_bytes", [30_000, 40_000, 1 << 20])
+def test_only_what_gets_smaller_is_compressed(size_bytes: int) -> None:
+    for data, is_smaller in ((os.urandom(size_bytes), False), (b"0123456789abcdef" * (size_bytes // 16), True)):
+        file = io.BytesIO()
+        StreamWriter(file, 3).data(0, data)
+        assert (len(file.getvalue()) < size_bytes // 2) == is_smaller
+        assert is_smaller or len(file.getvalue()) > size_bytes
 
 
 @given(st.data())
@@ -244,7 +266,7 @@ def test_any_change_of_a_stream_is_noticed(data: st.DataObject) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_behind_the_magic_give_an_error_in_words(garbage: bytes) -> None:
     with pytest.raises(SnapfsError):
-        list(read_stream(io.BytesIO(b"snapfs-stream\n" + garbage)))
+        list(read_stream(io.BytesIO(b"snapfs-stream2" + garbage)))
 
 
 @pytest.mark.mount

@@ -6,71 +6,62 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 4 damage found.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import cast
 
 import click
 
 from ..errors import SnapfsError
-from . import (
-    changelog,
-    check,
-    clone,
-    create,
-    delete,
-    diff,
-    flatten,
-    hold,
-    hook,
-    images,
-    init,
-    listing,
-    mount,
-    rename,
-    rollback,
-    schedule,
-    snapshot,
-    status,
-    transfer,
-    trust,
-    umount,
-)
+
+# By the order of the help: the module a command is in, and what it is called there.
+_COMMANDS = {
+    "init": "init:init",
+    "mount": "mount:mount",
+    "umount": "umount:umount",
+    "create": "create:create",
+    "changelog": "changelog:changelog",
+    "schedule": "schedule:schedule",
+    "snapshot": "snapshot:snapshot",
+    "list": "listing:list_snapshots",
+    "delete": "delete:delete",
+    "reclaim": "delete:reclaim",
+    "rename": "rename:rename",
+    "rollback": "rollback:rollback",
+    "clone": "clone:clone",
+    "send": "transfer:send",
+    "receive": "transfer:receive",
+    "export": "images:export_volume",
+    "import": "images:import_volume",
+    "diff": "diff:diff",
+    "blame": "diff:blame",
+    "flatten": "flatten:flatten",
+    "hold": "hold:hold",
+    "hook": "hook:hook",
+    "release": "hold:release",
+    "status": "status:status",
+    "check": "check:check",
+    "scrub": "trust:scrub",
+    "verify": "trust:verify",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands that are imported when they are asked for: the pool and trio take longer than most of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name].partition(":")
+        return cast("click.Command", getattr(import_module(f".{module}", __name__), name))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="snapfs")
 def cli() -> None:
     """Virtual volumes as files, snapshots as read-only directories."""
-
-
-for _command in (
-    init.init,
-    mount.mount,
-    umount.umount,
-    create.create,
-    changelog.changelog,
-    schedule.schedule,
-    snapshot.snapshot,
-    listing.list_snapshots,
-    delete.delete,
-    delete.reclaim,
-    rename.rename,
-    rollback.rollback,
-    clone.clone,
-    transfer.send,
-    transfer.receive,
-    images.export_volume,
-    images.import_volume,
-    diff.diff,
-    diff.blame,
-    flatten.flatten,
-    hold.hold,
-    hook.hook,
-    hold.release,
-    status.status,
-    check.check,
-    trust.scrub,
-    trust.verify,
-):
-    cli.add_command(_command)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 import click
 
 from ..units import format_size
-from .control import ask_anywhere
+from .anywhere import ask_anywhere
 from .output import print_json, print_table
 
 _WHERE = {"metavar": "POOL|MOUNT", "type": click.Path()}

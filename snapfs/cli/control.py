@@ -9,13 +9,7 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
-import trio
-
 from ..errors import BadCommandError, NotFoundError, ReadOnlyError, SnapfsError
-from ..formats import POOL_FILE
-from ..fuse.command import CommandContext
-from ..fuse.control import run_line
-from ..pool import open_pool
 
 Answer = dict[str, Any]
 _READ_BYTES = 1 << 20
@@ -40,7 +34,7 @@ def control_path(mount_point: str) -> str:
 
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
-    line = _line(words, options)
+    line = command_line(words, options)
     try:
         fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -66,23 +60,6 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
     return answer
 
 
-def ask_anywhere(where: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
-    """Like :func:`ask`, of a mount or of a pool that is not mounted, which is opened for it."""
-    if not os.path.exists(os.path.join(where, POOL_FILE)):
-        return ask(where, *words, options=options)
-    line = _line(words, options)
-
-    async def run() -> Answer:
-        async with open_pool(where, f"snapfs {words[0]}") as pool:
-
-            async def resize(name: bytes, size_bytes: int) -> None:
-                await pool.volumes.truncate(pool.volumes.get(name), size_bytes)
-
-            return await run_line(CommandContext(pool, resize), line) or {}
-
-    return trio.run(run)
-
-
 def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Like :func:`ask`, with a progress bar on a terminal, as the daemon tells in its status of such a job."""
     from rich.console import Console
@@ -103,7 +80,7 @@ def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, st
         return answer.result()
 
 
-def _line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> bytes:
+def command_line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> bytes:
     """A command as a line, without its end. Raises BadCommandError for a word that no line can hold."""
     if any("\n" in word for word in [*words, *(value for _, value in options or [])]):
         raise BadCommandError("a word has a line break", "Leave it out")

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from ..making import CHANGE_MODES
+from ..formats import CHANGE_MODES
 from .control import ask
 from .output import print_json
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .control import ask_anywhere
+from .anywhere import ask_anywhere
 from .output import print_json, print_table
 
 

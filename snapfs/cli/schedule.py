@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..units import iso_time
-from .control import ask, ask_anywhere
+from .anywhere import ask_anywhere
+from .control import ask
 from .output import print_json, print_table
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 
 from ..errors import BadCommandError, TooLargeError
+from ..formats import CHANGE_MODES
 from ..geometry import volume_size_bytes_max
-from ..making import CHANGE_MODES, VolumeWish
+from ..making import VolumeWish
 from ..units import format_size, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 from .snapshotcommands import snapshot_of
