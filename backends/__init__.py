@@ -8,18 +8,24 @@ from .base import Buffer, Device, DeviceFile, LockHolder, Space
 from .directory import DirectoryDevice, LocalImage, open_local_image
 from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
+from .recording import CrashImages, Journal, PowerCut, RecordingDevice, power_cuts
 
 __all__ = [
     "Buffer",
+    "CrashImages",
     "CrashPlan",
     "Device",
     "DeviceFile",
     "DirectoryDevice",
     "FailNth",
     "FaultyDevice",
+    "Journal",
     "LocalImage",
     "LockHolder",
     "MemoryDevice",
+    "PowerCut",
+    "RecordingDevice",
     "Space",
     "open_local_image",
+    "power_cuts",
 ]

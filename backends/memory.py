@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
@@ -43,7 +43,11 @@ class _Node:
     unsynced: dict[int, list[bytes | None]] = field(default_factory=dict)
 
     def note(self, page: int) -> None:
-        self.unsynced.setdefault(page, []).append(self.pages.get(page))
+        versions = self.unsynced.get(page)
+        if versions is None:
+            self.unsynced[page] = [self.pages.get(page)]
+        else:
+            versions.append(self.pages.get(page))
 
     def sync(self) -> None:
         for page in self.unsynced:
@@ -138,12 +142,13 @@ class MemoryFile(DeviceFile):
 
     def reserve(self, length: int) -> None:
         """See :meth:`DeviceFile.reserve`."""
+        node = self._node
         for page in range(length // PAGE_SIZE):
-            if page not in self._node.pages:
+            if page not in node.pages:
                 self._device.take_page()
-                self._node.pages[page] = _ZEROS
-                self._node.note(page)
-        self._node.size = max(self._node.size, length)
+                node.pages[page] = _ZEROS
+                node.note(page)
+        node.size = max(node.size, length)
 
     def data_extents(self) -> Iterator[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`."""
@@ -156,6 +161,11 @@ class MemoryFile(DeviceFile):
             end = page + 1
         if end > start:
             yield start * PAGE_SIZE, min(end * PAGE_SIZE, max(self._node.size, start * PAGE_SIZE + 1))
+
+    def copy_on(self, device: MemoryDevice) -> MemoryFile:
+        """A file of the same contents, without a name on that device, of which all is durable."""
+        node = self._node
+        return MemoryFile(device, _Node(dict(node.pages), node.size, dict(node.pages), node.size))
 
     def close(self) -> None:
         """See :meth:`DeviceFile.close`. What is closed is not read or written any more, as with a descriptor."""
@@ -246,6 +256,21 @@ class MemoryDevice(Device):
     def close(self) -> None:
         """See :meth:`Device.close`."""
         self._holder = None
+
+    def nameless(self) -> MemoryFile:
+        """A new file that no name leads to yet."""
+        return MemoryFile(self, _Node())
+
+    def settle(self, names: Mapping[str, MemoryFile], capacity_bytes: int | None) -> None:
+        """Have these files by these names and no others, all of it durable, and at least that much room."""
+        self._files = {name: file._node for name, file in names.items()}
+        self._durable_names = dict(self._files)
+        nodes = {id(node): node for node in self._files.values()}
+        for node in nodes.values():
+            node.sync()
+        self._used_pages = sum(len(node.pages) for node in nodes.values())
+        if capacity_bytes is not None:
+            self.capacity_bytes = max(capacity_bytes, self._used_pages * PAGE_SIZE)
 
     def crash(self, plan: CrashPlan) -> MemoryDevice:
         """The device as it may be after a power cut now; this one stays as it is."""

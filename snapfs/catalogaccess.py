@@ -44,6 +44,17 @@ class CatalogAccess:
         """A generation that the catalog has reached durably."""
         return self.catalog.generation
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all commits that failed are sure not to be found after a power cut."""
+        return self.catalog.database.is_settled
+
+    async def settle(self) -> None:
+        """See to that. Raises what a commit raises; then nothing may be acknowledged, and nothing given back."""
+        if not self.is_settled:
+            with trio.CancelScope(shield=True):
+                await self.ask(self.catalog.database.settle)
+
     async def ask(self, call: Callable[..., T], *args: object) -> T:
         """Run a query in a thread."""
         async with self._lock:

@@ -24,6 +24,8 @@ SqlValue = None | int | float | bytes | str
 Row = tuple[Any, ...]
 
 _vfs_numbers = itertools.count()
+# Any other number than the last will do: what counts is that a page is written.
+_settling_numbers = itertools.cycle(range(1, 1 << 16))
 
 
 @contextlib.contextmanager
@@ -47,6 +49,7 @@ class Database:
 
     def __init__(self, device: Device, name: str, what: str, *, create_schemas: Sequence[str] | None = None) -> None:
         self.what = what
+        self.is_settled = True
         self._vfs: _DeviceVFS | None = None
         flags = apsw.SQLITE_OPEN_READWRITE
         if create_schemas is not None:
@@ -121,18 +124,44 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Database]:
-        """All statements inside become durable together, or none does."""
+        """All statements inside become durable together, or none does.
+
+        After an error that is so once :attr:`is_settled`, which it nearly always is at once.
+        """
+        self.settle()
         with translated(self.what):
             self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield self
-            with translated(self.what):
-                self._connection.execute("COMMIT")
+            self._commit()
         except BaseException:
             if self._connection.in_transaction:
                 with contextlib.suppress(apsw.Error):
                     self._connection.execute("ROLLBACK")
+            with contextlib.suppress(SnapfsError):
+                self.settle()
             raise
+
+    def _commit(self) -> None:
+        try:
+            with translated(self.what):
+                self._connection.execute("COMMIT")
+        except BaseException:
+            self.is_settled = False
+            raise
+
+    def settle(self) -> None:
+        """Make sure that a commit which failed is not found after a power cut.
+
+        What it wrote to the write-ahead log may reach the medium although the write behind it, or the sync, failed.
+        Another commit takes its place there; until that is durable nobody may act on the failure. Raises what
+        a commit raises.
+        """
+        if self.is_settled:
+            return
+        with translated(self.what):
+            self._connection.execute(f"PRAGMA application_id={next(_settling_numbers)}").fetchall()
+        self.is_settled = True
 
     def each(self, sql: str, rows: Iterable[Sequence[SqlValue]]) -> None:
         """Execute a statement once for each row of values."""

@@ -107,9 +107,11 @@ class VolumeMaker:
             try:
                 volume = await self._volumes.create_as(attributes, traits_of, prepare if needs_source else None)
             except BaseException:
-                for volume_id in made:
-                    for processor in self._processors:
-                        await processor.drop_source(volume_id)
+                # While a power cut may still bring it forth, it needs them.
+                if self._volumes.catalog.is_settled:
+                    for volume_id in made:
+                        for processor in self._processors:
+                            await processor.drop_source(volume_id)
                 raise
             if source is not None and size_bytes != source.source_size_bytes:
                 await self._volumes.fit(volume)

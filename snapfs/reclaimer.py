@@ -73,9 +73,12 @@ class Reclaimer:
     async def reclaim_all(self) -> None:
         """Free all that nobody has open."""
         async with self._turn:
+            await self._reserve.helped(self._catalog.settle)
             aborted = self._snapshots.aborted
             while aborted:
-                await self._reserve.helped(partial(self._release_aborted, *aborted[0]))
+                self._snapshots.let_go_of(aborted[0])
+                row = aborted[0].row
+                await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))
                 aborted.pop(0)
             for volume_id, epoch in self._volumes.to_dismantle():
                 await self._reserve.helped(partial(self._dismantle, volume_id, epoch))

@@ -46,6 +46,11 @@ class _Closed:
             raise type(self._failure)(self._failure.reason, self._failure.fix)
         raise NotResidentError(self._wait)
 
+    @property
+    def failure(self) -> SnapfsError | None:
+        """Why it stays closed, if it does."""
+        return self._failure
+
     async def _wait(self, old_blocks: OldBlocks) -> None:
         await self._opened.wait()
 

@@ -70,6 +70,14 @@ class _Cut:
     kept: Sequence[Volume] = ()
 
 
+@dataclass(slots=True)
+class AbortedSnapshot:
+    """One that came to nothing. ``is_kept`` while a power cut may yet bring it forth: then copies are kept for it."""
+
+    row: SnapshotRow
+    is_kept: bool = True
+
+
 class SnapshotTable:
     """The snapshots of a pool by name and by id.
 
@@ -97,7 +105,7 @@ class SnapshotTable:
         self.processors: Sequence[Processor] = ()
         self.lock = trio.Lock()
         self.hooks = hooks
-        self.aborted: list[tuple[SnapshotId, int]] = []
+        self.aborted: list[AbortedSnapshot] = []
         self._catalog = catalog
         self._volumes = volumes
         self._index = index
@@ -131,6 +139,12 @@ class SnapshotTable:
         self._index.remove(instant, volume_ids)
         for processor in self.processors:
             processor.snapshots.remove(instant, volume_ids)
+
+    def let_go_of(self, aborted: AbortedSnapshot) -> None:
+        """No power cut brings it forth any more: keep nothing for it from now on."""
+        if aborted.is_kept:
+            aborted.is_kept = False
+            self.keep_no_more(aborted.row.instant, aborted.row.volume_ids)
 
     def get(self, name: bytes) -> Snapshot:
         """The snapshot of that name. Raises NotFoundError."""
@@ -316,8 +330,10 @@ class SnapshotTable:
 
     def _abort(self, row: SnapshotRow, error: BaseException) -> None:
         """Forget a snapshot that could not be made durable; give back what was kept for it."""
-        self.keep_no_more(row.instant, row.volume_ids)
-        self.aborted.append((row.snapshot_id, row.instant))
+        aborted = AbortedSnapshot(row)
+        if self._catalog.is_settled:
+            self.let_go_of(aborted)
+        self.aborted.append(aborted)
         self._reclaim_wakeup.set()
         self._events.note("snapshot-failed", logging.WARNING, name=show_name(row.name or b""), reason=str(error))
 

@@ -27,7 +27,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
     processors = [one.status() for one in pool.processors]
     failed = [
         {"volume": show_name(volume.name), "reason": str(volume.failure)}
-        for volume in pool.volumes.unsaved()
+        for volume in pool.volumes.by_name.values()
         if volume.failure is not None
     ]
     return {

@@ -228,7 +228,8 @@ class Volume(VolumeView):
         for _, portion in self._loaded_portions():
             if portion.failure is not None:
                 return portion.failure
-        return None
+        # What stands there while a rollback in place has it closed is not among those.
+        return self.portions[0].failure if self.portions else None
 
     def open(self) -> None:
         """Have its portions in memory until :meth:`close`."""
@@ -467,6 +468,8 @@ class Volume(VolumeView):
             self._trim = _TRIM_NONE
         if not (data_only and self._only_times_unsaved()):
             await self._catalog.save([self])
+        # Or a power cut may bring forth a removal that had failed.
+        await self._catalog.settle()
 
     def _loaded_portions(self) -> list[tuple[Processor, Portion]]:
         found = []

@@ -231,6 +231,9 @@ class VolumeTable:
 
     async def forget_counts(self, volume_ids: Iterable[VolumeId]) -> None:
         """Drop what processors counted for volumes that could not be made, or have the next opening do it."""
+        if not self.catalog.is_settled:
+            # A power cut may still bring them forth.
+            return
         for volume_id in volume_ids:
             for processor in self.processors:
                 with contextlib.suppress(SnapfsError, OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import trio
@@ -19,13 +19,32 @@ WHERE = "memory"
 class World:
     """The devices of one pool: its home, and where its data lies."""
 
-    def __init__(self, processor_count: int = 4, device_count: int = 1, capacity_bytes: int | None = None) -> None:
-        self.home = MemoryDevice()
-        self.outside = MemoryDevice()
-        self.devices = {str(number): MemoryDevice(capacity_bytes) for number in range(device_count)}
+    home: Device
+    outside: Device
+    devices: dict[str, Device]
+
+    def __init__(
+        self,
+        processor_count: int = 4,
+        device_count: int = 1,
+        capacity_bytes: int | None = None,
+        make_device: Callable[[str, int | None], Device] | None = None,
+    ) -> None:
+        make = make_device or (lambda where, capacity_bytes: MemoryDevice(capacity_bytes))
+        self.home = make("home", None)
+        self.outside = make("outside", None)
+        self.devices = {str(number): make(str(number), capacity_bytes) for number in range(device_count)}
         create_pool(self.home, dict(self.devices), processor_count)
         for device in self.devices.values():
             device.sync_names("")
+
+    @classmethod
+    def found(cls, devices: Mapping[str, MemoryDevice]) -> World:
+        """That of which these devices are left."""
+        world = cls.__new__(cls)
+        world.devices = dict(devices)
+        world.home, world.outside = (world.devices.pop(where) for where in ("home", "outside"))
+        return world
 
     def open_device(self, path: str) -> Device:
         return self.devices[path]
@@ -46,10 +65,13 @@ class World:
 
     def lose_power(self, plan: CrashPlan) -> None:
         """What was not synced may be gone."""
+        assert isinstance(self.home, MemoryDevice) and isinstance(self.outside, MemoryDevice)
         self.home = self.home.crash(plan)
         self.outside = self.outside.crash(CrashPlan(plan.seed + 2, plan.keep, plan.torn))
         self.devices = {
-            path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn)) for path, device in self.devices.items()
+            path: device.crash(CrashPlan(plan.seed + 1, plan.keep, plan.torn))
+            for path, device in self.devices.items()
+            if isinstance(device, MemoryDevice)
         }
 
     def check(self) -> Report:
@@ -86,11 +108,16 @@ class Running:
         finally:
             self._ended.set()
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
+        """Close the pool, without a look at what is left."""
         self._scope.cancel()
         await self._ended.wait()
         await self.pool.close()
         self.world.home.close()
+
+    async def stop(self) -> None:
+        """Close the pool, and verify it."""
+        await self.close()
         self.world.check()
 
     async def crash(self, plan: CrashPlan) -> None:

@@ -103,8 +103,8 @@ operations = st.one_of(
 
 
 class Runner:
-    def __init__(self, nursery: trio.Nursery, clock: trio.testing.MockClock) -> None:
-        self.world = World(processor_count=2, device_count=2)
+    def __init__(self, nursery: trio.Nursery, clock: trio.testing.MockClock, world: World | None = None) -> None:
+        self.world = world or World(processor_count=2, device_count=2)
         self.model = Model()
         self.nursery = nursery
         self.clock = clock

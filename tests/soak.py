@@ -1,0 +1,71 @@
+"""The attacks of the test suite, with any seed, for as long as one likes: ``contrib/soak KIND --seed N --count M``.
+
+Each line tells a seed and what was done with it; the first failure ends it, and tells its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
+from .powercut import try_power_cuts
+
+WORKLOAD_OPERATIONS = 20
+
+
+def power(seed: int) -> int:
+    """Power cuts at every call of one workload."""
+    return try_power_cuts(seed, WORKLOAD_OPERATIONS)
+
+
+def model(seed: int) -> int:
+    """A thousand random sequences of operations against the model, with power cuts among them."""
+    examples = 1000
+    environment = {**os.environ, "SNAPFS_MODEL_EXAMPLES": str(examples)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--timeout=0", f"--hypothesis-seed={seed}"]
+    subprocess.run([*command, str(Path(__file__).parent / "test_t3_model.py")], check=True, env=environment)
+    return examples
+
+
+def faults(seed: int) -> int:
+    """Every call to a device of one workload fails, one after the other."""
+    return sum(
+        countdown(Faults(), kind, code, times)
+        for kind in (*RARE_KINDS, *OFTEN_KINDS)
+        for code in CODES
+        for times in TIMES
+    )
+
+
+ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
+    "power": (power, "crash images"),
+    "faults": (faults, "faults"),
+    "model": (model, "examples"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = "\n".join(f"{name}: {function.__doc__}" for name, (function, _) in ATTACKS.items())
+    parser.epilog = kinds
+    parser.add_argument("kind", choices=ATTACKS)
+    parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--count", type=int, help="stop when so many were tried; without it go on until stopped")
+    options = parser.parse_args()
+    attack, unit = ATTACKS[options.kind]
+    seed, total, started = options.seed, 0, time.monotonic()
+    while options.count is None or total < options.count:
+        found = attack(seed)
+        total += found
+        print(f"seed {seed}: {found} {unit}, {total} in all, {time.monotonic() - started:.0f} s", flush=True)
+        seed += 1
+
+
+if __name__ == "__main__":
+    main()
