@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
 from .powercut import try_power_cuts
 
@@ -43,8 +44,17 @@ def faults(seed: int) -> int:
     )
 
 
+def damage(seed: int) -> int:
+    """A thousand cases of damage to the files of a pool."""
+    damages = Damages()
+    for number in range(1000):
+        judge_damage(damages.strike(seed * 1000 + number))
+    return 1000
+
+
 ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "power": (power, "crash images"),
+    "damage": (damage, "cases"),
     "faults": (faults, "faults"),
     "model": (model, "examples"),
 }
