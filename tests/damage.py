@@ -199,9 +199,9 @@ def judge_damage(outcome: Outcome) -> None:
     """Nothing wrong was read but of an image outside of the pool, and what one log holds is all that cannot be read."""
     where, _, name = outcome.what.partition(" of ")[2].partition(":")
     is_outside = where == "outside" or "swap" in outcome.what
-    wrong = {one.rpartition("b'")[2].rstrip("'") for one in outcome.wrong}
+    wrong = {one.rstrip("'")[-1] for one in outcome.wrong}
     assert wrong <= ({"b"} if is_outside else set()), outcome
-    unread = {one.rpartition("b'")[2].rstrip("'") for one in outcome.unread}
+    unread = {one.rstrip("'")[-1] for one in outcome.unread}
     if unread:
         assert outcome.is_told_by_check or outcome.is_told_by_verify, outcome
     if name.startswith("logs/") and "swap" not in outcome.what and not outcome.is_told_at_opening:
