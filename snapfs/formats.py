@@ -125,7 +125,8 @@ def _read_json(contents: bytes, where: str, kind: str) -> dict[str, object]:
 
 def _check_version(fields: dict[str, object], where: str) -> None:
     version = fields.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    # True is an int to Python.
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise DamagedError(f"{where} has no format version", "Restore its descriptor from a copy")
     if version > FORMAT_VERSION:
         raise TooNewError(

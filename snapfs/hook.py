@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from .errors import BadCommandError, DamagedError, SnapfsError
-from .units import check_name, parse_duration
+from .units import check_name, is_text, parse_duration
 
 TIME_LIMIT_S = 10
 TIME_LIMIT_S_MAX = 3600
@@ -76,7 +76,7 @@ def make_hook(
 ) -> Hook:
     """A hook as a user writes it. Raises BadCommandError, BadNameError."""
     check_name(name.encode("utf-8", "surrogateescape"), "hook")
-    if not _is_text(name):
+    if not is_text(name):
         raise BadCommandError(f"the name {name[:64]!r} is not text in UTF-8", "Write it in UTF-8")
     if not before and not after:
         raise BadCommandError("a hook needs a program", "Give one to run before snapshots, after them, or both")
@@ -93,7 +93,7 @@ def make_hook(
             raise BadCommandError(
                 f"the program to run {phase} has no absolute path", "Write it from / on, or ask for a shell"
             )
-        if "\0" in command or not _is_text(command):
+        if "\0" in command or not is_text(command):
             raise BadCommandError(f"the program to run {phase} is not text in UTF-8", "Write it in UTF-8")
     time_limit_s = TIME_LIMIT_S if time_limit is None else parse_duration(time_limit)
     if not 1 <= time_limit_s <= TIME_LIMIT_S_MAX:
@@ -101,11 +101,3 @@ def make_hook(
             f"a time limit of {time_limit_s} s", f"Give 1 to {TIME_LIMIT_S_MAX} seconds: applications stand still"
         )
     return Hook(name, before, after, time_limit_s, tuple(volumes), shell)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

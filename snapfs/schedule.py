@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
 from .errors import BadCommandError, DamagedError
-from .units import check_name, parse_duration, show_name
+from .units import check_name, is_text, parse_duration, show_name
 
 SECOND_NS = 1_000_000_000
 _DAY_S = 86400
@@ -101,6 +101,8 @@ def make_schedule(
     check_name(name.encode("utf-8", "surrogateescape"), "snapshot")
     if len(name.encode("utf-8", "surrogateescape")) > 200:
         raise BadCommandError(f"the name {name[:32]!r}... is too long for a schedule", "Use at most 200 bytes")
+    if not is_text(name):
+        raise BadCommandError(f"the name {name[:64]!r} is not text in UTF-8", "Write it in UTF-8")
     every_s = parse_duration(every)
     if every_s < 1:
         raise BadCommandError("a period is a second at least", "Write it as 15m, 1h, 1d")

@@ -90,15 +90,22 @@ def show_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, and so kept as text: no bytes that came as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_tag(tag: str) -> str:
     """The tag of a hold, if it can be one: 1 to 255 bytes, no control characters. Raises BadNameError."""
     encoded = tag.encode("utf-8", "surrogateescape")
     if not encoded or len(encoded) > NAME_MAX_BYTES or any(byte < 0x20 or byte == 0x7F for byte in encoded):
         raise BadNameError(f"{tag[:64]!r} cannot be a tag", "Give 1 to 255 bytes without control characters")
-    try:
-        tag.encode()
-    except UnicodeEncodeError:
-        raise BadNameError(f"the tag {tag[:64]!r} is not text in UTF-8", "Write it in UTF-8") from None
+    if not is_text(tag):
+        raise BadNameError(f"the tag {tag[:64]!r} is not text in UTF-8", "Write it in UTF-8")
     return tag
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
@@ -47,6 +49,8 @@ class World:
         return world
 
     def open_device(self, path: str) -> Device:
+        if path not in self.devices:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return self.devices[path]
 
     def open_image(self, path: str, writable: bool) -> DeviceFile:

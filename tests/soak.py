@@ -13,8 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import trio
+
 from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
+from .fuzz import fuzz_commands, fuzz_readers
 from .powercut import try_power_cuts
 
 WORKLOAD_OPERATIONS = 20
@@ -23,6 +26,13 @@ WORKLOAD_OPERATIONS = 20
 def power(seed: int) -> int:
     """Power cuts at every call of one workload."""
     return try_power_cuts(seed, WORKLOAD_OPERATIONS)
+
+
+def fuzz(seed: int) -> int:
+    """Ten thousand inputs for all that reads, and as many lines for the control file."""
+    fuzz_readers(seed, 10_000)
+    trio.run(fuzz_commands, seed, 10_000)
+    return 20_000
 
 
 def model(seed: int) -> int:
@@ -56,6 +66,7 @@ ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "power": (power, "crash images"),
     "damage": (damage, "cases"),
     "faults": (faults, "faults"),
+    "fuzz": (fuzz, "inputs"),
     "model": (model, "examples"),
 }
 
