@@ -24,6 +24,12 @@ class SnapfsError(Exception):
         return f"{self.reason}. {self.fix}" if self.fix else self.reason
 
 
+class NotPermittedError(SnapfsError):
+    """Not for whoever asks, or the tree has no place for it."""
+
+    errno = errno.EPERM
+
+
 class BadCommandError(SnapfsError):
     """A command or option that snapfs does not have, or with the wrong words. Nothing was done."""
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import grp
 import logging
 import os
 import resource
@@ -37,6 +38,9 @@ WORKERS_MAX = 256
 READ_AHEAD_KIB = 1024
 DIRTY_RATIO_MAX = 40
 KNOWN_OPTIONS = frozenset({"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime"})
+_CONTROL_GROUP = "control_group="
+# (gid_t)-1, which stands for none.
+_GID_NONE = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,27 @@ class MountRequest:
 
 
 def check_options(options: frozenset[str]) -> None:
-    """Raises MountError for options that snapfs does not have."""
-    unknown = sorted(options - KNOWN_OPTIONS)
+    """Raises MountError for options that snapfs does not have, and for groups that are not there."""
+    control_gid(options)
+    unknown = sorted(one for one in options - KNOWN_OPTIONS if not one.startswith(_CONTROL_GROUP))
     if unknown:
-        raise MountError(f"there is no mount option {unknown[0]!r}", f"Options: {', '.join(sorted(KNOWN_OPTIONS))}")
+        known = ", ".join([*sorted(KNOWN_OPTIONS), f"{_CONTROL_GROUP}GROUP"])
+        raise MountError(f"there is no mount option {unknown[0]!r}", f"Options: {known}")
+
+
+def control_gid(options: frozenset[str]) -> int | None:
+    """The group that may write the control file, by name or number; None without. Raises MountError."""
+    given = [one.removeprefix(_CONTROL_GROUP) for one in options if one.startswith(_CONTROL_GROUP)]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise MountError("control_group is given more than once", "Give one group")
+    try:
+        return grp.getgrnam(given[0]).gr_gid
+    except (KeyError, ValueError):
+        if given[0].isascii() and given[0].isdigit() and len(given[0]) <= 10 and int(given[0]) < _GID_NONE:
+            return int(given[0])
+        raise MountError(f"there is no group {given[0][:64]!r}", "Give a group's name or number") from None
 
 
 def check_mount_point(request: MountRequest) -> None:
@@ -109,7 +130,9 @@ class _Mount:
         self._mount_point = request.mount_point
         self._pool = pool
         self._options = _fuse_options(request)
-        self._namespace = Namespace(pool, request.mount_point, self._resize, self._forget_pages)
+        self._namespace = Namespace(
+            pool, request.mount_point, self._resize, self._forget_pages, control_gid(request.options)
+        )
         self._operations = Operations(self._namespace)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
@@ -219,7 +242,7 @@ def _tell_line(offset: int, line: bytes) -> None:
 
 def _fuse_options(request: MountRequest) -> set[str]:
     options = {"default_permissions", "fsname=snapfs", "subtype=snapfs", "nosuid", "nodev"}
-    return options | (set(request.options) - {"rw"})
+    return options | (set(request.options & KNOWN_OPTIONS) - {"rw"})
 
 
 def _prepare_process() -> None:

@@ -17,6 +17,7 @@ async def _changelog(context: CommandContext, command: Command) -> Answer:
 async def _changelog_create(context: CommandContext, command: Command) -> Answer:
     command.word_count(1, 1, "the name of a change log volume")
     command.known_options("capacity", "device", "free-oldest")
+    context.for_owner("giving a device")
     capacity = command.one_of("capacity")
     paths = [show_name(path) for path in command.all_of("device")]
     if capacity is None or not paths:

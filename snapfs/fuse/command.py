@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import BadCommandError
+from ..errors import BadCommandError, NotPermittedError
 from ..pool import Pool
 from ..units import show_name
 from ..volume import Volume
@@ -57,12 +57,19 @@ class CommandContext:
     """What commands work on.
 
     ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
-    what it keeps of volumes.
+    what it keeps of volumes. ``is_owner``: it is the daemon's own user, or root, who asks, and not one of the
+    control file's group.
     """
 
     pool: Pool
     resize_file: ResizeFile
     forget_pages: ForgetPages = nothing_to_forget
+    is_owner: bool = True
+
+    def for_owner(self, what: str) -> None:
+        """Refuse what reaches beyond the pool with the daemon's rights. Raises NotPermittedError."""
+        if not self.is_owner:
+            raise NotPermittedError(f"{what} is for the daemon's own user", "Ask whoever mounted it")
 
     @property
     def pool_id(self) -> str:

@@ -20,6 +20,7 @@ async def _hook(context: CommandContext, command: Command) -> Answer:
 async def _add(context: CommandContext, command: Command) -> Answer:
     command.word_count(1, 1, "the name of a hook")
     command.known_options("before", "after", "time-limit", "volume", "shell")
+    context.for_owner("having programs run")
     hook = make_hook(
         show_name(command.words[0]),
         command.one_of("before") or "",
@@ -35,6 +36,7 @@ async def _add(context: CommandContext, command: Command) -> Answer:
 async def _remove(context: CommandContext, command: Command) -> Answer:
     command.word_count(1, 1, "the name of a hook")
     command.known_options()
+    context.for_owner("having programs run no more")
     await context.pool.hooks.remove(show_name(command.words[0]))
     return {"name": show_name(command.words[0])}
 

@@ -17,11 +17,11 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..backends import Space
-from ..errors import BadNameError, NotFoundError, ReadOnlyError, ReservedNameError, SnapfsError
+from ..errors import BadNameError, NotFoundError, NotPermittedError, ReadOnlyError, ReservedNameError, SnapfsError
 from ..formats import Attributes
 from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
 from ..manifest import manifest_of
@@ -53,12 +53,6 @@ class IsFolderError(SnapfsError):
     """What was asked for works on files."""
 
     errno = errno.EISDIR
-
-
-class NotPermittedError(SnapfsError):
-    """The tree has no place for this."""
-
-    errno = errno.EPERM
 
 
 class Node(NamedTuple):
@@ -94,7 +88,14 @@ class Namespace:
     ``writer_counts`` counts the open files that can leave dirty pages in the kernel.
     """
 
-    def __init__(self, pool: Pool, mount_point: str, resize_file: ResizeFile, forget_pages: ForgetPages) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        mount_point: str,
+        resize_file: ResizeFile,
+        forget_pages: ForgetPages,
+        control_gid: int | None = None,
+    ) -> None:
         self.pool = pool
         self.mount_point = mount_point
         self.helper_pid = 0
@@ -103,11 +104,12 @@ class Namespace:
         self._gid = os.getgid()
         self._mounted_ns = time.time_ns()
         self._control = CommandContext(pool, resize_file, forget_pages)
+        self._control_gid = control_gid
         self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
         self._manifest_sizes: dict[SnapshotId, tuple[int, int]] = {}
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
         self._files: dict[int, tuple[bytes, int]] = {
-            names.CONTROL: (b"control", 0o600),
+            names.CONTROL: (b"control", 0o600 if control_gid is None else 0o660),
             names.STATUS: (b"status.json", 0o444),
             names.EVENTS: (b"events", 0o644),
         }
@@ -327,7 +329,8 @@ class Namespace:
     def _file_node(self, inode: int, mode: int) -> Node:
         size = len(self.pool.events.contents) if inode == names.EVENTS else 0
         now = time.time_ns()
-        return Node(inode, stat.S_IFREG | mode, self._uid, self._gid, size, 0, 1, now, now, now, 0.0, FOREVER_S)
+        gid = self._gid if inode != names.CONTROL or self._control_gid is None else self._control_gid
+        return Node(inode, stat.S_IFREG | mode, self._uid, gid, size, 0, 1, now, now, now, 0.0, FOREVER_S)
 
     # -- folders -----------------------------------------------------------------------------
 
@@ -398,7 +401,8 @@ class Namespace:
             return self._open_volume(volume, flags, caller)
         if inode == names.CONTROL:
             self.pool.hooks.refuse_inside(caller.pid)
-            return ControlHandle(ControlSession(self._control))
+            is_owner = caller.uid in (0, self._uid)
+            return ControlHandle(ControlSession(replace(self._control, is_owner=is_owner)))
         if inode == names.EVENTS:
             if flags & (_WRITE_FLAGS | os.O_TRUNC):
                 raise NotPermittedError("events are told by the daemon alone")

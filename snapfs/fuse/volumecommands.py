@@ -18,6 +18,8 @@ async def _create(context: CommandContext, command: Command) -> Answer:
     """create VOLUME [size=SIZE] [mode=redirect|cow] [source=PATH] [change-log=NAME]: make a volume."""
     command.word_count(1, 1, "the name of a volume")
     command.known_options("size", "mode", "source", "change-log")
+    if command.one_of("source"):
+        context.for_owner("adopting an image")
     size, mode = command.one_of("size"), command.one_of("mode") or "redirect"
     if mode not in CHANGE_MODES:
         raise BadCommandError(f"there is no mode {mode!r}", f"Modes: {', '.join(CHANGE_MODES)}")
