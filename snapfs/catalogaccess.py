@@ -9,6 +9,7 @@ import trio
 
 from .catalog import Catalog
 from .formats import CatalogBatch, VersionRow, VolumeRow
+from .pending import PendingCalls
 
 T = TypeVar("T")
 
@@ -34,8 +35,11 @@ class Recorded(Protocol):
 class CatalogAccess:
     """Serialises commits and queries of the catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    WHERE = "catalog"
+
+    def __init__(self, catalog: Catalog, pending: PendingCalls) -> None:
         self.catalog = catalog
+        self._pending = pending
         self._lock = trio.Lock()
         self._limiter = trio.CapacityLimiter(1)
 
@@ -58,6 +62,10 @@ class CatalogAccess:
     async def ask(self, call: Callable[..., T], *args: object) -> T:
         """Run a query in a thread."""
         async with self._lock:
+            return await self._in_thread(call, *args)
+
+    async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
+        with self._pending.running(self.WHERE, call):
             return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
     async def save(self, volumes: Iterable[Recorded], make_batch: Callable[[], CatalogBatch] = CatalogBatch) -> None:
@@ -79,7 +87,7 @@ class CatalogAccess:
                             batch.volumes.append(row)
                 if not _has_rows(batch):
                     return
-                await trio.to_thread.run_sync(self.catalog.commit, batch, limiter=self._limiter)
+                await self._in_thread(self.catalog.commit, batch)
                 for volume, row, version_count in taken:
                     volume.saved(row, version_count)
 

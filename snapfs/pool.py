@@ -49,6 +49,7 @@ from .hooks import HookTable
 from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .making import VolumeMaker
+from .pending import PendingCalls
 from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
@@ -197,7 +198,8 @@ class Pool:
         self.descriptor = descriptor
         self.devices = devices
         self.events = EventLog()
-        self.catalog = CatalogAccess(catalog)
+        self.pending = PendingCalls(self.events)
+        self.catalog = CatalogAccess(catalog, self.pending)
         self.reserve = Reserve(home)
         self.is_closing = False
         self._is_recovered = False
@@ -235,6 +237,7 @@ class Pool:
                 self.volumes.traits,
                 self.placement,
                 self.damage.note,
+                self.pending,
             )
             for store in stores
         ]

@@ -25,6 +25,7 @@ from .cowportion import CowPortion
 from .errors import SnapfsError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
+from .pending import PendingCalls
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
 from .sealedfile import SumCache
@@ -100,9 +101,10 @@ class Processor:
         traits: TraitsTable,
         placement: Placement,
         on_damage: Callable[[int, int, int, int], None],
+        pending: PendingCalls,
     ) -> None:
         self.index = index
-        self.access = ShardAccess(store)
+        self.access = ShardAccess(store, pending)
         sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index), index, processor_count)
         self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums)
         self.sources = store.sources()
@@ -333,10 +335,11 @@ class Processor:
         for log in syncing:
             log.users += 1
         try:
+            # Data first, then the maps that name it. While the data's device takes its time, the store answers.
+            if any(changes.logs_to_sync for _, changes in commit.taken):
+                await self.access.in_thread(self._sync_data, commit)
             if commit.batch:
-                await self.access.ask(self._write, commit)
-            else:
-                await self.access.in_thread(self._write, commit)
+                await self.access.ask(self._write_maps, commit)
         except _DataSyncError as failed:
             self._fail_commit(commit, failed.cause, failed.volume_id)
             raise self.portions[failed.volume_id].failure or failed.cause from failed.cause
@@ -395,8 +398,7 @@ class Processor:
         """Nothing names a block of it, and it takes no more writes."""
         return log.block_count == 0 and log.sealed != 0 and not log.pins
 
-    def _write(self, commit: _Commit) -> None:
-        """The blocking part of a commit: data, then maps."""
+    def _sync_data(self, commit: _Commit) -> None:
         dead = {log.log_id for log in commit.dead_logs}
         for portion, changes in commit.taken:
             logs = [log for log in changes.logs_to_sync if log.log_id not in dead]
@@ -404,8 +406,9 @@ class Processor:
                 self.logs.sync(logs)
             except (OSError, SnapfsError) as error:
                 raise _DataSyncError(portion.volume_id, error) from error
-        if commit.batch:
-            self.access.store.commit(commit.batch, commit.catalog_generation)
+
+    def _write_maps(self, commit: _Commit) -> None:
+        self.access.store.commit(commit.batch, commit.catalog_generation)
 
     def _fail_commit(self, commit: _Commit, error: BaseException, unsynced: VolumeId | None) -> None:
         cause = error if isinstance(error, SnapfsError | OSError) else SnapfsError(repr(error))
@@ -485,14 +488,17 @@ class Processor:
 
         The first change log begun since tells it, also while only memory knows that log.
         """
-        begun = [
-            (log.epoch, log.log_id, log.live_before)
-            for log in self.logs.known.values()
-            if log.volume_id == volume_id and log.epoch > instant and log.kind == CHANGE_LOG
-        ]
-        if begun and stored is None:
-            return min(begun)[2]
-        return self.tally.counts.get(volume_id, 0) if stored is None else stored
+        told = {} if stored is None else {volume_id: stored}
+        return self.block_counts_at(instant, told).get(volume_id, 0)
+
+    def block_counts_at(self, instant: int, stored: Mapping[VolumeId, int]) -> dict[VolumeId, int]:
+        """Blocks that each volume had mapped here at an instant; see :meth:`block_count_at`."""
+        begun: dict[VolumeId, tuple[int, int, int]] = {}
+        for log in self.logs.known.values():
+            if log.epoch > instant and log.kind == CHANGE_LOG:
+                one = (log.epoch, log.log_id, log.live_before)
+                begun[log.volume_id] = min(begun.get(log.volume_id, one), one)
+        return {**self.tally.counts, **{volume_id: one[2] for volume_id, one in begun.items()}, **stored}
 
     async def recover_from_crash(self) -> None:
         """Before the first write: keep new writes out of logs that may hold what was never committed."""

@@ -11,6 +11,7 @@ import trio
 from .blockmap import BlockMap
 from .formats import CopyRow
 from .geometry import VolumeId
+from .pending import PendingCalls
 from .shardstore import ShardStore
 
 T = TypeVar("T")
@@ -26,15 +27,23 @@ class ShardAccess:
     never by a fetch, so its holder may fetch.
     """
 
-    def __init__(self, store: ShardStore) -> None:
+    def __init__(self, store: ShardStore, pending: PendingCalls) -> None:
         self.store = store
+        self.where = f"processor {store.processor_index}"
+        self._pending = pending
         self.store_lock = trio.Lock()
         self.commit_lock = trio.Lock()
         self._limiter = trio.CapacityLimiter(8)
 
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Run a blocking call in a thread. It is not cancelled halfway."""
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+        with self._pending.running(self.where, call):
+            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call has been in its thread for so long that its device seems to hang."""
+        return self._pending.is_stuck(self.where)
 
     async def ask(self, call: Callable[..., T], *args: object) -> T:
         """Run a call of the store in a thread, when it is free."""

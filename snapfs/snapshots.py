@@ -371,10 +371,8 @@ class SnapshotTable:
         """Blocks that each volume had mapped at an instant."""
         counts: dict[VolumeId, int] = {}
         for processor in self.processors:
-            # Change logs tell what was mapped when they were begun; those of now may not be stored yet.
-            await processor.commit([one for one in processor.portions.values() if one.failure is None])
             then = await processor.access.ask(processor.access.store.live_counts_at, instant)
-            for volume_id, count in {**processor.tally.counts, **then}.items():
+            for volume_id, count in processor.block_counts_at(instant, then).items():
                 counts[volume_id] = counts.get(volume_id, 0) + count
         return counts
 

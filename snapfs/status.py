@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Sequence
 
-from .formats import COPY_ON_WRITE
+import trio
+
+from .formats import COPY_ON_WRITE, IntermediateRow
 from .geometry import BLOCK_SIZE
 from .pool import Pool
 from .processor import Processor
@@ -15,6 +17,8 @@ from .units import iso_time, show_name
 from .volume import Volume
 
 _VOLUMES_SHOWN_MAX = 256
+# For what a device that hangs keeps from answering.
+_WAIT_S = 2.0
 
 
 def _moment(when_ns: int) -> str | None:
@@ -23,6 +27,7 @@ def _moment(when_ns: int) -> str | None:
 
 async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, object]:
     """Health, devices, space, dirty data, last commit."""
+    stuck = pool.pending.stuck()
     space = pool.space()
     processors = [one.status() for one in pool.processors]
     failed = [
@@ -31,7 +36,8 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         if volume.failure is not None
     ]
     return {
-        "health": "failed" if failed else "damaged" if pool.damage.known else "ok",
+        "health": "failed" if failed else "damaged" if pool.damage.known else "stuck" if stuck else "ok",
+        "stuck_calls": stuck,
         "failed_volumes": failed,
         "damaged_blocks": pool.damage.entries(),
         "unsealed_snapshot_count": len(pool.sealer.waiting()),
@@ -96,22 +102,33 @@ async def volume_status(pool: Pool, volume: Volume) -> dict[str, object]:
         "clone_of": {"volume_id": traits.origin_id, "instant": traits.origin_instant} if traits.origin_id else None,
         "change_log_volume": None if quota is None else quota.name,
         "change_log_percent": None if quota is None else quota.percent,
-        "blocks_since_snapshot": sum(
-            [
-                await one.changed_block_count(volume.volume_id, max(one.clock.epoch, volume.named_epoch))
-                for one in pool.processors
-            ]
-        ),
+        "blocks_since_snapshot": await _changed_block_count(pool, volume),
     }
+
+
+async def _changed_block_count(pool: Pool, volume: Volume) -> int | None:
+    """Blocks changed since the last snapshot; None while a device hangs, for which status does not wait."""
+    counts: list[int] = []
+    with trio.move_on_after(_WAIT_S):
+        for one in pool.processors:
+            if one.access.is_stuck:
+                break
+            epoch = max(one.clock.epoch, volume.named_epoch)
+            counts.append(await one.changed_block_count(volume.volume_id, epoch))
+    return sum(counts) if len(counts) == len(pool.processors) else None
 
 
 async def processor_status(processor: Processor) -> dict[str, object]:
     """One processor: objects, change logs, intermediate snapshots, queue."""
     counts = processor.status()
     store = processor.access.store
-    logs = await processor.access.ask(store.log_count)
-    objects = await processor.access.ask(store.object_count)
-    parts = await processor.access.ask(store.intermediates)
+    logs = objects = None
+    parts: list[IntermediateRow] = []
+    if not processor.access.is_stuck:
+        with trio.move_on_after(_WAIT_S):
+            logs = await processor.access.ask(store.log_count)
+            objects = await processor.access.ask(store.object_count)
+            parts = await processor.access.ask(store.intermediates)
     return {
         "processor": counts.processor_index,
         "epoch": counts.epoch,
@@ -133,6 +150,7 @@ async def processor_status(processor: Processor) -> dict[str, object]:
             for portion in processor.portions.values()
             if (log := portion.current_log) is not None
         ],
+        "is_stuck": processor.access.is_stuck,
         "intermediate_snapshot_count": len(parts),
         "latest_intermediate_snapshots": [
             {

@@ -242,7 +242,7 @@ LAYERS = [
     ["receive"],
     ["blockmap", "snapshotindex", "tasks", "jobs", "notresident", "checksums", "contenthash"],
     ["formats", "events", "damage", "sealedfile"],
-    ["freeze"],
+    ["freeze", "pending"],
     ["database", "traits", "image"],
     ["placement"],
     ["catalog", "shardstore", "changelog", "reserve"],

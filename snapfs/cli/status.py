@@ -32,6 +32,8 @@ def status(mount_point: str, as_json: bool) -> None:
         f"{format_size(space['mapped_bytes'])} mapped, {format_size(space['free_bytes'])}"
         f" free of {format_size(space['total_bytes'])}"
     )
+    for stuck in pool["stuck_calls"]:
+        click.echo(f"stuck: {stuck['what']} of the {stuck['where']}, for {stuck['age_s']:.0f} s")
     for failed in pool["failed_volumes"]:
         click.echo(f"volume {failed['volume']}: {failed['reason']}")
     print_table(
@@ -47,15 +49,19 @@ def status(mount_point: str, as_json: bool) -> None:
             [
                 str(one["processor"]),
                 str(one["volume_count"]),
-                str(one["object_count"]),
+                _count(one["object_count"]),
                 format_size(one["mapped_bytes"]),
-                str(one["change_log_count"]),
+                _count(one["change_log_count"]),
                 str(one["intermediate_snapshot_count"]),
                 str(one["dirty_object_count"]),
             ]
             for one in processors
         ],
     )
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else str(value)
 
 
 def _load(path: str) -> Any:
