@@ -383,10 +383,15 @@ class CowPortion(Portion):
     def _drop_plan(self, copy: CopyRow, earlier: int) -> tuple[ObjectState, CopyRow, CopyRow | None]:
         """The object, the copy as it is now, and the one before it. Raises NotResidentError."""
         state = self._known_state(copy.object_index)
-        current = (self._latest_copy_now(copy.object_index) if state.copied == copy.instant else None) or copy
+        # Blocks may have been preserved in them since they were stored, also in one that is not the latest any more.
+        pending = {row.instant: row for row in self.pending.get(copy.object_index, ())}
+        # What is known of the latest may be older than what is stored: a commit has ended, and its task goes on later.
+        current = pending.get(copy.instant) or copy
         if not earlier:
             return state, current, None
         key = (copy.object_index, earlier)
+        if earlier in pending:
+            return state, current, pending[earlier]
         if key not in self._older:
             raise NotResidentError(partial(self._look_up_older, *key))
         return state, current, self._older[key]

@@ -19,6 +19,7 @@ from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
 from .fuzz import fuzz_commands, fuzz_readers
 from .powercut import try_power_cuts
+from .races import race
 
 WORKLOAD_OPERATIONS = 20
 
@@ -62,8 +63,14 @@ def damage(seed: int) -> int:
     return 1000
 
 
+def races(seed: int) -> int:
+    """Clients side by side, in ten orders."""
+    return sum(sum(race(seed * 10 + number, 60).values()) for number in range(10))
+
+
 ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "power": (power, "crash images"),
+    "races": (races, "operations"),
     "damage": (damage, "cases"),
     "faults": (faults, "faults"),
     "fuzz": (fuzz, "inputs"),
