@@ -384,7 +384,7 @@ class CowPortion(Portion):
         """The object, the copy as it is now, and the one before it. Raises NotResidentError."""
         state = self._known_state(copy.object_index)
         # Blocks may have been preserved in them since they were stored, also in one that is not the latest any more.
-        pending = {row.instant: row for row in self.pending.get(copy.object_index, ())}
+        pending: dict[int, CopyRow] = {row.instant: row for row in self.pending.get(copy.object_index, ())}
         # What is known of the latest may be older than what is stored: a commit has ended, and its task goes on later.
         current = pending.get(copy.instant) or copy
         if not earlier:
