@@ -25,12 +25,14 @@ class CrashPlan:
     """What a power cut does to what was not synced.
 
     ``keep`` is the chance that an unsynced page or name change reached the medium, ``torn``
-    the chance that a page which did was written only in part, sector by sector.
+    the chance that a page which did was written only in part, sector by sector. Of a page that was written
+    several times any version may be there, or with ``newest`` the last.
     """
 
     seed: int
     keep: float = 0.5
     torn: float = 0.2
+    newest: bool = False
 
 
 @dataclass(slots=True)
@@ -295,7 +297,7 @@ def _survivor(node: _Node, plan: CrashPlan, rng: random.Random) -> _Node:
     for page, versions in sorted(node.unsynced.items()):
         if rng.random() >= plan.keep:
             continue
-        content = rng.choice(versions)
+        content = versions[-1] if plan.newest else rng.choice(versions)
         if content is not None and rng.random() < plan.torn:
             content = _tear(pages.get(page, _ZEROS), content, rng)
         if content is None:

@@ -129,7 +129,11 @@ class ChangeLogVolumes:
                     await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows))
                 except BaseException:
                     for device in opened.values():
-                        _give_back(device)
+                        if self._catalog.is_settled:
+                            _give_back(device)
+                        else:
+                            # A power cut may bring it forth, and then it needs its descriptor.
+                            device.close()
                     raise
             self._devices.update(opened)
             quota = self._placement.quotas[changelog_id] = Quota(row)

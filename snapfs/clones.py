@@ -63,7 +63,8 @@ class _Restore:
 class Clones:
     """Makes clones, rolls back, and makes clones independent.
 
-    ``after_rollback`` has whoever mounts drop the pages that the kernel keeps of rolled back volumes.
+    ``after_rollback`` has whoever mounts drop the pages that the kernel keeps of rolled back volumes. Until it has,
+    nobody is to open those in ``rolling_back``: their modes change.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Clones:
         jobs: Jobs,
     ) -> None:
         self.after_rollback: AfterRollback = nothing_after_rollback
+        self.rolling_back: set[Volume] = set()
         self._volumes = volumes
         self._snapshots = snapshots
         self._processors = processors
@@ -152,14 +154,18 @@ class Clones:
                 wanted = list(members.by_name if volume_names is None else dict.fromkeys(volume_names))
                 targets = [self._target(*members.get(name)) for name in wanted]
                 volumes = [target.volume for target in targets if target.volume is not None]
-                if not force:
-                    await self._wait_until_closed(volumes)
-                await self._snapshots.before_cut(volumes)
+                self.rolling_back.update(volumes)
                 try:
-                    undo = await self._replace(snapshot, members, wanted, force=force)
+                    if not force:
+                        await self._wait_until_closed(volumes)
+                    await self._snapshots.before_cut(volumes)
+                    try:
+                        undo = await self._replace(snapshot, members, wanted, force=force)
+                    finally:
+                        # Also when one could not be put back: others may have been.
+                        await self.after_rollback(volumes)
                 finally:
-                    # Also when one could not be put back: others may have been.
-                    await self.after_rollback(volumes)
+                    self.rolling_back.difference_update(volumes)
         self._events.note(
             "rolled-back",
             to=show_name(snapshot_name),

@@ -373,8 +373,12 @@ class Pool:
         seen: dict[object, Space] = {}
         for device_id, device in self.devices.items():
             path = device.local_path("")
-            key: object = device_id if path is None else os.stat(path).st_dev
-            seen[key] = device.space()
+            with contextlib.suppress(OSError):
+                # One that is gone has no room.
+                key: object = device_id if path is None else os.stat(path).st_dev
+                seen[key] = device.space()
+        if not seen:
+            return Space(0, 0, 0, 0)
         return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
 
     async def _trim_images(self) -> None:

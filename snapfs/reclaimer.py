@@ -76,6 +76,8 @@ class Reclaimer:
             await self._reserve.helped(self._catalog.settle)
             aborted = self._snapshots.aborted
             while aborted:
+                # Again for each of them: another may have come while the one before was taken apart.
+                await self._reserve.helped(self._catalog.settle)
                 self._snapshots.let_go_of(aborted[0])
                 row = aborted[0].row
                 await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))

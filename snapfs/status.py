@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-import trio
-
+from .backends import Device
 from .formats import COPY_ON_WRITE, IntermediateRow
-from .geometry import BLOCK_SIZE
+from .geometry import BLOCK_SIZE, VolumeId
 from .pool import Pool
 from .processor import Processor
 from .snapshot import Snapshot
+from .tasks import within
 from .units import iso_time, show_name
 from .volume import Volume
 
 _VOLUMES_SHOWN_MAX = 256
 # For what a device that hangs keeps from answering.
 _WAIT_S = 2.0
+
+
+def _room(device: Device) -> dict[str, int | None]:
+    """A device's room; None of one that cannot tell."""
+    try:
+        space = device.space()
+    except OSError:
+        return {"total_bytes": None, "free_bytes": None}
+    return {"total_bytes": space.total_bytes, "free_bytes": space.free_bytes}
 
 
 def _moment(when_ns: int) -> str | None:
@@ -35,6 +45,10 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         for volume in pool.volumes.by_name.values()
         if volume.failure is not None
     ]
+    volumes = None
+    if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX:
+        changed = None if stuck else await within(_WAIT_S, partial(_changed_block_counts, pool))
+        volumes = [volume_status(pool, one, changed or {}) for one in pool.volumes.by_name.values()]
     return {
         "health": "failed" if failed else "damaged" if pool.damage.known else "stuck" if stuck else "ok",
         "stuck_calls": stuck,
@@ -58,8 +72,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             {
                 "device_id": device_id,
                 "path": device.local_path(""),
-                "total_bytes": device.space().total_bytes,
-                "free_bytes": device.space().free_bytes,
+                **_room(device),
             }
             for device_id, device in pool.devices.items()
         ],
@@ -67,9 +80,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         "hooks": pool.hooks.entries(),
         "changed_images": pool.images.changed,
         "change_log_volumes": pool.changelogs.entries(),
-        "volumes": [await volume_status(pool, volume) for volume in pool.volumes.by_name.values()]
-        if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX
-        else None,
+        "volumes": volumes,
         "dirty_object_count": sum(one.dirty_object_count for one in processors),
         "last_commit": _moment(max(one.last_commit_ns for one in processors)),
         "commit_count": sum(one.commit_count for one in processors),
@@ -88,8 +99,8 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
     }
 
 
-async def volume_status(pool: Pool, volume: Volume) -> dict[str, object]:
-    """One volume: how it logs changes, where, how full that is, how much changed since the last snapshot."""
+def volume_status(pool: Pool, volume: Volume, changed: Mapping[VolumeId, int]) -> dict[str, object]:
+    """One volume: how it logs changes, where, how full that is, how many blocks changed since the last snapshot."""
     traits = pool.volumes.traits.get(volume.volume_id)
     quota = pool.placement.quotas.get(traits.changelog_id)
     return {
@@ -102,33 +113,35 @@ async def volume_status(pool: Pool, volume: Volume) -> dict[str, object]:
         "clone_of": {"volume_id": traits.origin_id, "instant": traits.origin_instant} if traits.origin_id else None,
         "change_log_volume": None if quota is None else quota.name,
         "change_log_percent": None if quota is None else quota.percent,
-        "blocks_since_snapshot": await _changed_block_count(pool, volume),
+        # None while a device hangs, for which status does not wait.
+        "blocks_since_snapshot": changed.get(volume.volume_id),
     }
 
 
-async def _changed_block_count(pool: Pool, volume: Volume) -> int | None:
-    """Blocks changed since the last snapshot; None while a device hangs, for which status does not wait."""
-    counts: list[int] = []
-    with trio.move_on_after(_WAIT_S):
-        for one in pool.processors:
-            if one.access.is_stuck:
-                break
-            epoch = max(one.clock.epoch, volume.named_epoch)
-            counts.append(await one.changed_block_count(volume.volume_id, epoch))
-    return sum(counts) if len(counts) == len(pool.processors) else None
+async def _changed_block_counts(pool: Pool) -> dict[VolumeId, int]:
+    """Blocks of each volume that changed since the last snapshot."""
+    return {
+        volume.volume_id: sum(
+            [
+                await one.changed_block_count(volume.volume_id, max(one.clock.epoch, volume.named_epoch))
+                for one in pool.processors
+            ]
+        )
+        for volume in list(pool.volumes.by_name.values())
+    }
+
+
+async def _stored_counts(processor: Processor) -> tuple[int, int, list[IntermediateRow]]:
+    access = processor.access
+    logs = await access.ask(access.store.log_count)
+    return logs, await access.ask(access.store.object_count), await access.ask(access.store.intermediates)
 
 
 async def processor_status(processor: Processor) -> dict[str, object]:
     """One processor: objects, change logs, intermediate snapshots, queue."""
     counts = processor.status()
-    store = processor.access.store
-    logs = objects = None
-    parts: list[IntermediateRow] = []
-    if not processor.access.is_stuck:
-        with trio.move_on_after(_WAIT_S):
-            logs = await processor.access.ask(store.log_count)
-            objects = await processor.access.ask(store.object_count)
-            parts = await processor.access.ask(store.intermediates)
+    stored = None if processor.access.is_stuck else await within(_WAIT_S, partial(_stored_counts, processor))
+    logs, objects, parts = stored or (None, None, [])
     return {
         "processor": counts.processor_index,
         "epoch": counts.epoch,

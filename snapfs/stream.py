@@ -156,11 +156,16 @@ _AGAIN = "Send it again; with a resume token it goes on where it stopped"
 
 
 def _expanded(compression: int, stored: bytes, length: int) -> bytes:
-    if compression == _STORED:
+    """What was stored, raw. What says to be longer than the header tells is not even tried."""
+    if compression == _STORED and len(stored) == length:
         return stored
+    if compression == _STORED:
+        raise DamagedError("the stream is damaged: a frame of another length than it says", _AGAIN)
     if compression != _ZSTD:
         raise TooNewError("the stream is of a later version", "Receive it with a later snapfs")
     try:
+        if zstandard.frame_content_size(stored) != length:
+            raise DamagedError("the stream is damaged: a frame of another length than it says", _AGAIN)
         return zstandard.ZstdDecompressor().decompress(stored, max_output_size=length)
     except zstandard.ZstdError as error:
         raise DamagedError(f"the stream is damaged: {error}", _AGAIN) from error
@@ -179,11 +184,13 @@ def _decoded(version: int, kind: int, payload: bytes) -> Frame:
         raise TooNewError(f"the stream is of a later version: it has a frame of kind {kind}", "Use a later snapfs")
     try:
         fields = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError("the stream is damaged: a frame is not JSON", _AGAIN) from error
     if not isinstance(fields, dict):
         raise DamagedError("the stream is damaged: a frame is not an object", _AGAIN)
     if kind == BEGIN and fields.get("version") != version:
+        if fields.get("version") in (1, VERSION):
+            raise DamagedError("the stream is damaged: it says to be of two versions", _AGAIN)
         raise TooNewError(f"the stream has version {fields.get('version')}, this snapfs reads {VERSION}", "Update it")
     return Frame(kind, fields)
 

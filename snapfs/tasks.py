@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
+import outcome
 import trio
+
+T = TypeVar("T")
 
 
 class Wakeup:
@@ -42,3 +46,18 @@ async def side_by_side(calls: Iterable[Callable[[], Awaitable[object]]]) -> None
             nursery.start_soon(run, call)
     if errors:
         raise errors[0]
+
+
+async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T | None:
+    """What a call gives, or None when it takes longer: it goes on alone, for what waits in a thread cannot stop."""
+    found: list[outcome.Outcome[T]] = []
+    ended = trio.Event()
+
+    async def run() -> None:
+        found.append(await outcome.acapture(call))
+        ended.set()
+
+    trio.lowlevel.spawn_system_task(run)
+    with trio.move_on_after(seconds):
+        await ended.wait()
+    return found[0].unwrap() if found else None

@@ -59,8 +59,11 @@ class ResumePoint:
         """Read it. Raises BadCommandError."""
         try:
             guid, place, offset = json.loads(base64.urlsafe_b64decode(token.encode()))
-            return cls(str(guid), int(place), int(offset))
-        except (ValueError, TypeError) as error:
+            point = cls(str(guid), int(place), int(offset))
+            if point.volume_place < 0 or point.offset < 0:
+                raise ValueError("a negative place")
+            return point
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             raise BadCommandError(f"{token[:32]!r} is no resume token", "Take it from snapfs receive") from error
 
 

@@ -62,6 +62,12 @@ IN_PLACE = {b"b"}
 RARE_KINDS = ("open", "create", "remove", "rename", "sync_names", "names", "punch", "truncate", "reserve", "try_read")
 OFTEN_KINDS = ("write", "sync", "read")
 CODES = (errno.EIO, errno.ENOSPC)
+PLANS: tuple[Callable[[int], CrashPlan], ...] = (
+    lambda seed: CrashPlan(seed, 0.0),
+    lambda seed: CrashPlan(seed, 1.0, 0.0, newest=True),
+    lambda seed: CrashPlan(seed, 0.5),
+    lambda seed: CrashPlan(seed, 1.0),
+)
 # Once; and until the cause is gone.
 TIMES = (1, 1 << 30)
 
@@ -160,7 +166,7 @@ class Faults:
             if is_open:
                 await self._look(runner.running.pool, mark, has_failed=hook.failed_count > 0)
                 nursery.cancel_scope.cancel()
-        images = _after_power_cut(world, CrashPlan(seed, (0.0, 0.5, 1.0)[seed % 3]))
+        images = _after_power_cut(world, PLANS[seed % len(PLANS)](seed))
         if is_open:
             _abandon(runner.running.pool)
         await _judge_what_is_left(images, mark)

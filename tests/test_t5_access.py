@@ -57,6 +57,10 @@ def test_the_groups_members_operate_and_others_do_not(shared: Mounted) -> None:
     [
         "hook add h before=/bin/true",
         "hook remove h",
+        "receive-state put p:1 [0,0,0,[],[]]",
+        "receive-state list",
+        "snapshot s guid=p:1",
+        "rollback s force=yes",
         "create w source=/etc/shadow",
         "changelog create c capacity=1G device=/tmp/c",
     ],

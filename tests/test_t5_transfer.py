@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import struct
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import blake3
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs.cli.control import ask
-from snapfs.errors import DamagedError, SnapfsError, TooNewError
+from snapfs.errors import BadCommandError, DamagedError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
-from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
+from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
+from snapfs.transfer import ResumePoint
 
 from .conftest import SNAPFS, Mounted, snapfs, wait_until
 
@@ -229,6 +235,39 @@ def test_a_stream_of_version_1_is_read(level: int) -> None:
         Frame(ZERO, {}, 1 << 40, 12345),
         Frame(END, {}),
     ]
+
+
+def a_frame(kind: int, compression: int, stored: bytes, length: int) -> bytes:
+    """A stream of one frame, whose checksum is right and whose length need not be."""
+    header = struct.pack("<BBII", kind, compression, len(stored), length)
+    return MAGIC + header + stored + blake3.blake3(header + stored).digest(length=16)
+
+
+@pytest.mark.parametrize(
+    ("compression", "stored"),
+    [
+        (1, zstandard.ZstdCompressor().compress(bytes(50 << 20))),
+        (1, b"\x28\xb5\x2f\xfd\xe0\x00\x00\x00\x00\x00\x01\x00\x00"),
+        (0, b"longer than ten bytes"),
+    ],
+)
+def test_a_frame_that_lies_about_its_length_is_not_expanded(compression: int, stored: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedError, match="another length"):
+            list(read_stream(io.BytesIO(a_frame(DATA, compression, stored, 10))))
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_deep_json_in_a_frame_or_a_token_is_refused_in_words() -> None:
+    deep = b"[" * 200_000
+    with pytest.raises(DamagedError, match="not JSON"):
+        list(read_stream(io.BytesIO(a_frame(BEGIN, 0, deep, len(deep)))))
+    for token in (deep, b'["g",1e400,0]', b'["g",-1,0]', b'["g",0,-5]'):
+        with pytest.raises(BadCommandError):
+            ResumePoint.from_token(base64.urlsafe_b64encode(token).decode())
 
 
 @pytest.mark.parametrize("size_bytes", [30_000, 40_000, 1 << 20])

@@ -39,7 +39,7 @@ def status(mount_point: str, as_json: bool) -> None:
     print_table(
         [" DEVICE", "PATH", " FREE", " OF"],
         [
-            [str(one["device_id"]), one["path"] or "", format_size(one["free_bytes"]), format_size(one["total_bytes"])]
+            [str(one["device_id"]), one["path"] or "", _size(one["free_bytes"]), _size(one["total_bytes"])]
             for one in pool["devices"]
         ],
     )
@@ -58,6 +58,10 @@ def status(mount_point: str, as_json: bool) -> None:
             for one in processors
         ],
     )
+
+
+def _size(value: int | None) -> str:
+    return "?" if value is None else format_size(value)
 
 
 def _count(value: int | None) -> str:

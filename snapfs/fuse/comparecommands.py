@@ -9,7 +9,7 @@ from ..diff import VolumeChange, blame, content_of, diff, names_gone
 from ..errors import BadCommandError
 from ..formats import CatalogBatch
 from ..status import snapshot_entry
-from ..units import parse_size, show_name
+from ..units import is_text, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 from .snapshotcommands import guid_of, snapshot_of
 
@@ -67,15 +67,24 @@ async def _extents(context: CommandContext, command: Command) -> Answer:
     }
 
 
+def _no_constant(name: str) -> object:
+    """NaN and Infinity are Python's, and not JSON."""
+    raise ValueError(name)
+
+
 async def _receive_state(context: CommandContext, command: Command) -> Answer:
     """receive-state put GUID STATE | drop GUID | list: how far streams have come: for snapfs receive."""
     command.known_options()
+    # What it keeps is believed by whoever goes on with a stream.
+    context.for_owner("receiving")
     catalog = context.pool.catalog
     action, *words = [show_name(word) for word in command.words] or [""]
+    if not all(is_text(word) for word in words):
+        raise BadCommandError("a word is not text in UTF-8", "It is for snapfs receive")
     if action == "put" and len(words) == 2:
         try:
-            json.loads(words[1])
-        except ValueError:
+            json.loads(words[1], parse_constant=_no_constant)
+        except (ValueError, RecursionError):
             raise BadCommandError("the state is not JSON", "It is for snapfs receive") from None
         await catalog.save([], lambda: CatalogBatch(receives=[(guid_of(words[0]), words[1])]))
         return {}

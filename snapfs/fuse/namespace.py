@@ -21,7 +21,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..backends import Space
-from ..errors import BadNameError, NotFoundError, NotPermittedError, ReadOnlyError, ReservedNameError, SnapfsError
+from ..errors import (
+    BadNameError,
+    BusyVolumeError,
+    NotFoundError,
+    NotPermittedError,
+    ReadOnlyError,
+    ReservedNameError,
+    SnapfsError,
+)
 from ..formats import Attributes
 from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
 from ..manifest import manifest_of
@@ -416,6 +424,9 @@ class Namespace:
 
     def _open_volume(self, volume: Volume, flags: int, caller: Caller) -> VolumeHandle:
         is_writer = bool(flags & _WRITE_FLAGS)
+        if volume in self.pool.clones.rolling_back and not self._is_helper(caller):
+            # The kernel looked at the mode of before, which another comes in place of.
+            raise BusyVolumeError("the volume is being rolled back", "Open it again in a moment")
         self.pool.volumes.open(volume)
         if is_writer:
             self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1

@@ -25,6 +25,8 @@ async def _snapshot(context: CommandContext, command: Command) -> Answer:
     """snapshot [NAME] [volume=V]... [hold=TAG]... [note=TEXT] [hooks=no] [max-stall=50ms]: of all volumes, or some."""
     command.word_count(0, 1, "one name or none")
     command.known_options("volume", "note", "hold", "guid", "hooks", "max-stall")
+    if command.one_of("guid"):
+        context.for_owner("giving a guid")
     volumes = command.all_of("volume")
     try:
         note = b" ".join(command.all_of("note")).decode()

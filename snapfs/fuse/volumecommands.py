@@ -92,6 +92,9 @@ async def _rollback(context: CommandContext, command: Command) -> Answer:
     """rollback NAME [volume=V]... [force=yes]: put volumes back to a snapshot; the present is kept as another one."""
     command.word_count(1, 1, "the name of a snapshot")
     command.known_options("volume", "force")
+    if command.flag("force"):
+        # Whoever has a volume open may then read what its mode, which comes back as well, forbids.
+        context.for_owner("forcing a rollback")
     name = snapshot_of(context.pool, command.words[0]).name or b""
     undo = await context.pool.clones.rollback(name, command.all_of("volume") or None, force=command.flag("force"))
     return {"name": show_name(name), "undo": show_name(undo.name or b"")}

@@ -1,0 +1,152 @@
+"""A commit of the catalog failed, and so does what would make sure of that: a power cut may yet bring it forth."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from snapfs.backends import CrashPlan, FaultyDevice, MemoryDevice
+from snapfs.errors import BusyVolumeError, SnapfsError
+from snapfs.fuse import names
+from snapfs.fuse.command import nothing_to_forget
+from snapfs.fuse.namespace import Caller, Namespace
+from snapfs.pool import Pool
+from snapfs.status import pool_status
+
+from .harness import Running, World, open_world, read_snapshot
+
+NEWEST = CrashPlan(1, 1.0, 0.0, newest=True)
+
+
+class Unsettling:
+    """A hook: the next sync of the catalog's log fails, and every write and sync of it after that."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._has_failed = False
+
+    def __call__(self, kind: str, name: str) -> None:
+        if self.is_on and "catalog" in name and (kind == "sync" or (kind == "write" and self._has_failed)):
+            self._has_failed = True
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+
+@asynccontextmanager
+async def unsettling(world: World) -> AsyncIterator[tuple[Pool, Unsettling]]:
+    """An open pool; at the end power is lost, what was written last being there, and what is left is looked at."""
+    hook = Unsettling()
+    home = world.home
+    world.home = FaultyDevice(home, hook)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        yield running.pool, hook
+        assert isinstance(home, MemoryDevice)
+        found = {"home": home.crash(NEWEST), "outside": MemoryDevice()}
+        for path, device in world.devices.items():
+            assert isinstance(device, MemoryDevice)
+            found[path] = device.crash(NEWEST)
+        nursery.cancel_scope.cancel()
+    for processor in running.pool.processors:
+        processor.access.store.database.abandon()
+    running.pool.catalog.catalog.database.abandon()
+    after = World.found(found)
+    after.check()
+    async with open_world(after) as pool:
+        for snapshot in pool.snapshots.by_name.values():
+            assert await read_snapshot(pool, snapshot, b"v") == b"X" * 8192
+
+
+async def a_volume(pool: Pool) -> None:
+    volume = await pool.volumes.create(b"v")
+    pool.volumes.open(volume)
+    await volume.write(0, b"X" * 8192)
+    await volume.sync()
+
+
+async def test_a_snapshot_that_failed_meanwhile_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with unsettling(World(2, 1)) as (pool, hook):
+        await a_volume(pool)
+        await pool.reclaimer.reclaim_all()
+        release = pool.reclaimer._release_aborted
+        released = []
+
+        async def slow(snapshot_id: int, instant: int) -> None:
+            released.append(snapshot_id)
+            if len(released) == 1:
+                hook.is_on = True
+                with pytest.raises(SnapfsError):
+                    await pool.snapshots.create(b"second")
+                assert not pool.catalog.is_settled
+                await pool.volumes.get(b"v").write(0, b"Y" * 8192)
+                await pool.processors[0].commit()
+            await release(snapshot_id, instant)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(pool.reclaimer, "_release_aborted", slow)
+        with pytest.raises(SnapfsError):
+            await pool.snapshots.create(b"first", max_stall_ms=0)
+        with pytest.raises(SnapfsError):
+            await pool.reclaimer.reclaim_all()
+        assert len(released) == 1 and len(pool.snapshots.aborted) == 1
+
+
+async def test_a_change_log_volume_that_may_come_forth_keeps_its_descriptor() -> None:
+    world = World(2, 1)
+    world.devices["logs"] = MemoryDevice()
+    async with unsettling(world) as (pool, hook):
+        await a_volume(pool)
+        hook.is_on = True
+        with pytest.raises(SnapfsError):
+            await pool.changelogs.create(b"logs", ["logs"], 1 << 24)
+
+
+async def test_no_sync_is_acknowledged() -> None:
+    async with unsettling(World(2, 1)) as (pool, hook):
+        await a_volume(pool)
+        hook.is_on = True
+        with pytest.raises(SnapfsError):
+            await pool.volumes.remove(b"v")
+        with pytest.raises(SnapfsError):
+            await pool.volumes.get(b"v").sync(data_only=True)
+
+
+async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
+    async with open_world(World(2, 1)) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.snapshots.create(b"s")
+        seen = []
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            """Nobody asks for it."""
+
+        namespace = Namespace(pool, "/nowhere", resize, nothing_to_forget)
+        inode = names.of_volume(volume.file_id)
+
+        async def look(volumes: object) -> None:
+            with pytest.raises(BusyVolumeError):
+                await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
+            seen.append(volumes)
+
+        pool.clones.after_rollback = look
+        await pool.clones.rollback(b"s")
+        assert len(seen) == 1
+        handle = await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
+        namespace.release(handle) if hasattr(namespace, "release") else pool.volumes.close(volume)
+
+
+async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(2, 1)) as pool:
+
+        def gone() -> object:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.devices[next(iter(pool.devices))], "space", gone)
+            status = await pool_status(pool)
+        (device,) = status["devices"]  # type: ignore[misc]
+        assert device["free_bytes"] is None and status["space"]["free_bytes"] == 0  # type: ignore[index]
