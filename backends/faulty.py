@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from .base import Buffer, Device, DeviceFile, Space
+from .base import Buffer, Device, DeviceFile
+from .stacked import StackedDevice, StackedFile
 
 Hook = Callable[[str, str], None]
 
@@ -34,7 +35,7 @@ class FailNth:
             raise OSError(self.code, os.strerror(self.code), name)
 
 
-class FaultyDevice(Device):
+class FaultyDevice(StackedDevice):
     """A device that asks ``hook(kind, name)`` before each call; what the hook raises, the call raises."""
 
     def __init__(self, inner: Device, hook: Hook | None = None) -> None:
@@ -76,71 +77,43 @@ class FaultyDevice(Device):
         self.ask("sync_names", folder)
         self.inner.sync_names(folder)
 
-    def space(self) -> Space:
-        """See :meth:`Device.space`."""
-        return self.inner.space()
 
-    def lock(self, name: str, holder: str) -> None:
-        """See :meth:`Device.lock`."""
-        self.inner.lock(name, holder)
-
-    def local_path(self, name: str) -> str | None:
-        """See :meth:`Device.local_path`; none, so that nothing goes round the faults."""
-        return None
-
-    def close(self) -> None:
-        """See :meth:`Device.close`."""
-        self.inner.close()
-
-
-class _FaultyFile(DeviceFile):
+class _FaultyFile(StackedFile):
     """A file of a :class:`FaultyDevice`."""
 
     def __init__(self, device: FaultyDevice, name: str, inner: DeviceFile) -> None:
         self._device = device
         self._name = name
-        self._inner = inner
+        self.inner = inner
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         self._device.ask("read", self._name)
-        return self._inner.read_into(buffer, offset)
+        return self.inner.read_into(buffer, offset)
 
     def try_read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         self._device.ask("try_read", self._name)
-        return self._inner.try_read_into(buffer, offset)
+        return self.inner.try_read_into(buffer, offset)
 
     def write(self, data: Buffer, offset: int) -> None:
         self._device.ask("write", self._name)
-        self._inner.write(data, offset)
+        self.inner.write(data, offset)
 
     def write_new(self, data: Buffer, offset: int) -> None:
         self._device.ask("write", self._name)
-        self._inner.write_new(data, offset)
+        self.inner.write_new(data, offset)
 
     def sync(self) -> None:
         self._device.ask("sync", self._name)
-        self._inner.sync()
+        self.inner.sync()
 
     def punch(self, offset: int, length: int) -> None:
         self._device.ask("punch", self._name)
-        self._inner.punch(offset, length)
+        self.inner.punch(offset, length)
 
     def truncate(self, size_bytes: int) -> None:
         self._device.ask("truncate", self._name)
-        self._inner.truncate(size_bytes)
-
-    def size(self) -> int:
-        return self._inner.size()
-
-    def allocated(self) -> int:
-        return self._inner.allocated()
+        self.inner.truncate(size_bytes)
 
     def reserve(self, length: int) -> None:
         self._device.ask("reserve", self._name)
-        self._inner.reserve(length)
-
-    def data_extents(self) -> Iterator[tuple[int, int]]:
-        return self._inner.data_extents()
-
-    def close(self) -> None:
-        self._inner.close()
+        self.inner.reserve(length)

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .base import Buffer, Device, DeviceFile, Space
+from .base import Buffer, DeviceFile
 from .memory import PAGE_SIZE, MemoryDevice, MemoryFile
+from .stacked import StackedDevice, StackedFile
 
 CREATE, REMOVE, RENAME, SYNC_NAMES = "create", "remove", "rename", "sync_names"
 WRITE, PUNCH, TRUNCATE, RESERVE, SYNC = "write", "punch", "truncate", "reserve", "sync"
@@ -68,7 +69,7 @@ class Journal:
             self._pending.setdefault((operation.device, key), []).append(place)
 
 
-class RecordingDevice(Device):
+class RecordingDevice(StackedDevice):
     """A device in memory whose changes go into a journal. ``where`` names it there."""
 
     def __init__(self, journal: Journal, where: str, capacity_bytes: int | None = None) -> None:
@@ -104,86 +105,53 @@ class RecordingDevice(Device):
         self._files[new] = self._files.pop(old)
         self.journal.note(Operation(self.where, RENAME, self._files[new], old, new))
 
-    def names(self, folder: str) -> list[str]:
-        """See :meth:`Device.names`."""
-        return self.inner.names(folder)
-
     def sync_names(self, folder: str) -> None:
         """See :meth:`Device.sync_names`."""
-        self.inner.sync_names(folder)
+        # Noted first: what comes from another thread meanwhile is not made durable by it.
         self.journal.note(Operation(self.where, SYNC_NAMES, -1, folder))
-
-    def space(self) -> Space:
-        """See :meth:`Device.space`."""
-        return self.inner.space()
-
-    def lock(self, name: str, holder: str) -> None:
-        """See :meth:`Device.lock`."""
-        self.inner.lock(name, holder)
-
-    def local_path(self, name: str) -> str | None:
-        """See :meth:`Device.local_path`; none, so that nothing goes round the journal."""
-        return None
-
-    def close(self) -> None:
-        """See :meth:`Device.close`."""
-        self.inner.close()
+        self.inner.sync_names(folder)
 
 
-class _RecordingFile(DeviceFile):
+class _RecordingFile(StackedFile):
     """A file of a :class:`RecordingDevice`."""
 
     def __init__(self, device: RecordingDevice, number: int, inner: DeviceFile) -> None:
         self._device = device
         self._number = number
-        self._inner = inner
+        self.inner = inner
 
     def _note(self, kind: str, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
         self._device.journal.note(
             Operation(self._device.where, kind, self._number, offset=offset, length=length, data=data)
         )
 
-    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
-        return self._inner.read_into(buffer, offset)
-
     def write(self, data: Buffer, offset: int) -> None:
         try:
-            self._inner.write(data, offset)
+            self.inner.write(data, offset)
         finally:
             # What goes to a medium are whole pages of a cache, with what was written to them before; after an
             # error they may have a part of it.
             start, end = offset // PAGE_SIZE * PAGE_SIZE, -(-(offset + len(data)) // PAGE_SIZE) * PAGE_SIZE
             pages = bytearray(end - start)
-            count = self._inner.read_into(pages, start)
+            count = self.inner.read_into(pages, start)
             self._note(WRITE, start, data=bytes(pages[:count]))
 
     def sync(self) -> None:
-        self._inner.sync()
+        # Noted first, as above.
         self._note(SYNC)
+        self.inner.sync()
 
     def punch(self, offset: int, length: int) -> None:
-        self._inner.punch(offset, length)
+        self.inner.punch(offset, length)
         self._note(PUNCH, offset, length)
 
     def truncate(self, size_bytes: int) -> None:
-        self._inner.truncate(size_bytes)
+        self.inner.truncate(size_bytes)
         self._note(TRUNCATE, length=size_bytes)
 
-    def size(self) -> int:
-        return self._inner.size()
-
-    def allocated(self) -> int:
-        return self._inner.allocated()
-
     def reserve(self, length: int) -> None:
-        self._inner.reserve(length)
+        self.inner.reserve(length)
         self._note(RESERVE, length=length)
-
-    def data_extents(self) -> Iterator[tuple[int, int]]:
-        return self._inner.data_extents()
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ SqlValue = None | int | float | bytes | str
 Row = tuple[Any, ...]
 
 _vfs_numbers = itertools.count()
-# Any other number than the last will do: what counts is that a page is written.
-_settling_numbers = itertools.cycle(range(1, 1 << 16))
 
 
 @contextlib.contextmanager
@@ -100,7 +98,7 @@ class Database:
     def _look_through(self) -> None:
         """Raises DamagedError when it is not sound: what a damaged page no longer tells would be taken for absent.
 
-        It takes 0.6 s for a GiB. (https://sqlite.org/pragma.html#pragma_quick_check)
+        It takes 0.6 s for a GiB in the page cache. (https://sqlite.org/pragma.html#pragma_quick_check)
         """
         found = self._connection.execute("PRAGMA quick_check(1)").fetchall()
         if found != [("ok",)]:
@@ -171,7 +169,8 @@ class Database:
         if self.is_settled:
             return
         with translated(self.what):
-            self._connection.execute(f"PRAGMA application_id={next(_settling_numbers)}").fetchall()
+            # It is written whatever it was before.
+            self._connection.execute("PRAGMA application_id=1").fetchall()
         self.is_settled = True
 
     def each(self, sql: str, rows: Iterable[Sequence[SqlValue]]) -> None:

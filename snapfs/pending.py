@@ -7,20 +7,24 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .events import EventLog
 
 STUCK_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class PendingCall:
-    """A call under way. ``where`` is a processor or the catalog, ``what`` the call's name."""
+class PendingCall(NamedTuple):
+    """A call under way. ``where`` is a processor or the catalog."""
 
     where: str
-    what: str
+    call: Callable[..., object]
     started_s: float
+
+    def told_at(self, now_s: float) -> dict[str, object]:
+        """In words, with its age."""
+        what = getattr(self.call, "__name__", "call").strip("_").replace("_", " ")
+        return {"where": self.where, "what": what, "age_s": round(now_s - self.started_s, 1)}
 
 
 class PendingCalls:
@@ -36,25 +40,19 @@ class PendingCalls:
     def running(self, where: str, call: Callable[..., object]) -> Iterator[None]:
         """A call is under way until the block ends; one that took long is told then."""
         number = next(self._numbers)
-        what = getattr(call, "__name__", "call").strip("_").replace("_", " ")
-        started_s = self.now_s()
-        self._calls[number] = PendingCall(where, what, started_s)
+        one = self._calls[number] = PendingCall(where, call, self.now_s())
         try:
             yield
         finally:
             del self._calls[number]
-            took_s = self.now_s() - started_s
-            if took_s >= STUCK_S:
-                self._events.note("was-stuck", logging.WARNING, where=where, what=what, age_s=round(took_s, 1))
+            now_s = self.now_s()
+            if now_s - one.started_s >= STUCK_S:
+                self._events.note("was-stuck", logging.WARNING, **one.told_at(now_s))
 
     def stuck(self) -> list[dict[str, object]]:
         """Those that have been under way for STUCK_S or longer, the oldest first."""
         now_s = self.now_s()
-        return [
-            {"where": one.where, "what": one.what, "age_s": round(now_s - one.started_s, 1)}
-            for one in self._calls.values()
-            if now_s - one.started_s >= STUCK_S
-        ]
+        return [one.told_at(now_s) for one in self._calls.values() if now_s - one.started_s >= STUCK_S]
 
     def is_stuck(self, where: str) -> bool:
         """Whether a call there is."""

@@ -59,7 +59,7 @@ WORKLOAD: list[tuple] = [
     ("sync", b"a"),
 ]
 IN_PLACE = {b"b"}
-RARE_KINDS = ("open", "create", "remove", "rename", "sync_names", "names", "punch", "truncate", "reserve", "try_read")
+RARE_KINDS = ("open", "create", "remove", "sync_names", "names", "punch", "truncate", "try_read")
 OFTEN_KINDS = ("write", "sync", "read")
 CODES = (errno.EIO, errno.ENOSPC)
 PLANS: tuple[Callable[[int], CrashPlan], ...] = (

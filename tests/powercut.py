@@ -243,7 +243,6 @@ async def judge(mark: Mark, devices: Mapping[str, MemoryDevice]) -> None:
     async with trio.open_nursery() as nursery:
         await running.start(nursery)
         volumes, snapshots = await found_in(running.pool)
-        # It goes on working: what is written now is kept.
         await running.stop()
     differences = []
     for state in mark.allowed():

@@ -57,15 +57,12 @@ class History:
         self.clock += 1
         return self.clock
 
-    def begin(self, registers: list[Register], value: int | None = None) -> list[Write]:
+    def begin(self, registers: list[Register]) -> list[Write]:
         began = self.tick()
         made = []
         for register in registers:
-            if value is None:
-                write = Write(self.next_value, began)
-                self.next_value += 1
-            else:
-                write = Write(value, began)
+            write = Write(self.next_value, began)
+            self.next_value += 1
             made.append(write)
             self.of(register)[write.value] = write
         return made
@@ -105,7 +102,7 @@ def decoded(data: bytes) -> int:
 
 
 class Clients:
-    """Tasks that read, write, discard, snapshot, delete and clone."""
+    """Tasks that read, write, sync, snapshot, delete and clone."""
 
     def __init__(self, pool: Pool, seed: int) -> None:
         self._pool = pool
@@ -128,7 +125,7 @@ class Clients:
             first = block * 2 + rng.randrange(2)
             count = rng.choice([1, 1, 2, 3])
             registers = [(volume, half) for half in range(first, first + count)]
-            kind = rng.choice(["read", "read", "write", "write", "write", "cancelled", "discard", "sync"])
+            kind = rng.choice(["read", "read", "write", "write", "write", "cancelled", "synced", "sync"])
             self.counts[kind] = self.counts.get(kind, 0) + 1
             await getattr(self, "_" + kind)(rng, registers)
 
@@ -156,18 +153,11 @@ class Clients:
                 await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
 
-    async def _discard(self, rng: random.Random, registers: list[Register]) -> None:
-        # As a write of zeros, of which there may be many: each is a new beginning of the register's value 0.
-        name = registers[0][0]
-        whole = [(name, registers[0][1] // 2 * 2 + number) for number in range(2)]
-        volume = self._pool.volumes.get(name)
-        async with self._pool.volumes.opened(name):
-            writes = self._history.begin(whole)
-            await volume.write(whole[0][1] * HALF, b"".join(encoded(one.value) for one in writes))
-            await self._pool.volumes.get(name).sync()
-        ended = self._history.tick()
-        for one in writes:
-            one.ended = ended
+    async def _synced(self, rng: random.Random, registers: list[Register]) -> None:
+        """A write of a whole block, and a sync behind it."""
+        name, half = registers[0]
+        await self._write(rng, [(name, half // 2 * 2 + number) for number in range(2)])
+        await self._pool.volumes.get(name).sync()
 
     async def _sync(self, rng: random.Random, registers: list[Register]) -> None:
         await self._pool.volumes.get(registers[0][0]).sync()

@@ -12,9 +12,11 @@ import trio
 
 from snapfs.backends import CrashPlan, FaultyDevice, MemoryDevice
 from snapfs.errors import BusyVolumeError, SnapfsError
+from snapfs.formats import COPY_ON_WRITE
 from snapfs.fuse import names
 from snapfs.fuse.command import nothing_to_forget
 from snapfs.fuse.namespace import Caller, Namespace
+from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.status import pool_status
 
@@ -136,7 +138,7 @@ async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
         await pool.clones.rollback(b"s")
         assert len(seen) == 1
         handle = await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
-        namespace.release(handle) if hasattr(namespace, "release") else pool.volumes.close(volume)
+        namespace.close(handle)
 
 
 async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +152,33 @@ async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyP
             status = await pool_status(pool)
         (device,) = status["devices"]  # type: ignore[misc]
         assert device["free_bytes"] is None and status["space"]["free_bytes"] == 0  # type: ignore[index]
+
+
+async def test_a_volume_that_did_not_come_forth_leaves_nothing_behind() -> None:
+    """What was made for it is given back by the next opening."""
+    world = World(2, 1)
+    hook = Unsettling()
+    home = world.home
+    assert isinstance(home, MemoryDevice)
+    world.home = FaultyDevice(home, hook)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        hook.is_on = True
+        with pytest.raises(SnapfsError):
+            await running.pool.maker.create(VolumeWish(b"c", 8192, COPY_ON_WRITE))
+        assert not running.pool.catalog.is_settled
+        for processor in running.pool.processors:
+            await processor.commit()
+        (data,) = world.devices.values()
+        assert isinstance(data, MemoryDevice)
+        found = {"home": home.crash(CrashPlan(1, 0.0)), "outside": MemoryDevice(), "0": data.crash(CrashPlan(1, 0.0))}
+        nursery.cancel_scope.cancel()
+    for processor in running.pool.processors:
+        processor.access.store.database.abandon()
+    running.pool.catalog.catalog.database.abandon()
+    after = World.found(found)
+    async with open_world(after) as pool:
+        assert not pool.volumes.by_name
+        await pool.reclaimer.reclaim_all()
+    after.check_clean()

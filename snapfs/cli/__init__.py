@@ -13,7 +13,7 @@ import click
 
 from ..errors import SnapfsError
 
-# By the order of the help: the module a command is in, and what it is called there.
+# The module a command is in, and what it is called there.
 _COMMANDS = {
     "init": "init:init",
     "mount": "mount:mount",

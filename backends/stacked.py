@@ -1,0 +1,59 @@
+"""A device upon another one: what a test's device does not change goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .base import Device, DeviceFile, Space
+
+
+class StackedDevice(Device):
+    """All of :class:`Device` that does not touch contents, passed on to ``inner``."""
+
+    inner: Device
+
+    def names(self, folder: str) -> list[str]:
+        """See :meth:`Device.names`."""
+        return self.inner.names(folder)
+
+    def space(self) -> Space:
+        """See :meth:`Device.space`."""
+        return self.inner.space()
+
+    def lock(self, name: str, holder: str) -> None:
+        """See :meth:`Device.lock`."""
+        self.inner.lock(name, holder)
+
+    def local_path(self, name: str) -> str | None:
+        """See :meth:`Device.local_path`; none, so that nothing goes round this device."""
+        return None
+
+    def close(self) -> None:
+        """See :meth:`Device.close`."""
+        self.inner.close()
+
+
+class StackedFile(DeviceFile):
+    """All of :class:`DeviceFile` that changes nothing, passed on to ``inner``."""
+
+    inner: DeviceFile
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """See :meth:`DeviceFile.read_into`."""
+        return self.inner.read_into(buffer, offset)
+
+    def size(self) -> int:
+        """See :meth:`DeviceFile.size`."""
+        return self.inner.size()
+
+    def allocated(self) -> int:
+        """See :meth:`DeviceFile.allocated`."""
+        return self.inner.allocated()
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        """See :meth:`DeviceFile.data_extents`."""
+        return self.inner.data_extents()
+
+    def close(self) -> None:
+        """See :meth:`DeviceFile.close`."""
+        self.inner.close()
