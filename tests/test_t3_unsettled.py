@@ -19,6 +19,7 @@ from snapfs.fuse.namespace import Caller, Namespace
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.status import pool_status
+from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, open_world, read_snapshot
 
@@ -132,6 +133,12 @@ async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
         async def look(volumes: object) -> None:
             with pytest.raises(BusyVolumeError):
                 await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
+            with pytest.raises(BusyVolumeError):
+                await namespace.open(inode, os.O_RDWR | os.O_TRUNC, Caller(1, 1, 1))
+            for change, size_bytes in ((AttributeChange(mode=0o777), None), (AttributeChange(), 0)):
+                with pytest.raises(BusyVolumeError):
+                    await namespace.change(inode, change, size_bytes, Caller(1, 1, 1))
+            await namespace.change(inode, AttributeChange(mtime_ns=1), None, Caller(1, 1, 1))
             seen.append(volumes)
 
         pool.clones.after_rollback = look

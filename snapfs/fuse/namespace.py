@@ -404,6 +404,8 @@ class Namespace:
             volume = self.pool.volumes.by_file_id.get(volume_id)
             if volume is None:
                 raise NoEntryError("the volume is removed")
+            if not self._is_helper(caller):
+                self._refuse_in_rollback(volume)
             if flags & os.O_TRUNC:
                 await self.pool.volumes.truncate(volume, 0)
             return self._open_volume(volume, flags, caller)
@@ -422,11 +424,16 @@ class Namespace:
             return TextHandle(_json(await processor_status(self.pool.processors[index])))
         raise IsFolderError("it is a folder")
 
+    def _refuse_in_rollback(self, volume: Volume) -> None:
+        """The kernel looked at the mode and the owner of before, which others come in place of."""
+        if volume in self.pool.clones.rolling_back:
+            raise BusyVolumeError("the volume is being rolled back", "Try again in a moment")
+
     def _open_volume(self, volume: Volume, flags: int, caller: Caller) -> VolumeHandle:
         is_writer = bool(flags & _WRITE_FLAGS)
-        if volume in self.pool.clones.rolling_back and not self._is_helper(caller):
-            # The kernel looked at the mode of before, which another comes in place of.
-            raise BusyVolumeError("the volume is being rolled back", "Open it again in a moment")
+        if not self._is_helper(caller):
+            # Again: it may have begun meanwhile.
+            self._refuse_in_rollback(volume)
         self.pool.volumes.open(volume)
         if is_writer:
             self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1
@@ -502,8 +509,12 @@ class Namespace:
         else:
             raise NotPermittedError("a volume is not a snapshot", "To make a snapshot: mkdir .snapshots/NAME")
 
-    async def change(self, inode: int, change: AttributeChange, size_bytes: int | None) -> Node:
-        """Change attributes of a volume."""
+    async def change(self, inode: int, change: AttributeChange, size_bytes: int | None, caller: Caller) -> Node:
+        """Change attributes of a volume.
+
+        Raises:
+            BusyVolumeError: it is being rolled back.
+        """
         if names.snapshot_id_of(inode):
             raise ReadOnlyError("a snapshot cannot be changed")
         volume_id = names.volume_id_of(inode)
@@ -515,6 +526,9 @@ class Namespace:
         volume = self.pool.volumes.by_file_id.get(volume_id)
         if volume is None:
             raise NoEntryError("the volume is removed")
+        changes_more_than_times = size_bytes is not None or not change.only_times
+        if changes_more_than_times and not self._is_helper(caller):
+            self._refuse_in_rollback(volume)
         if size_bytes is not None:
             await self.pool.volumes.truncate(volume, size_bytes)
         if change != AttributeChange():

@@ -192,7 +192,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
         )
         size = attr.st_size if fields.update_size else None
-        return _attributes(await self._namespace.change(inode, change, size))
+        return _attributes(await self._namespace.change(inode, change, size, _caller(ctx)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """See pyfuse3. Inode numbers are worked out, not counted, so there is nothing to forget."""
