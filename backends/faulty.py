@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from .base import Buffer, Device, DeviceFile
+from .base import Buffer, Device, DeviceFile, Space
 from .stacked import StackedDevice, StackedFile
 
 Hook = Callable[[str, str], None]
@@ -66,6 +66,11 @@ class FaultyDevice(StackedDevice):
         """See :meth:`Device.rename`."""
         self.ask("rename", old)
         self.inner.rename(old, new)
+
+    def space(self) -> Space:
+        """See :meth:`Device.space`."""
+        self.ask("space", "")
+        return self.inner.space()
 
     def names(self, folder: str) -> list[str]:
         """See :meth:`Device.names`."""

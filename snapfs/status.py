@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from .backends import Device
+from .errors import SnapfsError
 from .formats import COPY_ON_WRITE, IntermediateRow
 from .geometry import BLOCK_SIZE, VolumeId
 from .pool import Pool
@@ -17,18 +19,29 @@ from .tasks import within
 from .units import iso_time, show_name
 from .volume import Volume
 
+T = TypeVar("T")
+
 _VOLUMES_SHOWN_MAX = 256
 # For what a device that hangs keeps from answering.
 _WAIT_S = 2.0
 
 
-def _room(device: Device) -> dict[str, int | None]:
-    """A device's room; None of one that cannot tell."""
+def _device_entry(device_id: int, device: Device) -> dict[str, object]:
+    """A device and its room, or why it cannot tell."""
+    entry: dict[str, object] = {"device_id": device_id, "path": device.local_path("")}
     try:
         space = device.space()
-    except OSError:
-        return {"total_bytes": None, "free_bytes": None}
-    return {"total_bytes": space.total_bytes, "free_bytes": space.free_bytes}
+    except OSError as error:
+        return {**entry, "total_bytes": None, "free_bytes": None, "failure": error.strerror}
+    return {**entry, "total_bytes": space.total_bytes, "free_bytes": space.free_bytes, "failure": None}
+
+
+async def _answer(ask: Callable[[], Awaitable[T]]) -> tuple[T | None, str | None]:
+    """What a database says, if it does so soon; or why it cannot be read. Status never fails for that."""
+    try:
+        return await within(_WAIT_S, ask), None
+    except (SnapfsError, OSError) as error:
+        return None, str(error)
 
 
 def _moment(when_ns: int) -> str | None:
@@ -45,14 +58,17 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         for volume in pool.volumes.by_name.values()
         if volume.failure is not None
     ]
-    volumes = None
+    devices = [_device_entry(device_id, device) for device_id, device in pool.devices.items()]
+    volumes, unreadable = None, None
     if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX:
-        changed = None if stuck else await within(_WAIT_S, partial(_changed_block_counts, pool))
+        changed, unreadable = (None, None) if stuck else await _answer(partial(_changed_block_counts, pool))
         volumes = [volume_status(pool, one, changed or {}) for one in pool.volumes.by_name.values()]
+    has_failed = failed or unreadable or any(one["failure"] for one in devices)
     return {
-        "health": "failed" if failed else "damaged" if pool.damage.known else "stuck" if stuck else "ok",
+        "health": "failed" if has_failed else "damaged" if pool.damage.known else "stuck" if stuck else "ok",
         "stuck_calls": stuck,
         "failed_volumes": failed,
+        "metadata_failure": unreadable,
         "damaged_blocks": pool.damage.entries(),
         "unsealed_snapshot_count": len(pool.sealer.waiting()),
         "pool_id": pool.descriptor.pool_id,
@@ -68,14 +84,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
             "mapped_bytes": sum(one.mapped_block_count for one in processors) * BLOCK_SIZE,
             "reserve_spent": pool.reserve.is_spent,
         },
-        "devices": [
-            {
-                "device_id": device_id,
-                "path": device.local_path(""),
-                **_room(device),
-            }
-            for device_id, device in pool.devices.items()
-        ],
+        "devices": devices,
         "schedules": pool.scheduler.entries(),
         "hooks": pool.hooks.entries(),
         "changed_images": pool.images.changed,
@@ -113,7 +122,7 @@ def volume_status(pool: Pool, volume: Volume, changed: Mapping[VolumeId, int]) -
         "clone_of": {"volume_id": traits.origin_id, "instant": traits.origin_instant} if traits.origin_id else None,
         "change_log_volume": None if quota is None else quota.name,
         "change_log_percent": None if quota is None else quota.percent,
-        # None while a device hangs, for which status does not wait.
+        # None while a device hangs, for which status does not wait, or its database cannot be read.
         "blocks_since_snapshot": changed.get(volume.volume_id),
     }
 
@@ -140,8 +149,8 @@ async def _stored_counts(processor: Processor) -> tuple[int, int, list[Intermedi
 async def processor_status(processor: Processor) -> dict[str, object]:
     """One processor: objects, change logs, intermediate snapshots, queue."""
     counts = processor.status()
-    stored = None if processor.access.is_stuck else await within(_WAIT_S, partial(_stored_counts, processor))
-    logs, objects, parts = stored or (None, None, [])
+    stored, failure = (None, None) if processor.access.is_stuck else await _answer(partial(_stored_counts, processor))
+    logs, objects, parts = stored or (None, None, None)
     return {
         "processor": counts.processor_index,
         "epoch": counts.epoch,
@@ -164,7 +173,8 @@ async def processor_status(processor: Processor) -> dict[str, object]:
             if (log := portion.current_log) is not None
         ],
         "is_stuck": processor.access.is_stuck,
-        "intermediate_snapshot_count": len(parts),
+        "metadata_failure": failure,
+        "intermediate_snapshot_count": None if parts is None else len(parts),
         "latest_intermediate_snapshots": [
             {
                 "snapshot_id": part.snapshot_id,
@@ -172,7 +182,7 @@ async def processor_status(processor: Processor) -> dict[str, object]:
                 "prepared": iso_time(part.prepared_ns),
                 "mapped_bytes": part.block_count * BLOCK_SIZE,
             }
-            for part in parts[-16:]
+            for part in (parts or [])[-16:]
         ],
         "dirty_object_count": counts.dirty_object_count,
         "resident_object_count": counts.resident_object_count,

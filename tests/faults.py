@@ -21,8 +21,8 @@ from snapfs.pool import Pool
 from snapfs.status import pool_status
 
 from .harness import Running, World
+from .model import Runner
 from .powercut import OBJECT, PAGE, Mark, State, found_in
-from .test_t3_model import Runner
 
 WORKLOAD: list[tuple] = [
     ("create", b"a"),

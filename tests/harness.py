@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 
+import pytest
 import trio
 
 from snapfs.backends import CrashPlan, Device, DeviceFile, MemoryDevice
@@ -169,3 +171,24 @@ async def everything_is_proven(pool: Pool) -> None:
     for snapshot in list(pool.snapshots.by_name.values()):
         found = await verify(pool, snapshot)
         assert found.is_proven, (snapshot.name, found)
+
+
+@contextmanager
+def without_threads(seed: int) -> Iterator[None]:
+    """The work of threads is done in the scheduler, some steps later, as a seed decides."""
+    rng = random.Random(f"{seed} threads")
+
+    async def run_sync(call: Callable[..., object], *args: object, **options: object) -> object:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            for _ in range(rng.randrange(4)):
+                await trio.lowlevel.checkpoint()
+            try:
+                return call(*args)
+            finally:
+                for _ in range(rng.randrange(3)):
+                    await trio.lowlevel.checkpoint()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trio.to_thread, "run_sync", run_sync)
+        yield

@@ -19,8 +19,8 @@ from snapfs.backends import CrashImages, Journal, MemoryDevice, PowerCut, Record
 from snapfs.errors import NoSpaceError
 from snapfs.pool import Pool
 
-from .harness import Running, World, read_snapshot, read_volume
-from .test_t3_model import SECTOR, Model, Runner
+from .harness import Running, World, read_snapshot, read_volume, without_threads
+from .model import SECTOR, Model, Runner
 
 PAGE = 4096
 OBJECT = 4 << 20
@@ -263,7 +263,8 @@ def try_power_cuts(seed: int, length: int, share: tuple[int, int] = (0, 1)) -> i
     for place in recording.places[share[0] :: share[1]]:
         for cut in power_cuts(recording.journal, place, seed):
             try:
-                trio.run(judge, recording.mark_at(place), images.after(cut), clock=trio.testing.MockClock())
+                with without_threads(seed):
+                    trio.run(judge, recording.mark_at(place), images.after(cut), clock=trio.testing.MockClock())
             except BaseException as error:
                 raise AssertionError(f"seed {seed}, length {length}, {describe(cut, recording)}") from error
             count += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +24,7 @@ from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot
 
-from .harness import Running, World, read_snapshot
+from .harness import Running, World, read_snapshot, without_threads
 
 PAGE = 4096
 HALF = PAGE // 2
@@ -229,24 +229,6 @@ def registers_in(name: bytes, data: bytes) -> Iterator[tuple[Register, int]]:
             yield (name, half), decoded(data[half * HALF : (half + 1) * HALF])
 
 
-def stand_in_for_threads(seed: int) -> Callable[..., object]:
-    """What does a thread's work in the scheduler, some steps later."""
-    rng = random.Random(f"{seed} threads")
-
-    async def run_sync(call: Callable[..., object], *args: object, **options: object) -> object:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            for _ in range(rng.randrange(4)):
-                await trio.lowlevel.checkpoint()
-            try:
-                return call(*args)
-            finally:
-                for _ in range(rng.randrange(3)):
-                    await trio.lowlevel.checkpoint()
-
-    return run_sync
-
-
 async def _race(seed: int, steps: int) -> dict[str, int]:
     world = World(processor_count=2, device_count=2)
     running = Running(world)
@@ -270,9 +252,9 @@ def race(seed: int, steps: int) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         patch.setattr(trio_run, "_r", random.Random(seed))
-        patch.setattr(trio.to_thread, "run_sync", stand_in_for_threads(seed))
         try:
-            counts: dict[str, int] = trio.run(partial(_race, seed, steps), clock=trio.testing.MockClock())
+            with without_threads(seed):
+                counts: dict[str, int] = trio.run(partial(_race, seed, steps), clock=trio.testing.MockClock())
         except BaseException as error:
             raise AssertionError(f"seed {seed}, {steps} steps") from error
     return counts

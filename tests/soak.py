@@ -6,19 +6,17 @@ Each line tells a seed and what was done with it; the first failure ends it, and
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import trio
 
 from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
 from .fuzz import fuzz_commands, fuzz_readers
+from .model import explore
 from .powercut import try_power_cuts
+from .powerloss import lose_power_under_clients
 from .races import race
 
 WORKLOAD_OPERATIONS = 20
@@ -38,11 +36,8 @@ def fuzz(seed: int) -> int:
 
 def model(seed: int) -> int:
     """A thousand random sequences of operations against the model, with power cuts among them."""
-    examples = 1000
-    environment = {**os.environ, "SNAPFS_MODEL_EXAMPLES": str(examples)}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--timeout=0", f"--hypothesis-seed={seed}"]
-    subprocess.run([*command, str(Path(__file__).parent / "test_t3_model.py")], check=True, env=environment)
-    return examples
+    explore(seed, 1000, in_threads=seed % 4 == 0)
+    return 1000
 
 
 def faults(seed: int) -> int:
@@ -63,6 +58,11 @@ def damage(seed: int) -> int:
     return 1000
 
 
+def clients(seed: int) -> int:
+    """SQLite and PostgreSQL on a real mount whose disk loses power, four times."""
+    return lose_power_under_clients(seed, rounds=4, snapshots=6, look_into=3)
+
+
 def races(seed: int) -> int:
     """Clients side by side, in ten orders."""
     return sum(sum(race(seed * 10 + number, 60).values()) for number in range(10))
@@ -75,6 +75,7 @@ ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "faults": (faults, "faults"),
     "fuzz": (fuzz, "inputs"),
     "model": (model, "examples"),
+    "clients": (clients, "databases looked at"),
 }
 
 

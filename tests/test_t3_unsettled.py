@@ -18,7 +18,7 @@ from snapfs.fuse.command import nothing_to_forget
 from snapfs.fuse.namespace import Caller, Namespace
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
-from snapfs.status import pool_status
+from snapfs.status import pool_status, processor_status
 from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, open_world, read_snapshot
@@ -159,6 +159,33 @@ async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyP
             status = await pool_status(pool)
         (device,) = status["devices"]  # type: ignore[misc]
         assert device["free_bytes"] is None and status["space"]["free_bytes"] == 0  # type: ignore[index]
+
+
+async def test_status_tells_of_a_pool_of_which_nothing_can_be_read() -> None:
+    """All calls to all devices fail from some moment on, as when the filesystem below shuts down."""
+    is_down: list[bool] = []
+
+    def fail(kind: str, name: str) -> None:
+        if is_down:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    world = World(2, 1, make_device=lambda where, capacity_bytes: FaultyDevice(MemoryDevice(capacity_bytes), fail))
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 9000)
+        await pool.snapshots.create(b"s")
+        for processor in pool.processors:
+            # What SQLite still has in its cache would hide the failure.
+            await processor.access.ask(lambda store=processor.access.store: store.database.rows("PRAGMA shrink_memory"))
+        is_down.append(True)
+        status = await pool_status(pool)
+        assert status["health"] == "failed"
+        (device,) = status["devices"]  # type: ignore[misc]
+        assert device["failure"] == "Input/output error"  # type: ignore[index]
+        for processor in pool.processors:
+            assert "processor" in await processor_status(processor)
+        is_down.clear()
 
 
 async def test_a_volume_that_did_not_come_forth_leaves_nothing_behind() -> None:
