@@ -134,7 +134,7 @@ def mounts(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
             mounted.check()
     finally:
         for mounted in made:
-            _clear_away(mounted)
+            clear_away(mounted)
 
 
 @pytest.fixture
@@ -143,7 +143,8 @@ def mounted(mounts: Callable[..., Mounted]) -> Mounted:
     return mounts()
 
 
-def _clear_away(mounted: Mounted) -> None:
+def clear_away(mounted: Mounted) -> None:
+    """Unmount by force, and wait for the daemon's end."""
     pid = None
     with contextlib.suppress(OSError, ValueError):
         pid = int(mounted.status()["pid"])

@@ -14,6 +14,7 @@ import trio
 from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
 from .fuzz import fuzz_commands, fuzz_readers
+from .kills import kill_at_random_points
 from .model import explore
 from .powercut import try_power_cuts
 from .powerloss import lose_power_under_clients
@@ -63,6 +64,11 @@ def clients(seed: int) -> int:
     return lose_power_under_clients(seed, rounds=4, snapshots=6, look_into=3)
 
 
+def kills(seed: int) -> int:
+    """The daemon of a real mount is killed a hundred times."""
+    return kill_at_random_points(seed, 100)
+
+
 def races(seed: int) -> int:
     """Clients side by side, in ten orders."""
     return sum(sum(race(seed * 10 + number, 60).values()) for number in range(10))
@@ -75,6 +81,7 @@ ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "faults": (faults, "faults"),
     "fuzz": (fuzz, "inputs"),
     "model": (model, "examples"),
+    "kills": (kills, "kills"),
     "clients": (clients, "databases looked at"),
 }
 

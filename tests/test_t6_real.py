@@ -1,14 +1,11 @@
-"""Real input: an ext4 on a loop device, SQLite, fio, counters under snapshots, kill -9."""
+"""Real input: an ext4 on a loop device, SQLite, fio, counters under snapshots, kill -9, a full disk."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
-import random
 import shutil
-import signal
 import sqlite3
 import struct
 import sysconfig
@@ -19,16 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.check import check_pool
-from snapfs.pool import embedded_device_opener, open_home
-
-from .conftest import Mounted, loop_device, mounted_filesystem, run, snapfs, wait_for_end
+from .conftest import Mounted, loop_device, mounted_filesystem, run, snapfs
+from .kills import Kills
 
 pytestmark = pytest.mark.mount
 BLOCK = 4096
 MIB = 1 << 20
-KILL_ROUNDS = int(os.environ.get("SNAPFS_KILL_ROUNDS", "100"))
-KILL_SEED = int(os.environ.get("SNAPFS_KILL_SEED", "1"))
 
 
 @contextmanager
@@ -228,96 +221,10 @@ def test_fio_verifies_over_snapshots(mounted: Mounted, tmp_path: Path) -> None:
         mounted.remount()
 
 
-class KillLoad:
-    """A writer that syncs and a maker of snapshots, that know what was acknowledged to them."""
-
-    def __init__(self, mounted: Mounted, seed: int) -> None:
-        self.mounted = mounted
-        self.random = random.Random(seed)
-        self.issued: dict[tuple[str, int], int] = {}
-        self.synced: dict[tuple[str, int], int] = {}
-        self.snapshots: dict[str, dict[str, str]] = {}
-        self.number = 0
-        self.snapshot_number = 0
-
-    def write(self, stop: threading.Event) -> None:
-        """Counters into blocks of two volumes, each block wholly; now and then a sync."""
-        try:
-            fds = {name: os.open(self.mounted.path / name, os.O_RDWR | os.O_CREAT) for name in ("a", "b")}
-            unsynced: dict[str, dict[tuple[str, int], int]] = {"a": {}, "b": {}}
-            while not stop.is_set():
-                self.number += 1
-                name = self.random.choice(("a", "b"))
-                block = self.random.randrange(40) * 300
-                self.issued[name, block] = self.number
-                os.pwrite(fds[name], struct.pack("<Q", self.number) * (BLOCK // 8), block * BLOCK)
-                unsynced[name][name, block] = self.number
-                if self.random.random() < 0.3:
-                    taken = dict(unsynced[name])
-                    os.fsync(fds[name])
-                    self.synced.update(taken)
-                    unsynced[name].clear()
-        except OSError:
-            return
-
-    def make_snapshots(self, stop: threading.Event) -> None:
-        """Snapshots that returned, with what was in them then."""
-        try:
-            while not stop.is_set():
-                self.snapshot_number += 1
-                name = f"s{self.snapshot_number}"
-                folder = self.mounted.snapshot(name)
-                self.snapshots[name] = {
-                    one.name: hashlib.sha256(one.read_bytes()).hexdigest()
-                    for one in folder.iterdir()
-                    if one.name in "ab"
-                }
-                if len(self.snapshots) > 4:
-                    oldest = next(iter(self.snapshots))
-                    del self.snapshots[oldest]
-                    os.rmdir(self.mounted.snapshots / oldest)
-        except OSError:
-            return
-
-    def verify(self) -> None:
-        for (name, block), issued in self.issued.items():
-            with open(self.mounted.path / name, "rb") as file:
-                file.seek(block * BLOCK)
-                data = file.read(BLOCK)
-            values = set(struct.unpack(f"<{len(data) // 8}Q", data)) or {0}
-            assert len(values) == 1, (name, block, "is torn")
-            found = values.pop()
-            assert self.synced.get((name, block), 0) <= found <= issued, (name, block)
-            self.synced[name, block] = self.issued[name, block] = found
-        for name, sums in self.snapshots.items():
-            for volume, expected in sums.items():
-                held = (self.mounted.snapshots / name / volume).read_bytes()
-                assert hashlib.sha256(held).hexdigest() == expected, (name, volume)
-
-
 @pytest.mark.timeout(400)
-def test_kill_at_random_points(mounted: Mounted) -> None:
-    load = KillLoad(mounted, KILL_SEED)
-    for _ in range(KILL_ROUNDS):
-        pid = int(mounted.status()["pid"])
-        fd = os.pidfd_open(pid)
-        stop = threading.Event()
-        threads = [threading.Thread(target=one, args=(stop,)) for one in (load.write, load.make_snapshots)]
-        for thread in threads:
-            thread.start()
-        stop.wait(load.random.uniform(0.002, 0.12))
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-        for thread in threads:
-            thread.join()
-        wait_for_end(fd)
-        run("umount", "--lazy", mounted.path)
-        home = open_home(str(mounted.pool))
-        report = check_pool(home, str(mounted.pool), embedded_device_opener(home))
-        home.close()
-        assert report.is_clean, json.dumps(report.to_json())
-        mounted.mount()
-        load.verify()
-    assert load.snapshot_number > KILL_ROUNDS / 2 and load.number > KILL_ROUNDS
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_at_random_points(mounted: Mounted, seed: int) -> None:
+    Kills(mounted, seed).rounds(25)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
