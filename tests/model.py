@@ -41,9 +41,13 @@ class ModelVolume:
     def synced(self) -> None:
         self.versions = [bytes(self.data)]
 
-    def adopt(self, found: bytes) -> None:
-        """After a power cut: each sector is one of its versions; what is found is the truth from now on."""
-        assert len(found) in {len(version) for version in self.versions}
+    def adopt(self, found: bytes, *, exact_size: bool = True) -> None:
+        """After a power cut: each sector is one of its versions; what is found is the truth from now on.
+
+        The kernel hands its pages over in pieces, between which a file has a size of its own: then not ``exact_size``.
+        """
+        sizes = {len(version) for version in self.versions}
+        assert len(found) in sizes if exact_size else min(sizes) <= len(found) <= max(sizes), (len(found), sizes)
         for start in range(0, len(found), SECTOR):
             piece = found[start : start + SECTOR]
             allowed = {version[start : start + len(piece)].ljust(len(piece), b"\0") for version in self.versions}

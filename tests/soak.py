@@ -19,6 +19,7 @@ from .model import explore
 from .powercut import try_power_cuts
 from .powerloss import lose_power_under_clients
 from .races import race
+from .realmodel import explore_a_mount
 
 WORKLOAD_OPERATIONS = 20
 
@@ -39,6 +40,11 @@ def model(seed: int) -> int:
     """A thousand random sequences of operations against the model, with power cuts among them."""
     explore(seed, 1000, in_threads=seed % 4 == 0)
     return 1000
+
+
+def mount(seed: int) -> int:
+    """A hundred random sequences of system calls and commands on a real mount against the model, kills among them."""
+    return explore_a_mount(seed, 100)
 
 
 def faults(seed: int) -> int:
@@ -81,6 +87,7 @@ ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "faults": (faults, "faults"),
     "fuzz": (fuzz, "inputs"),
     "model": (model, "examples"),
+    "mount": (mount, "examples"),
     "kills": (kills, "kills"),
     "clients": (clients, "databases looked at"),
 }
