@@ -7,6 +7,7 @@ after a power cut hold what was acknowledged.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from snapfs.errors import SnapfsError
 from snapfs.pool import Pool
 from snapfs.status import pool_status
 
-from .harness import Running, World
+from .harness import Running, World, without_threads
 from .model import Runner
 from .powercut import OBJECT, PAGE, Mark, State, found_in
 
@@ -61,7 +62,8 @@ WORKLOAD: list[tuple] = [
 IN_PLACE = {b"b"}
 RARE_KINDS = ("open", "create", "remove", "sync_names", "names", "punch", "truncate", "try_read")
 OFTEN_KINDS = ("write", "sync", "read")
-CODES = (errno.EIO, errno.ENOSPC)
+CODES = (errno.EIO, errno.ENOSPC, errno.EINTR)
+DELAY_S = 10.0
 PLANS: tuple[Callable[[int], CrashPlan], ...] = (
     lambda seed: CrashPlan(seed, 0.0),
     lambda seed: CrashPlan(seed, 1.0, 0.0, newest=True),
@@ -108,6 +110,37 @@ def _after_power_cut(world: World, plan: CrashPlan) -> dict[str, MemoryDevice]:
     return {**found, "home": _memory(world.home).crash(plan), "outside": _memory(world.outside).crash(plan)}
 
 
+class Delay:
+    """A hook that has the n-th call of a kind take long."""
+
+    def __init__(self, kind: str, nth: int, clock: trio.testing.MockClock) -> None:
+        self._kind = kind
+        self._remaining = nth
+        self._clock = clock
+        self._holds_up_all = nth % 2 == 0
+        self._is_due = False
+        self.failed_count = 0
+
+    def __call__(self, kind: str, name: str) -> None:
+        """Be asked before a call."""
+        if kind != self._kind:
+            return
+        self._remaining -= 1
+        if self._remaining:
+            return
+        self.failed_count += 1
+        if self._holds_up_all:
+            self._clock.jump(DELAY_S)
+        else:
+            self._is_due = True
+
+    async def sleep(self) -> None:
+        """Behind the work of a thread: it takes long, if it was that call's."""
+        if self._is_due:
+            self._is_due = False
+            await trio.sleep(DELAY_S)
+
+
 @dataclass(slots=True)
 class Switch:
     """A hook that can be turned off: the cause is gone."""
@@ -151,10 +184,23 @@ class Faults:
     def strike(self, hook: FailNth, seed: int = 0) -> bool:
         """One run; whether the fault was met. Fails when what is left is not allowed."""
         clock = trio.testing.MockClock()
-        trio.run(self._run, hook, seed, clock, clock=clock)
+        with without_threads(seed) if seed % 2 else contextlib.nullcontext():
+            trio.run(self._run, hook, seed, clock, clock=clock)
         return hook.failed_count > 0
 
-    async def _run(self, hook: FailNth, seed: int, clock: trio.testing.MockClock) -> None:
+    def delay(self, kind: str, nth: int) -> bool:
+        """One run in which a call takes ten seconds; whether it was met. Fails unless all goes well, only later.
+
+        Of two calls one holds up the whole event loop, as those do that it makes itself, and the other a thread.
+        """
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        delay = Delay(kind, nth, clock)
+        with without_threads(nth, delay.sleep):
+            mark = trio.run(self._run, delay, nth, clock, clock=clock)
+        assert mark.what == ("sync",) and mark.before is mark.after, f"{mark.what} failed"
+        return delay.failed_count > 0
+
+    async def _run(self, hook: FailNth | Delay, seed: int, clock: trio.testing.MockClock) -> Mark:
         world = World.found({where: one.crash(_ALL) for where, one in self._base.items()})
         switch = Switch(hook)
         world.devices = {where: FaultyDevice(one, switch) for where, one in world.devices.items()}
@@ -170,6 +216,7 @@ class Faults:
         if is_open:
             _abandon(runner.running.pool)
         await _judge_what_is_left(images, mark)
+        return mark
 
     async def _until_it_strikes(self, runner: Runner) -> tuple[Mark, bool]:
         """What was under way when the workload ended, and whether the pool is open then."""
@@ -247,13 +294,26 @@ async def _judge_what_is_left(images: Mapping[str, MemoryDevice], mark: Mark) ->
 
 def countdown(faults: Faults, kind: str, code: int, times: int, *, first: int = 1, step: int = 1) -> int:
     """Fail the ``first`` call, then each ``step``-th after it, until a run meets no fault; how many there were."""
-    nth, count = first, 0
+    return _count(
+        lambda nth: faults.strike(FailNth(kind, nth, code, times=times), nth),
+        f"{kind} fails with {os.strerror(code)}, {times} times",
+        first,
+        step,
+    )
+
+
+def countdown_of_delays(faults: Faults, kind: str, *, first: int = 1, step: int = 1) -> int:
+    """Hold up the ``first`` call, then each ``step``-th after it, until a run meets no delay; how many there were."""
+    return _count(lambda nth: faults.delay(kind, nth), f"{kind} takes long", first, step)
+
+
+def _count(strike: Callable[[int], bool], what: str, first: int, step: int) -> int:
+    nth = first
     while True:
         try:
-            was_met = faults.strike(FailNth(kind, nth, code, times=times), nth)
+            was_met = strike(nth)
         except BaseException as error:
-            raise AssertionError(f"{kind} number {nth} fails with {os.strerror(code)}, {times} times") from error
+            raise AssertionError(f"number {nth}: {what}") from error
         if not was_met:
-            return count
-        count += 1
+            return len(range(first, nth, step))
         nth += step

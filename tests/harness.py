@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
@@ -174,8 +174,11 @@ async def everything_is_proven(pool: Pool) -> None:
 
 
 @contextmanager
-def without_threads(seed: int) -> Iterator[None]:
-    """The work of threads is done in the scheduler, some steps later, as a seed decides."""
+def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None = None) -> Iterator[None]:
+    """The work of threads is done in the scheduler, some steps later, as a seed decides.
+
+    ``after_each`` is awaited behind each call, before it returns to who made it.
+    """
     rng = random.Random(f"{seed} threads")
 
     async def run_sync(call: Callable[..., object], *args: object, **options: object) -> object:
@@ -188,6 +191,8 @@ def without_threads(seed: int) -> Iterator[None]:
             finally:
                 for _ in range(rng.randrange(3)):
                     await trio.lowlevel.checkpoint()
+                if after_each is not None:
+                    await after_each()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trio.to_thread, "run_sync", run_sync)

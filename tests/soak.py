@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 
 from .damage import Damages, judge_damage
-from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown
+from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown, countdown_of_delays
 from .fuzz import fuzz_commands, fuzz_readers
 from .kills import kill_at_random_points
 from .model import explore
@@ -48,13 +48,10 @@ def mount(seed: int) -> int:
 
 
 def faults(seed: int) -> int:
-    """Every call to a device of one workload fails, one after the other."""
-    return sum(
-        countdown(Faults(), kind, code, times)
-        for kind in (*RARE_KINDS, *OFTEN_KINDS)
-        for code in CODES
-        for times in TIMES
-    )
+    """Every call to a device of one workload fails, or takes ten seconds, one after the other."""
+    kinds = (*RARE_KINDS, *OFTEN_KINDS)
+    failed = sum(countdown(Faults(), kind, code, times) for kind in kinds for code in CODES for times in TIMES)
+    return failed + sum(countdown_of_delays(Faults(), kind) for kind in kinds)
 
 
 def damage(seed: int) -> int:

@@ -1,4 +1,4 @@
-"""Calls to devices that fail: once, and until the cause is gone. ``contrib/soak faults`` has every one of them fail."""
+"""Calls to devices that fail, once or until the cause is gone, or take long; ``contrib/soak faults`` has each do so."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, M
 from snapfs.database import Database
 from snapfs.errors import UnreadableError
 
-from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, Switch, countdown
+from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, Switch, countdown, countdown_of_delays
 
-STEP = 9
+STEP = 13
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,11 @@ def test_each_rare_call_fails_once(faults: Faults, kind: str) -> None:
 def test_some_calls_of_each_kind_fail(faults: Faults, kind: str, code: int, times: int) -> None:
     first = 1 + (OFTEN_KINDS.index(kind) + 5 * CODES.index(code) + 11 * TIMES.index(times)) % STEP
     assert countdown(faults, kind, code, times, first=first, step=STEP) > 3
+
+
+@pytest.mark.parametrize("kind", ["write", "sync", "read", "sync_names", "try_read"])
+def test_calls_that_take_ten_seconds_only_hold_things_up(faults: Faults, kind: str) -> None:
+    assert countdown_of_delays(faults, kind, first=1 + len(kind) % 3, step=STEP) > 1
 
 
 # -- a commit that failed --------------------------------------------------------------------
