@@ -10,6 +10,7 @@ import trio
 from .catalog import Catalog
 from .formats import CatalogBatch, VersionRow, VolumeRow
 from .pending import PendingCalls
+from .tasks import in_thread
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class CatalogAccess:
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
         with self._pending.running(self.WHERE, call):
-            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+            return await in_thread(call, *args, limiter=self._limiter)
 
     async def save(self, volumes: Iterable[Recorded], make_batch: Callable[[], CatalogBatch] = CatalogBatch) -> None:
         """Commit what is unsaved of these volumes, with the rows of a batch.

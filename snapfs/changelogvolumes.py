@@ -21,7 +21,7 @@ from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescri
 from .geometry import BLOCK_SHIFT
 from .placement import Placement, Quota
 from .processor import Processor
-from .tasks import Wakeup
+from .tasks import Wakeup, in_thread
 from .traits import TraitsTable
 from .units import check_name, show_name
 
@@ -120,7 +120,7 @@ class ChangeLogVolumes:
                         if path in known:
                             raise ExistsError(f"{path} is a device of the pool already", "Give an empty directory")
                         device_id = next_device_id + len(opened)
-                        opened[device_id] = await trio.to_thread.run_sync(self._prepare_device, path, device_id)
+                        opened[device_id] = await in_thread(self._prepare_device, path, device_id)
                     row = ChangeLogVolumeRow(changelog_id, name, capacity_bytes, int(frees_oldest))
                     rows = [
                         (device_id, path, changelog_id)

@@ -85,6 +85,12 @@ class NoSpaceError(SnapfsError):
     errno = errno.ENOSPC
 
 
+class NoMemoryError(SnapfsError):
+    """The daemon may have no more memory or threads. Nothing was begun; it is tried again when there is some."""
+
+    errno = errno.ENOMEM
+
+
 class SyncFailedError(SnapfsError):
     """A sync failed, so what was written since the last success may be lost.
 

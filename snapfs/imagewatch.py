@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-import trio
-
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, CatalogBatch, VolumeTraits
 from .making import source_mtime_ns
 from .placement import Placement
+from .tasks import in_thread
 from .traits import TraitsTable
 
 
@@ -32,7 +31,7 @@ class ImageWatch:
         written is compared.
         """
         for row in self._with_image():
-            found = await trio.to_thread.run_sync(self._look_at, row)
+            found = await in_thread(self._look_at, row)
             if isinstance(found, SnapfsError):
                 self._events.note("image-missing", logging.ERROR, path=row.source_path, reason=str(found))
             elif found != row and not (after_crash and row.change_mode == COPY_ON_WRITE):
@@ -47,7 +46,7 @@ class ImageWatch:
     async def note(self) -> None:
         """Before closing, with everything written: note what images are like that are written over."""
         found = [
-            await trio.to_thread.run_sync(self._look_at, row)
+            await in_thread(self._look_at, row)
             for row in self._with_image()
             if row.change_mode == COPY_ON_WRITE
         ]

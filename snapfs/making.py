@@ -27,6 +27,7 @@ from .formats import (
 from .geometry import BLOCKS_PER_OBJECT, OBJECT_SIZE, Epoch, VolumeId, blocks_of, object_count
 from .placement import OpenImage, Placement
 from .processor import Processor
+from .tasks import in_thread
 from .units import show_name
 from .volume import Volume
 from .volumes import VolumeTable
@@ -154,7 +155,7 @@ class VolumeMaker:
                 file.close()
 
         try:
-            real, size_bytes, mtime_ns = await trio.to_thread.run_sync(look)
+            real, size_bytes, mtime_ns = await in_thread(look)
         except FileNotFoundError:
             raise NotFoundError(f"there is no image {path}", "Give the path of a raw image or a block device") from None
         except OSError as error:

@@ -25,13 +25,14 @@ from .fuse.namespace import Namespace
 from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
-from .tasks import Wakeup
+from .tasks import Wakeup, kept_up
 from .volume import Volume
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = b"-500"
+_STOP_S = 10.0
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
 WORKERS_MAX = 256
@@ -139,6 +140,7 @@ class _Mount:
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
+        self._session = loop.enable()
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
 
     async def _forget_pages(self, volumes: Sequence[Volume]) -> None:
@@ -155,12 +157,13 @@ class _Mount:
         await self._own_mount.resize(name, size_bytes)
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        loop.enable()
         await self._own_mount.start()
         try:
             await self._serve(ready)
         finally:
             await self._own_mount.stop()
+        if self._session.failure is not None:
+            raise self._session.failure
 
     async def _serve(self, ready: Callable[[], None]) -> None:
         try:
@@ -182,7 +185,7 @@ class _Mount:
                 nursery.start_soon(self._tell_when_ready, ready)
                 nursery.start_soon(self._tell_cuts)
                 if "ro" not in self._options:
-                    nursery.start_soon(self._pool.scheduler.run)
+                    nursery.start_soon(kept_up, self._pool.scheduler.run, self._pool.note_no_memory)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
                 nursery.cancel_scope.cancel()
         finally:
@@ -226,6 +229,9 @@ class _Mount:
             except OSError as failed:
                 _log.error("the kernel could not write all back: %s", failed)
             pyfuse3.terminate()
+            # What does not end by then may wait for the mount itself.
+            await trio.sleep(_STOP_S)
+            self._session.abort()
 
 
 def _forget_pages(inode: int) -> None:

@@ -60,7 +60,7 @@ from .shardstate import EpochClock
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
 from .snapshots import SnapshotTable
-from .tasks import Wakeup, side_by_side
+from .tasks import Wakeup, in_thread, kept_up, side_by_side
 from .traits import TraitsTable
 from .units import iso_time
 from .volumes import VolumeTable
@@ -348,13 +348,14 @@ class Pool:
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
         async with trio.open_nursery() as nursery:
-            for processor in self.processors:
-                nursery.start_soon(processor.run)
-            nursery.start_soon(self._sync_periodically)
-            nursery.start_soon(self.reclaimer.run)
-            nursery.start_soon(self.freer.run)
-            nursery.start_soon(self.sealer.run)
-            nursery.start_soon(self.damage_teller.run)
+            tasks = [processor.run for processor in self.processors]
+            tasks += [self._sync_periodically, self.reclaimer.run, self.freer.run, self.sealer.run]
+            for task in (*tasks, self.damage_teller.run):
+                nursery.start_soon(kept_up, task, self.note_no_memory)
+
+    def note_no_memory(self) -> None:
+        """Tell that a task found no memory, and begins again."""
+        self.events.note("out-of-memory", logging.ERROR)
 
     async def _sync_periodically(self) -> None:
         while True:
@@ -419,7 +420,7 @@ def _as_tuple(space: Space) -> tuple[int, int, int, int]:
 async def running_pool(home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> AsyncIterator[Pool]:
     """A pool over any devices, open and with its tasks running. ``home`` is closed with it."""
     try:
-        pool = await trio.to_thread.run_sync(Pool.open, home, where, open_device, purpose)
+        pool = await in_thread(Pool.open, home, where, open_device, purpose)
         try:
             await pool.recover()
             failure: Exception | None = None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import trio
-
 from .backends import Device
 from .errors import NoSpaceError
 from .formats import RESERVE_FILE
+from .tasks import in_thread
 
 RESERVE_BYTES_MAX = 16 << 20
 _SHARE = 64
@@ -63,13 +62,13 @@ class Reserve:
         except NoSpaceError:
             if self.is_spent:
                 raise
-            await trio.to_thread.run_sync(self._spend)
+            await in_thread(self._spend)
             await call()
 
     async def refill(self) -> None:
         """Set the room aside again if it was given up and there is some now."""
         if self.is_spent and self._home.space().free_bytes > 2 * RESERVE_BYTES_MAX:
             try:
-                await trio.to_thread.run_sync(self.fill)
+                await in_thread(self.fill)
             except OSError:
                 self.is_spent = True

@@ -13,6 +13,7 @@ from .formats import CopyRow
 from .geometry import VolumeId
 from .pending import PendingCalls
 from .shardstore import ShardStore
+from .tasks import in_thread
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class ShardAccess:
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Run a blocking call in a thread. It is not cancelled halfway."""
         with self._pending.running(self.where, call):
-            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
+            return await in_thread(call, *args, limiter=self._limiter)
 
     @property
     def is_stuck(self) -> bool:

@@ -8,7 +8,11 @@ from typing import TypeVar
 import outcome
 import trio
 
+from .errors import NoMemoryError
+
 T = TypeVar("T")
+
+NO_MEMORY_RETRY_S = 1.0
 
 
 class Wakeup:
@@ -25,6 +29,37 @@ class Wakeup:
         """Wait for a :meth:`set`."""
         await self._event.wait()
         self._event = trio.Event()
+
+
+async def in_thread(call: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None) -> T:
+    """Run a blocking call in a thread. It is not cancelled halfway.
+
+    Raises:
+        NoMemoryError: there is no memory for a thread, or no more are allowed; the call was not begun.
+    """
+    has_begun = False
+
+    def run() -> T:
+        nonlocal has_begun
+        has_begun = True
+        return call(*args)
+
+    try:
+        return await trio.to_thread.run_sync(run, limiter=limiter)
+    except RuntimeError as error:
+        if has_begun:
+            raise
+        raise NoMemoryError(str(error), "Allow the daemon more memory and threads") from error
+
+
+async def kept_up(task: Callable[[], Awaitable[None]], on_no_memory: Callable[[], None]) -> None:
+    """Run a task; when it ends for want of memory, say so and begin it again a little later."""
+    while True:
+        try:
+            return await task()
+        except MemoryError:
+            on_no_memory()
+            await trio.sleep(NO_MEMORY_RETRY_S)
 
 
 async def side_by_side(calls: Iterable[Callable[[], Awaitable[object]]]) -> None:

@@ -9,12 +9,22 @@ to the scheduler only every 16th time in a row that a request was there already.
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import select
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 
 import pyfuse3
 import trio
 
+from ..errors import NoMemoryError
+from ..tasks import NO_MEMORY_RETRY_S
+
+_log = logging.getLogger("snapfs")
 REQUESTS_A_TURN = 16
 
 
@@ -49,12 +59,14 @@ class _LowLevel:
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
     def __init__(self) -> None:
+        self.session_fd: int | None = None
         self._poll: select.poll | None = None
         self._in_a_row = 0
 
     async def wait_readable(self, fd: int) -> None:
         """Wait until a request is there."""
         if self._poll is None:
+            self.session_fd = fd
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
         if not self._poll.poll(0):
@@ -67,21 +79,78 @@ class _LowLevel:
             await trio.lowlevel.checkpoint()
 
 
-class _Trio:
-    """Stands for ``trio`` in pyfuse3's eyes."""
+class _Nursery:
+    """Starts pyfuse3's workers, and sees to those that find no memory.
+
+    As long as a request is not read it stays with the kernel, and is asked for again later. One that was read can
+    then not be answered: so that nobody waits for it for ever, the session ends.
+    """
+
+    def __init__(self, nursery: trio.Nursery, end: Callable[[NoMemoryError], None]) -> None:
+        self._nursery = nursery
+        self._end = end
+
+    def start_soon(self, worker: Callable[..., Awaitable[None]], *args: object, name: object = None) -> None:
+        """Start a worker."""
+        self._nursery.start_soon(self._run, partial(worker, *args), name=name)
+
+    async def _run(self, worker: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                return await worker()
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+            except MemoryError:
+                return self._end(
+                    NoMemoryError(
+                        "there was no memory for a request that had come, which can not be answered any more",
+                        "Allow the daemon more memory, and mount again; what was synced is there",
+                    )
+                )
+            _log.error("there is no memory for a request; trying again")
+            await trio.sleep(NO_MEMORY_RETRY_S)
+
+
+class SessionLoop:
+    """Stands for ``trio`` in pyfuse3's eyes. ``failure`` is why the session ended, if it had to."""
 
     Lock = _Lock
     ClosedResourceError = trio.ClosedResourceError
-    open_nursery = staticmethod(trio.open_nursery)
     from_thread = trio.from_thread
 
     def __init__(self) -> None:
         self.lowlevel = _LowLevel()
+        self.failure: NoMemoryError | None = None
+
+    @asynccontextmanager
+    async def open_nursery(self) -> AsyncIterator[_Nursery]:
+        """Where the workers run."""
+        async with trio.open_nursery() as nursery:
+            yield _Nursery(nursery, self._end)
+
+    def _end(self, failure: NoMemoryError) -> None:
+        self.failure = failure
+        pyfuse3.terminate()
+        self.abort()
+
+    def abort(self) -> None:
+        """Have the kernel fail all requests, for those that will not be answered; after ``pyfuse3.terminate``.
+
+        A handler may wait for a process that waits for the mount. The connection ends when its descriptor is closed,
+        which libfuse does last of all: so another file takes the descriptor's place.
+        """
+        if self.lowlevel.session_fd is not None:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(null, self.lowlevel.session_fd, inheritable=False)
+            os.close(null)
 
 
-def enable() -> None:
+def enable() -> SessionLoop:
     """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``."""
-    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]
+    loop = SessionLoop()
+    pyfuse3.trio = loop  # type: ignore[attr-defined]
+    return loop
 
 
 def disable() -> None:

@@ -38,6 +38,8 @@ def _to_errno(error: BaseException) -> FUSEError:
         if error.errno == errno.EIO:
             _log.error("%s", error)
         return FUSEError(error.errno)
+    if isinstance(error, MemoryError):
+        return FUSEError(errno.ENOMEM)
     _log.error("a request failed in an unforeseen way", exc_info=error)
     return FUSEError(errno.EIO)
 

@@ -20,6 +20,7 @@ import trio
 
 from ..errors import NotFoundError, SnapfsError
 from ..geometry import VolumeId
+from ..tasks import in_thread
 from ..units import show_name
 from ..volume import Volume
 from . import helper
@@ -124,7 +125,7 @@ class OwnMount:
         """After a rollback: the kernel is to keep nothing of what these files were, their sizes included."""
         for volume in volumes:
             # In a thread: it waits for pages that are being read, which are answered meanwhile.
-            await trio.to_thread.run_sync(self._invalidate, volume.file_id)
+            await in_thread(self._invalidate, volume.file_id)
             with contextlib.suppress(FileNotFoundError):
                 times = (volume.atime_ns, volume.mtime_ns)
                 await self._call("set_size_and_times", self._path_of(volume.file_id), volume.size_bytes, *times)

@@ -6,8 +6,6 @@ import re
 import time
 from collections.abc import Mapping
 
-import trio
-
 from ..errors import BadCommandError, NoSpaceError
 from ..geometry import BLOCK_SIZE
 from ..pool import Pool
@@ -15,6 +13,7 @@ from ..smallest import smallest_choice
 from ..snapshot import Snapshot
 from ..snapshots import check_not_held
 from ..status import snapshot_entries_with_space, snapshot_entry
+from ..tasks import in_thread
 from ..units import format_size, parse_moment, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction
 
@@ -112,7 +111,7 @@ async def _reclaim(context: CommandContext, command: Command) -> Answer:
     await pool.reclaimer.reclaim_all()
     account = await pool.snapshots.account()
     free_to_go = {int(one.instant): one for one in pool.snapshots.by_id.values() if not one.hold_tags and not one.opens}
-    choice = await trio.to_thread.run_sync(smallest_choice, account, list(free_to_go), -(-need_bytes // BLOCK_SIZE))
+    choice = await in_thread(smallest_choice, account, list(free_to_go), -(-need_bytes // BLOCK_SIZE))
     if choice is None:
         most = account.freed_blocks(list(free_to_go)) * BLOCK_SIZE
         raise NoSpaceError(
