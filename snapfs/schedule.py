@@ -162,9 +162,13 @@ def _period(created_ns: int, unit: str) -> object:
 
 
 def to_delete(keep: Iterable[Keep], snapshots: Iterable[_T], created_ns_of: Callable[[_T], int]) -> list[_T]:
-    """Which of a schedule's snapshots no rule keeps, oldest first; without rules none."""
+    """Which of a schedule's snapshots, given in the order in which they were made, no rule keeps; without rules none.
+
+    The order decides which is the newest, and not the time: when the clock was set back, what is made then is not to
+    go for older ones with later times.
+    """
     rules = list(keep)
-    newest_first = sorted(snapshots, key=created_ns_of, reverse=True)
+    newest_first = list(snapshots)[::-1]
     if not rules:
         return []
     kept: set[int] = set()
