@@ -150,14 +150,12 @@ class Reclaimer:
         # The lock keeps out those that are being made, which are not among the volumes yet.
         async with self._volumes.lock:
             kept = await self._catalog.ask(self._catalog.catalog.version_volume_ids)
-            idle = [
+            gone = [
                 one
                 for one in self._traits.rows
-                if one not in kept
-                and one not in self._volumes.by_id
-                and one not in self._volumes.removed
-                and not self._traits.is_origin(one)
+                if one not in kept and one not in self._volumes.by_id and one not in self._volumes.removed
             ]
+            idle = [one for one in gone if not self._traits.is_origin(one)]
             if idle:
                 for processor in self._processors:
                     for one in idle:
@@ -165,6 +163,34 @@ class Reclaimer:
                 await self._catalog.save([], lambda: CatalogBatch(dropped_traits=idle))
                 for one in idle:
                     self._traits.drop(one)
+            for one in gone:
+                if one not in idle:
+                    await self._leave_out(one)
+
+    async def _leave_out(self, volume_id: VolumeId) -> None:
+        """Have the clones of a volume descend from its origin, if nothing of it is left that they could name.
+
+        Each rollback makes a volume descend from the one before: without this, lines would only ever get longer.
+        """
+        clones = self._traits.clones_of(volume_id)
+        if any(row.inherits for row in clones):
+            return
+        for processor in self._processors:
+            if await processor.access.ask(processor.access.store.has_anything_of, volume_id):
+                return
+        origin = self._traits.get(volume_id)
+        moved = [
+            row._replace(
+                origin_id=origin.origin_id,
+                origin_instant=origin.origin_instant,
+                origin_snapshot_id=origin.origin_snapshot_id,
+            )
+            for row in clones
+        ]
+        await self._catalog.save([], lambda: CatalogBatch(traits=moved, dropped_traits=[volume_id]))
+        for row in moved:
+            self._traits.put(row)
+        self._traits.drop(volume_id)
 
     async def _idle_versions(self, low: int, high: int) -> list[tuple[VolumeId, Epoch]]:
         """Kept attributes with instants from ``low`` up to ``high`` that no snapshot needs."""

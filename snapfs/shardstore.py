@@ -165,6 +165,11 @@ class ShardStore:
             is not None
         )
 
+    def has_anything_of(self, volume_id: VolumeId) -> bool:
+        """Whether a volume has a map, a copy of one, or a change log here."""
+        tables = " UNION ALL ".join(f"SELECT 1 FROM {one} WHERE volume_id = ?1" for one in ("maps", "copies", "logs"))
+        return self.database.row(f"{tables} LIMIT 1", (volume_id,)) is not None
+
     def candidates(self, pair_count_max: int) -> list[tuple[int, CandidateRow]]:
         """All candidates of some objects in some logs, each with the number of its row."""
         rows = self.database.rows(

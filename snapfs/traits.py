@@ -88,6 +88,10 @@ class TraitsTable:
             row = self.rows.get(row.origin_id)
         return found
 
+    def clones_of(self, volume_id: VolumeId) -> list[VolumeTraits]:
+        """The volumes that were cloned from it, snapshots' volumes among them."""
+        return [row for row in self.rows.values() if row.origin_id == volume_id]
+
     def is_origin(self, volume_id: VolumeId) -> bool:
         """Whether a clone was made of it that is still known."""
         return volume_id in self._shared_until

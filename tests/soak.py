@@ -6,6 +6,8 @@ Each line tells a seed and what was done with it; the first failure ends it, and
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ import trio
 from .damage import Damages, judge_damage
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, countdown, countdown_of_delays
 from .fuzz import fuzz_commands, fuzz_readers
+from .growth import work_for_long
 from .kills import kill_at_random_points
 from .model import explore
 from .powercut import try_power_cuts
@@ -45,6 +48,11 @@ def model(seed: int) -> int:
 def mount(seed: int) -> int:
     """A hundred random sequences of system calls and commands on a real mount against the model, kills among them."""
     return explore_a_mount(seed, 100)
+
+
+def growth(seed: int) -> int:
+    """Ten thousand rounds of everything on a real mount, whose daemon must not grow."""
+    return work_for_long(seed, 10_000)
 
 
 def faults(seed: int) -> int:
@@ -85,6 +93,7 @@ ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "fuzz": (fuzz, "inputs"),
     "model": (model, "examples"),
     "mount": (mount, "examples"),
+    "growth": (growth, "rounds"),
     "kills": (kills, "kills"),
     "clients": (clients, "databases looked at"),
 }
@@ -98,6 +107,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
     parser.add_argument("--count", type=int, help="stop when so many were tried; without it go on until stopped")
     options = parser.parse_args()
+    # Stopped by a signal, an attack still takes away what it mounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     attack, unit = ATTACKS[options.kind]
     seed, total, started = options.seed, 0, time.monotonic()
     while options.count is None or total < options.count:

@@ -349,3 +349,30 @@ async def test_blocks_of_zeros_become_holes() -> None:
         assert (await read_snapshot(pool, pool.snapshots.get(b"s"), b"v"))[: 10 * BLOCK] == b"1" * 10 * BLOCK
     assert allocated_blocks(world) == 10 + 1
     world.check_clean()
+
+
+async def test_many_rollbacks_leave_no_long_line() -> None:
+    """Each makes the volume a clone of the one before, of which nothing is left in the end."""
+    world = World(2, 1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"a")
+        for number in range(40):
+            async with pool.volumes.opened(b"a") as volume:
+                await volume.write(number % 3 * 4096, bytes([number + 1]) * 4096)
+            await pool.snapshots.create(b"s")
+            async with pool.volumes.opened(b"a") as volume:
+                await volume.write(0, b"x" * 9000)
+            expected = await read_snapshot(pool, pool.snapshots.get(b"s"), b"a")
+            undo = await pool.clones.rollback(b"s", None)
+            assert undo.name is not None
+            for name in (undo.name, b"s"):
+                await pool.snapshots.delete(name)
+            await pool.reclaimer.reclaim_all()
+            assert await read_volume(pool, b"a") == expected
+        # Those that three blocks lie in at most, and the live one.
+        assert len(pool.volumes.traits.rows) <= 4
+        await pool.reclaimer.reclaim_all()
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"a") == expected
+        assert len(pool.volumes.traits.rows) <= 4
+    world.check_clean()

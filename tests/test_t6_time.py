@@ -1,4 +1,4 @@
-"""Clocks that jump, and a daemon that stands still for a while, on a real mount."""
+"""Clocks that jump, a daemon that stands still for a while, and one that works for long; on a real mount."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Mounted, snapfs, wait_until
+from .growth import work_for_long
 
 pytestmark = pytest.mark.mount
 
@@ -81,6 +82,10 @@ def test_a_daemon_that_stood_still_goes_on(mounted: Mounted) -> None:
     writer.join()
     assert (mounted.snapshots / "s" / "v").read_bytes() == b"during"
     assert mounted.status()["health"] == "ok"
+
+
+def test_a_daemon_at_work_does_not_grow() -> None:
+    assert work_for_long(1, 400) == 400
 
 
 def waits_for_the_mount(thread: threading.Thread) -> bool:
