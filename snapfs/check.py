@@ -255,9 +255,11 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
 
 @dataclass(slots=True)
 class _NamedBlocks:
-    """Blocks of one log that maps and copies name: by object, as a bit mask."""
+    """Blocks of one log that maps and copies name: by object, as a bit mask; and whose maps those are."""
 
     masks: dict[int, int] = field(default_factory=dict)
+    live: set[VolumeId] = field(default_factory=set)
+    kept: set[VolumeId] = field(default_factory=set)
     count: int = 0
 
 
@@ -349,16 +351,23 @@ class _ShardCheck:
                 severity = NOTE if is_due or deleting else LEAK
                 self.report.add(severity, where, f"the copy of instant {copy.instant} is for no snapshot")
             covered = copy.instant
-            self._name_blocks(where, copy.block_map, object_index, volume_id, copy.epoch)
+            self._name_blocks(where, copy.block_map, object_index, volume_id, copy.epoch, is_live=False)
         if live is not None:
             if snapshots.holds(volume_id, covered + 1, live.epoch - 1):
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before epoch {live.epoch}")
-            self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch)
+            self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch, is_live=True)
             if volume is None and volume_id not in self.context.removed:
                 self.report.add(LEAK, where, "it has a live map, but the catalog knows no such volume")
 
     def _name_blocks(
-        self, where: str, block_map: blockmap.BlockMap, object_index: int, volume_id: VolumeId, epoch: int
+        self,
+        where: str,
+        block_map: blockmap.BlockMap,
+        object_index: int,
+        volume_id: VolumeId,
+        epoch: int,
+        *,
+        is_live: bool,
     ) -> None:
         for block, count, log_id in blockmap.all_runs(block_map):
             if log_id == blockmap.HOLE:
@@ -374,6 +383,7 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"a map of epoch {epoch} names log {log_id} of {log.epoch}")
             named = self.named.setdefault(log_id, _NamedBlocks())
             named.masks[object_index] = named.masks.get(object_index, 0) | ((1 << count) - 1) << block
+            (named.live if is_live else named.kept).add(volume_id)
 
     def _check_end(self, volume_id: VolumeId, row: MapRow) -> None:
         volume = self.context.volumes.get(volume_id)
@@ -475,7 +485,21 @@ class _ShardCheck:
             if log.volume_id in self.context.volumes and not self.context.has_image(traits.source_path):
                 self.report.add(DAMAGE, where, f"the image {traits.source_path} cannot be opened")
         elif device is None or not _has_file(device, name):
-            self.report.add(DAMAGE, where, f"its file {name} is missing")
+            losers = self._losers(self.named.get(log.log_id, _NamedBlocks()))
+            self.report.add(DAMAGE, where, f"its file {name} is missing{losers}")
+
+    def _losers(self, named: _NamedBlocks) -> str:
+        """Who loses data with a log, in words."""
+        users = [
+            f"{self._shown(one)}{' and its snapshots' if one in named.kept else ''}"
+            for one in sorted(named.live & self.context.volumes.keys())
+        ]
+        users += [f"snapshots of {self._shown(one)}" for one in sorted(named.kept - named.live)]
+        return f"; what lies there is of {', '.join(users)}" if users else ""
+
+    def _shown(self, volume_id: VolumeId) -> str:
+        volume = self.context.volumes.get(volume_id)
+        return f"a former volume {volume_id}" if volume is None else f"volume {show_name(volume.attributes.name)!r}"
 
     def _check_file(self, where: str, log: LogRow, named: _NamedBlocks, *, has_pending: bool) -> None:
         device = self.context.devices.get(log.device_id)
@@ -486,10 +510,11 @@ class _ShardCheck:
         try:
             file = device.open(name)
         except FileNotFoundError:
-            self.report.add(DAMAGE, where, f"its file {name} is missing")
+            self.report.add(DAMAGE, where, f"its file {name} is missing{self._losers(named)}")
             return
         except OSError as error:
-            self.report.add(DAMAGE, where, f"its file {name} cannot be opened: {error.strerror}")
+            reason = f"its file {name} cannot be opened: {error.strerror}"
+            self.report.add(DAMAGE, where, reason + self._losers(named))
             return
         try:
             extents = list(file.data_extents())
@@ -498,9 +523,8 @@ class _ShardCheck:
             file.close()
         missing, unnamed = _compare(self._named_ranges(named), extents)
         if missing:
-            self.report.add(
-                DAMAGE, where, f"{format_size(missing)} that maps name are not in {name} ({size_bytes} bytes)"
-            )
+            reason = f"{format_size(missing)} that maps name are not in {name} ({size_bytes} bytes)"
+            self.report.add(DAMAGE, where, reason + self._losers(named))
         if unnamed:
             # A crash leaves blocks that were written and never named; they are written over or go
             # with the log.

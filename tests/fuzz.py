@@ -6,10 +6,13 @@ and left out. Whatever comes, the answer is an answer or an error in words.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import random
+import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import trio
 
@@ -238,9 +241,38 @@ READERS: list[Callable[[random.Random], object]] = [
 ]
 
 
+GROWTH_BYTES_MAX = 24 << 20
+
+
+class Growth:
+    """What the process holds in memory, from the first quarter of a run to its end."""
+
+    def __init__(self, count: int) -> None:
+        self._first = count // 4
+        self._before = 0
+
+    def note(self, number: int) -> None:
+        """Be told of each input's number."""
+        if number == self._first:
+            self._before = resident_bytes()
+
+    def check(self) -> None:
+        """Fail when inputs left something behind."""
+        grown = resident_bytes() - self._before
+        assert grown < GROWTH_BYTES_MAX, f"{grown} bytes more after all inputs than after a quarter of them"
+
+
+def resident_bytes() -> int:
+    """The memory of this process, without what waits to be collected."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def fuzz_readers(seed: int, count: int) -> None:
     """Read ``count`` inputs; fails when one gives something other than a value or an error in words."""
+    growth = Growth(count)
     for number in range(count):
+        growth.note(number)
         rng = random.Random(f"{seed} {number}")
         try:
             rng.choice(READERS)(rng)
@@ -248,12 +280,15 @@ def fuzz_readers(seed: int, count: int) -> None:
             assert error.reason and error.errno, error
         except Exception as error:
             raise AssertionError(f"seed {seed}, input {number}") from error
+    growth.check()
 
 
 async def fuzz_commands(seed: int, count: int) -> int:
     """Write ``count`` lines to the control file of pools in memory; how many were done and not refused."""
     done = 0
+    growth = Growth(count // 200)
     for start in range(0, count, 200):
+        growth.note(start // 200)
         world = World(2, 1)
         world.make_image("/image", b"image" * 3000)
         async with open_world(world) as pool:
@@ -279,6 +314,7 @@ async def fuzz_commands(seed: int, count: int) -> int:
                 except Exception as error:
                     raise AssertionError(f"seed {seed}, input {number}: {line[:300]!r}") from error
             json.loads(b"[" + session.read(1 << 30).rstrip().replace(b"\n", b",") + b"]")
+    growth.check()
     return done
 
 

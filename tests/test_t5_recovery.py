@@ -1,0 +1,127 @@
+"""What docs/operations.md says to do when something is wrong, done on real mounts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounted, snapfs
+
+pytestmark = pytest.mark.mount
+OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
+
+
+def test_a_device_that_is_not_there(mounts: Callable[..., Mounted], tmp_path: Path) -> None:
+    """Its filesystem is mounted again, and nothing was changed meanwhile."""
+    devices = [tmp_path / "one", tmp_path / "two"]
+    for device in devices:
+        device.mkdir()
+    mounted = mounts(*(word for device in devices for word in ("--device", device)))
+    data = os.urandom(9 << 20)
+    (mounted.path / "v").write_bytes(data)
+    mounted.snapshot("s")
+    mounted.unmount()
+    devices[1].rename(tmp_path / "elsewhere")
+    refused = snapfs("mount", mounted.pool, mounted.path, expect=1).stderr
+    assert "device 1" in refused and str(devices[1]) in refused
+    devices[1].mkdir()
+    assert "device 1" in snapfs("mount", mounted.pool, mounted.path, expect=1).stderr
+    devices[1].rmdir()
+    (tmp_path / "elsewhere").rename(devices[1])
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes() == (mounted.snapshots / "s" / "v").read_bytes() == data
+
+
+def test_a_pool_is_restored_from_a_copy(mounted: Mounted, tmp_path: Path) -> None:
+    """One file of an older copy is refused, and so is a damaged one; the whole copy is as it was."""
+    (mounted.path / "v").write_bytes(b"old" * 5000)
+    mounted.snapshot("s")
+    mounted.unmount()
+    copy = tmp_path / "copy"
+    shutil.copytree(mounted.pool, copy)
+    mounted.mount()
+    (mounted.path / "v").write_bytes(b"new" * 5000)
+    mounted.snapshot("t")
+    mounted.unmount()
+    for name in ("catalog.sqlite", "shards/0.sqlite"):
+        now = (mounted.pool / name).read_bytes()
+        shutil.copy(copy / name, mounted.pool / name)
+        assert "is an old copy" in snapfs("mount", mounted.pool, mounted.path, expect=4).stderr
+        (mounted.pool / name).write_bytes(now[:4096] + b"\xff" * 4096 + now[8192:])
+        assert "is damaged" in snapfs("mount", mounted.pool, mounted.path, expect=4).stderr
+        assert "is damaged" in snapfs("check", mounted.pool, expect=4).stdout
+        (mounted.pool / name).write_bytes(now)
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes() == b"new" * 5000
+    mounted.unmount()
+    shutil.rmtree(mounted.pool)
+    shutil.copytree(copy, mounted.pool)
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes() == b"old" * 5000
+    assert os.listdir(mounted.snapshots) == ["s"]
+
+
+def test_a_change_log_that_is_lost(mounted: Mounted) -> None:
+    """What lay in it cannot be read, and check says of which volumes that is; all else can be copied out."""
+    (mounted.path / "before").write_bytes(b"b" * 9000)
+    (mounted.path / "v").write_bytes(b"v" * 9000)
+    mounted.snapshot("s")
+    (mounted.path / "v").write_bytes(b"w" * 9000)
+    mounted.unmount()
+    logs = [path for path in (mounted.pool / "device" / "logs").rglob("*") if path.is_file()]
+    newest = max(logs, key=lambda path: path.stat().st_mtime_ns)
+    kept = newest.read_bytes()
+    newest.unlink()
+    (found,) = json.loads(snapfs("check", mounted.pool, "--json", expect=4).stdout)["findings"]
+    assert found["severity"] == "damage" and found["what"].endswith("is missing; what lies there is of volume 'v'")
+    newest.write_bytes(kept[:4096])
+    assert "; what lies there is of volume 'v'" in snapfs("check", mounted.pool, expect=4).stdout
+    mounted.mount()
+    with pytest.raises(OSError) as caught:
+        (mounted.path / "v").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert (mounted.path / "before").read_bytes() == b"b" * 9000
+    assert (mounted.snapshots / "s" / "v").read_bytes() == b"v" * 9000
+    # Rolled back, the volume is whole again; of what was lost nothing is kept.
+    undo = mounted.ask("rollback s volume=v force=yes")["undo"]
+    assert (mounted.path / "v").read_bytes() == b"v" * 9000
+    os.rmdir(mounted.snapshots / undo)
+    mounted.remount()
+    assert (mounted.path / "v").read_bytes() == b"v" * 9000
+
+
+def test_an_image_that_is_not_there(mounted: Mounted, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"i" * 20000)
+    snapfs("create", mounted.path / "v", "--source", image)
+    (mounted.path / "other").write_bytes(b"other")
+    mounted.unmount()
+    image.rename(tmp_path / "away")
+    mounted.mount()
+    with pytest.raises(OSError) as caught:
+        (mounted.path / "v").read_bytes()
+    assert caught.value.errno == errno.ENODEV
+    assert "image-missing" in (mounted.path / ".snapfs" / "events").read_text()
+    assert (mounted.path / "other").read_bytes() == b"other"
+    (tmp_path / "away").rename(image)
+    assert (mounted.path / "v").read_bytes() == b"i" * 20000
+
+
+def test_each_procedure_is_rehearsed() -> None:
+    """Each row of the table names a test, and the test is there."""
+    text = OPERATIONS.read_text().split("## What you see", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 25
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`(test_[a-z0-9_]+)`", row.rsplit("|", 2)[1])
+        assert names, f"no test rehearses: {row[:100]}"
+        for name in names:
+            assert f"def {name}(" in tests, name
