@@ -145,11 +145,13 @@ class MemoryFile(DeviceFile):
     def reserve(self, length: int) -> None:
         """See :meth:`DeviceFile.reserve`."""
         node = self._node
-        for page in range(length // PAGE_SIZE):
-            if page not in node.pages:
-                self._device.take_page()
-                node.pages[page] = _ZEROS
-                node.note(page)
+        missing = [page for page in range(length // PAGE_SIZE) if page not in node.pages]
+        taken = self._device.take_pages(len(missing))
+        for page in missing[:taken]:
+            node.pages[page] = _ZEROS
+            node.unsynced.setdefault(page, []).append(_ZEROS)
+        if taken < len(missing):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         node.size = max(node.size, length)
 
     def data_extents(self) -> Iterator[tuple[int, int]]:
@@ -189,6 +191,13 @@ class MemoryDevice(Device):
         if self.capacity_bytes is not None and (self._used_pages + 1) * PAGE_SIZE > self.capacity_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._used_pages += 1
+
+    def take_pages(self, count: int) -> int:
+        """Count as many pages as used as there is room for; how many."""
+        if self.capacity_bytes is not None:
+            count = max(0, min(count, self.capacity_bytes // PAGE_SIZE - self._used_pages))
+        self._used_pages += count
+        return count
 
     def give_page(self) -> None:
         """Count a page as free again."""

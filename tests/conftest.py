@@ -26,7 +26,23 @@ def can_mount() -> str:
     return ""
 
 
+# The files of tests that take long, longest first.
+LONG = ("t6_real", "t3_powercut", "t6_time", "t3_damage", "t5_model", "t3_model", "t6_power", "t3_faults", "t6_others")
+
+
+def in_turn(items: list[pytest.Item], worker_count: int) -> list[pytest.Item]:
+    """The tests in an order in which each of the workers, who begin with equal parts, begins with long ones."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    ordered = sorted(items, key=rank)
+    return [item for worker in range(worker_count) for item in ordered[worker::worker_count]]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = in_turn(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     reason = can_mount()
     if reason:
         for item in items:

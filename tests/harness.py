@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
@@ -82,7 +83,10 @@ class World:
 
     def check(self) -> Report:
         """The verifier's report; fails on damage."""
-        report = check_pool(self.home, WHERE, self.open_device, self.has_image)
+        with pytest.MonkeyPatch.context() as patch:
+            if os.path.isdir("/dev/shm"):
+                patch.setattr(tempfile, "tempdir", "/dev/shm")
+            report = check_pool(self.home, WHERE, self.open_device, self.has_image)
         self.home.close()
         assert not report.is_damaged, report.findings
         return report

@@ -16,7 +16,9 @@ from .conftest import Mounted, loop_device, mounted_filesystem, run
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
-STRESSORS = ("hdd", "iomix", "rename", "dirdeep", "fallocate", "sync-file", "xattr", "aio", "seek", "copy-file", "link")
+STRESSORS = ("hdd", "iomix", "rename", "dirdeep", "fallocate", "sync-file", "aio", "seek", "copy-file", "link")
+# XFS replaces an attribute in two transactions: after a crash in between xfs_repair calls it incomplete.
+ONLY = {"ext4": ("xattr",), "xfs": ()}
 MAKE = {"ext4": ("mkfs.ext4", "-q"), "xfs": ("mkfs.xfs", "-q")}
 CHECK = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n")}
 
@@ -51,7 +53,7 @@ def copy_of(mounted: Mounted, snapshot: str, name: str, folder: Path) -> Path:
 def test_stress_on_a_filesystem_in_a_volume(mounted: Mounted, tmp_path: Path, kind: str) -> None:
     with filesystem_in(mounted.path / "disk", tmp_path / "live", kind, 400 * MIB) as live:
         command = ["stress-ng", "--temp-path", str(live), "--timeout", "8s", "--verify", "--seed", "1"]
-        command += [word for one in STRESSORS for word in (f"--{one}", "1")]
+        command += [word for one in (*STRESSORS, *ONLY[kind]) for word in (f"--{one}", "1")]
         command += ["--hdd-bytes", "24m", "--iomix-bytes", "16m", "--fallocate-bytes", "16m", "--aio-requests", "8"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stress:
             count = 0

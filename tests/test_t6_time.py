@@ -85,7 +85,7 @@ def test_a_daemon_that_stood_still_goes_on(mounted: Mounted) -> None:
 
 
 def test_a_daemon_at_work_does_not_grow() -> None:
-    assert work_for_long(1, 400) == 400
+    assert work_for_long(1, 240) == 240
 
 
 def waits_for_the_mount(thread: threading.Thread) -> bool:
