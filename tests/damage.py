@@ -16,7 +16,7 @@ from snapfs.pool import Pool
 from snapfs.scrub import verify
 
 from .faults import FaultRunner
-from .harness import WHERE, Running, World, read_snapshot, read_volume
+from .harness import WHERE, Running, World, read_snapshot, read_volume, without_threads
 from .powercut import OBJECT, PAGE, State
 
 WORKLOAD: list[tuple] = [
@@ -86,7 +86,8 @@ class Damages:
         others = [other for other in self._files if other != (where, name)]
         damage(devices, (where, name), kind, rng, others)
         outcome = Outcome(f"{kind} of {where}:{name}")
-        trio.run(self._look, World.found(devices), outcome, clock=trio.testing.MockClock())
+        with without_threads(seed):
+            trio.run(self._look, World.found(devices), outcome, clock=trio.testing.MockClock())
         return outcome
 
     async def _look(self, world: World, outcome: Outcome) -> None:

@@ -99,10 +99,15 @@ class Rollbacks:
         self.path = mounted.path / name
         self.random = rng
         self.generation = 0
-        self.begun_count = self.ended_count = self.kept_count = 0
+        self.begun_count = self.kept_count = 0
         self.may_be: list[tuple[int, ...]] = [(0,) * len(self.BLOCKS)]
         self.is_mixed = False
         self.kept: dict[str, tuple[int, ...]] = {}
+
+    def prepare(self) -> None:
+        """Make something to roll back to."""
+        self._write()
+        self._keep()
 
     def work(self, stop: threading.Event) -> None:
         try:
@@ -139,8 +144,6 @@ class Rollbacks:
             os.rmdir(self.mounted.snapshots / oldest)
 
     def _roll_back(self) -> None:
-        if not self.kept:
-            return
         (now,) = self.may_be
         name = self.random.choice(list(self.kept))
         self.begun_count += 1
@@ -149,7 +152,6 @@ class Rollbacks:
         undo = self._ask(f"rollback {name} volume={self.name} force=yes")["undo"]
         self.may_be = [self.kept[name]]
         os.rmdir(self.mounted.snapshots / str(undo))
-        self.ended_count += 1
 
     def _ask(self, line: str) -> dict[str, object]:
         answer = self.mounted.ask(line)
@@ -189,6 +191,7 @@ class Kills:
         self.rollbacks = [Rollbacks(mounted, name, random.Random(f"{seed} {name}")) for name in ("redirect", "cow")]
         for one in self.rollbacks:
             snapfs("create", one.path, "--size", "10M", "--mode", one.name)
+            one.prepare()
 
     def rounds(self, count: int) -> int:
         """So many rounds; fails when something that was acknowledged is not there."""
@@ -196,7 +199,7 @@ class Kills:
             self._round()
         counters = self.counters
         assert counters.snapshot_number > count / 4 and counters.number > count, "hardly anything was done"
-        assert all(one.ended_count for one in self.rollbacks), "nothing was ever rolled back"
+        assert all(one.begun_count for one in self.rollbacks), "nothing was ever rolled back"
         return count
 
     def _round(self) -> None:

@@ -40,7 +40,7 @@ def test_the_time_of_day_jumps(mounted: Mounted, tmp_path: Path, monkeypatch: py
     for number, one in enumerate(("+0", "+1d", "-2d", "+400d")):
         shift.write_text(one)
         seen = scheduled(mounted)
-        wait_until(lambda seen=seen: len(scheduled(mounted) - seen) >= 2, f"the schedule goes on at {one}")  # type: ignore[misc]
+        wait_until(lambda seen=seen: bool(scheduled(mounted) - seen), f"the schedule goes on at {one}")  # type: ignore[misc]
         volume.write_bytes(b"%d" % number)
         mounted.snapshot(f"by-hand-{number}")
         shown.append(mounted.status()["time"])
@@ -85,7 +85,7 @@ def test_a_daemon_that_stood_still_goes_on(mounted: Mounted) -> None:
 
 
 def test_a_daemon_at_work_does_not_grow() -> None:
-    assert work_for_long(1, 240) == 240
+    assert work_for_long(1, 160) == 160
 
 
 def waits_for_the_mount(thread: threading.Thread) -> bool:
