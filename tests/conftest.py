@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+# Where pools lie in tests that are not about what syncs do: kill -9 loses nothing that was written to a file.
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 SNAPFS = [sys.executable, "-m", "snapfs"]
 
 
@@ -133,6 +136,19 @@ def wait_for_end(pidfd: int) -> None:
 @pytest.fixture
 def mounts(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
     """Makes mounted pools; at the end each is unmounted and verified."""
+    with _mounts_in(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def mounted_in_memory() -> Iterator[Mounted]:
+    """One mounted pool on a tmpfs."""
+    with tempfile.TemporaryDirectory(prefix="snapfs-test-", dir=MEMORY) as folder, _mounts_in(Path(folder)) as make:
+        yield make()
+
+
+@contextlib.contextmanager
+def _mounts_in(tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
     made: list[Mounted] = []
 
     def make(*init_options: object, mount_options: tuple[str, ...] = ()) -> Mounted:

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .conftest import Mounted, clear_away
+from .conftest import MEMORY, Mounted, clear_away
 
 MIB = 1 << 20
 LOG_BYTES_MAX = 2 * MIB + 65536
@@ -115,7 +115,7 @@ class Work:
 
 def work_for_long(seed: int, cycle_count: int) -> int:
     """Many cycles on a mount of its own; fails when the daemon is bigger after all of them than after a quarter."""
-    with tempfile.TemporaryDirectory(prefix="snapfs-growth-") as folder:
+    with tempfile.TemporaryDirectory(prefix="snapfs-growth-", dir=MEMORY) as folder:
         mounted = Mounted(Path(folder))
         try:
             work = Work(mounted, seed)

@@ -16,7 +16,7 @@ from pathlib import Path
 from snapfs.check import check_pool
 from snapfs.pool import embedded_device_opener, open_home
 
-from .conftest import Mounted, clear_away, run, snapfs, wait_for_end
+from .conftest import MEMORY, Mounted, clear_away, run, snapfs, wait_for_end
 
 BLOCK = 4096
 
@@ -237,7 +237,7 @@ class Kills:
 
 def kill_at_random_points(seed: int, count: int) -> int:
     """Rounds on a pool of its own."""
-    with tempfile.TemporaryDirectory(prefix="snapfs-kills-") as folder:
+    with tempfile.TemporaryDirectory(prefix="snapfs-kills-", dir=MEMORY) as folder:
         mounted = Mounted(Path(folder))
         try:
             done = Kills(mounted, seed).rounds(count)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
-from .conftest import Mounted, clear_away, run
+from .conftest import MEMORY, Mounted, clear_away, run
 from .model import NAMES, SNAPSHOT_NAMES, Model, ModelVolume
 
 BLOCK = 4096
@@ -243,7 +243,7 @@ class RealRunner:
 
 def explore_a_mount(seed: int, example_count: int) -> int:
     """Hold examples of a seed's against the model, on one mount."""
-    with tempfile.TemporaryDirectory(prefix="snapfs-model-") as folder:
+    with tempfile.TemporaryDirectory(prefix="snapfs-model-", dir=MEMORY) as folder:
         mounted = Mounted(Path(folder))
 
         @hypothesis_seed(seed)

@@ -246,7 +246,8 @@ def test_two_devices_hold_the_data(mounts: Callable[..., Mounted], tmp_path: Pat
     os.rename(tmp_path / "away", devices[1])
 
 
-def test_ten_thousand_volumes_and_their_listing(mounted: Mounted) -> None:
+def test_ten_thousand_volumes_and_their_listing(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
     for number in range(10_000):
         os.close(os.open(mounted.path / f"volume-{number:05}", os.O_CREAT | os.O_WRONLY))
     mounted.snapshot("all")

@@ -135,8 +135,9 @@ def test_sqlite_under_two_hundred_snapshots(mounted: Mounted, tmp_path: Path) ->
     assert before > 100
 
 
-def test_two_volumes_keep_their_order_in_a_thousand_snapshots(mounted: Mounted) -> None:
+def test_two_volumes_keep_their_order_in_a_thousand_snapshots(mounted_in_memory: Mounted) -> None:
     """The first is always written first: no snapshot has the second ahead of it."""
+    mounted = mounted_in_memory
     names = ("first", "second")
     for name in names:
         (mounted.path / name).write_bytes(bytes(16 * BLOCK))
@@ -171,7 +172,8 @@ def test_two_volumes_keep_their_order_in_a_thousand_snapshots(mounted: Mounted) 
     assert before > 1000
 
 
-def test_ten_thousand_snapshots(mounted: Mounted) -> None:
+def test_ten_thousand_snapshots(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
     fd = os.open(mounted.path / "v", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 64 * MIB)
     control = os.open(mounted.control_path, os.O_RDWR)
@@ -224,5 +226,6 @@ def test_fio_verifies_over_snapshots(mounted: Mounted, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", range(4))
-def test_kill_at_random_points(mounted: Mounted, seed: int) -> None:
+def test_kill_at_random_points(mounted_in_memory: Mounted, seed: int) -> None:
+    mounted = mounted_in_memory
     Kills(mounted, seed).rounds(25)
