@@ -9,9 +9,9 @@ from .model import explore
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_operations_agree_with_the_model(seed: int) -> None:
-    explore(seed, 150, in_threads=True)
+    explore(seed, 50, in_threads=True)
 
 
 @pytest.mark.parametrize("seed", range(2, 7))
 def test_any_operations_agree_with_the_model_without_threads(seed: int) -> None:
-    explore(seed, 340, in_threads=False)
+    explore(seed, 380, in_threads=False)
