@@ -19,7 +19,6 @@ from snapfs.scrub import scrub, verify
 from snapfs.snapshot import Snapshot
 
 WHERE = "memory"
-HOME_BYTES = 128 << 20
 
 
 class World:
@@ -37,8 +36,7 @@ class World:
         make_device: Callable[[str, int | None], Device] | None = None,
     ) -> None:
         make = make_device or (lambda where, capacity_bytes: MemoryDevice(capacity_bytes))
-        # Far more than is needed, and so small that its reserve is made soon.
-        self.home = make("home", HOME_BYTES)
+        self.home = make("home", None)
         self.outside = make("outside", None)
         self.devices = {str(number): make(str(number), capacity_bytes) for number in range(device_count)}
         create_pool(self.home, dict(self.devices), processor_count)

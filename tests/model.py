@@ -393,7 +393,7 @@ def explore(seed: int, example_count: int, *, in_threads: bool) -> None:
 
     @hypothesis_seed(seed)
     @settings(max_examples=example_count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(beginnings, st.lists(operations, min_size=4, max_size=30))
+    @given(beginnings, st.lists(operations, min_size=4, max_size=26))
     def agree(beginning: list[tuple], ops: list[tuple]) -> None:
         clock = trio.testing.MockClock()
         with contextlib.nullcontext() if in_threads else without_threads(seed):

@@ -52,7 +52,7 @@ def copy_of(mounted: Mounted, snapshot: str, name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_stress_on_a_filesystem_in_a_volume(mounted: Mounted, tmp_path: Path, kind: str) -> None:
     with filesystem_in(mounted.path / "disk", tmp_path / "live", kind, 400 * MIB) as live:
-        command = ["stress-ng", "--temp-path", str(live), "--timeout", "8s", "--verify", "--seed", "1"]
+        command = ["stress-ng", "--temp-path", str(live), "--timeout", "5s", "--verify", "--seed", "1"]
         command += [word for one in (*STRESSORS, *ONLY[kind]) for word in (f"--{one}", "1")]
         command += ["--hdd-bytes", "24m", "--iomix-bytes", "16m", "--fallocate-bytes", "16m", "--aio-requests", "8"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stress:
@@ -85,7 +85,7 @@ def test_pgbench_with_snapshots(mounted: Mounted, open_folder: Path) -> None:
         with postgres_server(live / "data") as server:
             run(*server.command("pgbench", "-i", "-q", "-s", "2", "postgres"))
             with subprocess.Popen(
-                server.command("pgbench", "-n", "-T", "6", "-c", "4", "postgres"),
+                server.command("pgbench", "-n", "-T", "4", "-c", "4", "postgres"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             ) as bench:

@@ -85,7 +85,7 @@ def test_a_daemon_that_stood_still_goes_on(mounted: Mounted) -> None:
 
 
 def test_a_daemon_at_work_does_not_grow() -> None:
-    assert work_for_long(1, 160) == 160
+    assert work_for_long(1, 120) == 120
 
 
 def waits_for_the_mount(thread: threading.Thread) -> bool:
