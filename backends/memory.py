@@ -188,9 +188,8 @@ class MemoryDevice(Device):
 
     def take_page(self) -> None:
         """Count a page as used, or raise ENOSPC."""
-        if self.capacity_bytes is not None and (self._used_pages + 1) * PAGE_SIZE > self.capacity_bytes:
+        if not self.take_pages(1):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._used_pages += 1
 
     def take_pages(self, count: int) -> int:
         """Count as many pages as used as there is room for; how many."""

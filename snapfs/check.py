@@ -485,8 +485,7 @@ class _ShardCheck:
             if log.volume_id in self.context.volumes and not self.context.has_image(traits.source_path):
                 self.report.add(DAMAGE, where, f"the image {traits.source_path} cannot be opened")
         elif device is None or not _has_file(device, name):
-            losers = self._losers(self.named.get(log.log_id, _NamedBlocks()))
-            self.report.add(DAMAGE, where, f"its file {name} is missing{losers}")
+            self.report.add(DAMAGE, where, f"its file {name} is missing")
 
     def _losers(self, named: _NamedBlocks) -> str:
         """Who loses data with a log, in words."""

@@ -348,9 +348,8 @@ class Pool:
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
         async with trio.open_nursery() as nursery:
-            tasks = [processor.run for processor in self.processors]
-            tasks += [self._sync_periodically, self.reclaimer.run, self.freer.run, self.sealer.run]
-            for task in (*tasks, self.damage_teller.run):
+            own = (self._sync_periodically, self.reclaimer.run, self.freer.run, self.sealer.run, self.damage_teller.run)
+            for task in (*(processor.run for processor in self.processors), *own):
                 nursery.start_soon(kept_up, task, self.note_no_memory)
 
     def note_no_memory(self) -> None:

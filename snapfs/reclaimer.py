@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import trio
@@ -12,7 +12,7 @@ from . import reclaim
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
-from .formats import CatalogBatch
+from .formats import CatalogBatch, VolumeTraits
 from .geometry import Epoch, SnapshotId, VolumeId
 from .processor import Processor
 from .reserve import Reserve
@@ -139,9 +139,21 @@ class Reclaimer:
 
     async def stop_inheriting(self, volume_id: VolumeId) -> None:
         """A volume has maps of its own for all that it inherited, durably: note it."""
-        settled = self._traits.get(volume_id)._replace(inherits=0)
-        await self._catalog.save([], lambda: CatalogBatch(traits=[settled]))
-        self._traits.put(settled)
+        await self._change_traits(lambda: [self._traits.get(volume_id)._replace(inherits=0)])
+
+    async def _change_traits(self, change: Callable[[], list[VolumeTraits]], dropped: Sequence[VolumeId] = ()) -> None:
+        """Change and drop traits in one commit; ``change`` is asked when the catalog's turn has come."""
+        changed: list[VolumeTraits] = []
+
+        def batch() -> CatalogBatch:
+            changed[:] = change()
+            return CatalogBatch(traits=list(changed), dropped_traits=list(dropped))
+
+        await self._catalog.save([], batch)
+        for row in changed:
+            self._traits.put(row)
+        for one in dropped:
+            self._traits.drop(one)
 
     async def _prune_traits(self) -> None:
         """Forget the traits of volumes of which nothing is left."""
@@ -160,9 +172,7 @@ class Reclaimer:
                 for processor in self._processors:
                     for one in idle:
                         await processor.drop_source(one)
-                await self._catalog.save([], lambda: CatalogBatch(dropped_traits=idle))
-                for one in idle:
-                    self._traits.drop(one)
+                await self._change_traits(list, idle)
             for one in gone:
                 if one not in idle:
                     await self._leave_out(one)
@@ -172,25 +182,24 @@ class Reclaimer:
 
         Each rollback makes a volume descend from the one before: without this, lines would only ever get longer.
         """
-        clones = self._traits.clones_of(volume_id)
-        if any(row.inherits for row in clones):
+        if any(row.inherits for row in self._traits.clones_of(volume_id)):
             return
         for processor in self._processors:
             if await processor.access.ask(processor.access.store.has_anything_of, volume_id):
                 return
         origin = self._traits.get(volume_id)
-        moved = [
-            row._replace(
-                origin_id=origin.origin_id,
-                origin_instant=origin.origin_instant,
-                origin_snapshot_id=origin.origin_snapshot_id,
-            )
-            for row in clones
-        ]
-        await self._catalog.save([], lambda: CatalogBatch(traits=moved, dropped_traits=[volume_id]))
-        for row in moved:
-            self._traits.put(row)
-        self._traits.drop(volume_id)
+
+        def moved() -> list[VolumeTraits]:
+            return [
+                row._replace(
+                    origin_id=origin.origin_id,
+                    origin_instant=origin.origin_instant,
+                    origin_snapshot_id=origin.origin_snapshot_id,
+                )
+                for row in self._traits.clones_of(volume_id)
+            ]
+
+        await self._change_traits(moved, [volume_id])
 
     async def _idle_versions(self, low: int, high: int) -> list[tuple[VolumeId, Epoch]]:
         """Kept attributes with instants from ``low`` up to ``high`` that no snapshot needs."""

@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ FILLING_BYTES = 900
 PATIENCE_SECONDS = 60
 
 
-class Client:
+class Client(ABC):
     """A shell of a database that inserts rows, one a transaction, until it is stopped or its storage fails."""
 
     #: How the shell is told to say a word.
@@ -32,13 +33,13 @@ class Client:
     def __init__(self) -> None:
         self.asked = self.acknowledged = 0
 
+    @abstractmethod
     def work(self, stop: threading.Event) -> None:
         """Insert rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, folder: Path) -> int:
         """The last row of the database in a folder, having checked that it is whole."""
-        raise NotImplementedError
 
     def _insert_rows(self, shell: list[str], beginning: str, stop: threading.Event) -> None:
         pipe = subprocess.PIPE

@@ -18,6 +18,8 @@ from snapfs.pool import Pool, create_pool
 from snapfs.scrub import scrub, verify
 from snapfs.snapshot import Snapshot
 
+from .conftest import MEMORY
+
 WHERE = "memory"
 
 
@@ -84,8 +86,8 @@ class World:
     def check(self) -> Report:
         """The verifier's report; fails on damage."""
         with pytest.MonkeyPatch.context() as patch:
-            if os.path.isdir("/dev/shm"):
-                patch.setattr(tempfile, "tempdir", "/dev/shm")
+            # The verifier's copies of databases, thousands of times.
+            patch.setattr(tempfile, "tempdir", MEMORY)
             report = check_pool(self.home, WHERE, self.open_device, self.has_image)
         self.home.close()
         assert not report.is_damaged, report.findings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -49,6 +50,17 @@ def copy_of(mounted: Mounted, snapshot: str, name: str, folder: Path) -> Path:
     return copy
 
 
+def snapshots_during(mounted: Mounted, process: subprocess.Popen) -> int:
+    """Make snapshots s0, s1 and so on while a process runs; how many."""
+    count = 0
+    while process.poll() is None:
+        mounted.snapshot(f"s{count}")
+        count += 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
+    return count
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_stress_on_a_filesystem_in_a_volume(mounted: Mounted, tmp_path: Path, kind: str) -> None:
     with filesystem_in(mounted.path / "disk", tmp_path / "live", kind, 400 * MIB) as live:
@@ -56,14 +68,7 @@ def test_stress_on_a_filesystem_in_a_volume(mounted: Mounted, tmp_path: Path, ki
         command += [word for one in (*STRESSORS, *ONLY[kind]) for word in (f"--{one}", "1")]
         command += ["--hdd-bytes", "24m", "--iomix-bytes", "16m", "--fallocate-bytes", "16m", "--aio-requests", "8"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stress:
-            count = 0
-            while stress.poll() is None:
-                mounted.snapshot(f"s{count}")
-                count += 1
-                try:
-                    stress.wait(0.5)
-                except subprocess.TimeoutExpired:
-                    continue
+            count = snapshots_during(mounted, stress)
             assert stress.stdout is not None
             output = stress.stdout.read()
         assert stress.returncode == 0 and "successful run completed" in output, output
@@ -89,14 +94,7 @@ def test_pgbench_with_snapshots(mounted: Mounted, open_folder: Path) -> None:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             ) as bench:
-                count = 0
-                while bench.poll() is None:
-                    mounted.snapshot(f"s{count}")
-                    count += 1
-                    try:
-                        bench.wait(0.3)
-                    except subprocess.TimeoutExpired:
-                        continue
+                count = snapshots_during(mounted, bench)
             assert bench.returncode == 0
             assert int(server.query("SELECT count(*) FROM pgbench_history")) > 100
     assert count > 5

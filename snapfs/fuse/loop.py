@@ -104,7 +104,7 @@ class _Nursery:
             except MemoryError:
                 return self._end(
                     NoMemoryError(
-                        "there was no memory for a request that had come, which can not be answered any more",
+                        "there was no memory for a request that had come, which cannot be answered any more",
                         "Allow the daemon more memory, and mount again; what was synced is there",
                     )
                 )
