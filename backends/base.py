@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 Buffer = bytes | bytearray | memoryview
@@ -88,8 +87,8 @@ class DeviceFile(ABC):
         """Allocate room for the first ``length`` bytes, so that it can be given up later."""
 
     @abstractmethod
-    def data_extents(self) -> Iterator[tuple[int, int]]:
-        """Ranges ``(start, end)`` that hold data, in order; all else is a hole."""
+    def data_extents(self) -> list[tuple[int, int]]:
+        """Ranges ``(start, end)`` that hold data, in order; all else is a hole. Blocks."""
 
     def forget_cached(self, offset: int, length: int) -> None:  # noqa: B027 - one without a cache has none to forget
         """Have the next read of a range come from where it is kept, and not from a cache before it."""

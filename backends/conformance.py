@@ -85,9 +85,9 @@ def _holes_read_as_zeros(device: Device) -> None:
     buffer = bytearray(b"y" * 100)
     _expect(file.read_into(buffer, 12345) == 100 and not any(buffer), "a hole reads as zeros")
     _expect(file.allocated() < 1 << 20, "a hole takes no room")
-    _expect(list(file.data_extents()) == [(1 << 32, (1 << 32) + PAGE_SIZE)], "extents leave holes out")
+    _expect(file.data_extents() == [(1 << 32, (1 << 32) + PAGE_SIZE)], "extents leave holes out")
     file.truncate(10)
-    _expect(file.size() == 10 and not list(file.data_extents())[1:], "truncate cuts")
+    _expect(file.size() == 10 and not file.data_extents()[1:], "truncate cuts")
     file.close()
 
 

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
 
@@ -122,18 +121,19 @@ class DirectoryFile(DeviceFile):
         """See :meth:`DeviceFile.reserve`."""
         _fallocate(self.fd, 0, 0, length)
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`; by SEEK_DATA and SEEK_HOLE."""
+        extents: list[tuple[int, int]] = []
         position = 0
         while True:
             try:
                 start = os.lseek(self.fd, position, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:
-                    return
+                    return extents
                 raise
             position = os.lseek(self.fd, start, os.SEEK_HOLE)
-            yield start, position
+            extents.append((start, position))
 
     def forget_cached(self, offset: int, length: int) -> None:
         """See :meth:`DeviceFile.forget_cached`."""
@@ -170,12 +170,9 @@ class LocalImage(DirectoryFile):
         elif size_bytes > self.size():
             raise OSError(errno.ENOSPC, "a block device cannot grow")
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`; a block device is taken for full."""
-        if self._is_block_device:
-            yield 0, self.size()
-        else:
-            yield from super().data_extents()
+        return [(0, self.size())] if self._is_block_device else super().data_extents()
 
 
 def open_local_image(path: str, writable: bool) -> LocalImage:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
@@ -154,17 +154,19 @@ class MemoryFile(DeviceFile):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         node.size = max(node.size, length)
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`."""
+        extents: list[tuple[int, int]] = []
         start = end = -1
         for page in sorted(self._node.pages):
             if page != end:
                 if end > start:
-                    yield start * PAGE_SIZE, end * PAGE_SIZE
+                    extents.append((start * PAGE_SIZE, end * PAGE_SIZE))
                 start = page
             end = page + 1
         if end > start:
-            yield start * PAGE_SIZE, min(end * PAGE_SIZE, max(self._node.size, start * PAGE_SIZE + 1))
+            extents.append((start * PAGE_SIZE, min(end * PAGE_SIZE, max(self._node.size, start * PAGE_SIZE + 1))))
+        return extents
 
     def copy_on(self, device: MemoryDevice) -> MemoryFile:
         """A file of the same contents, without a name on that device, of which all is durable."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from .base import Device, DeviceFile, Space
 
 
@@ -50,7 +48,7 @@ class StackedFile(DeviceFile):
         """See :meth:`DeviceFile.allocated`."""
         return self.inner.allocated()
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`."""
         return self.inner.data_extents()
 

@@ -267,7 +267,7 @@ class ChangeLogs:
         except FileNotFoundError:
             return []
         try:
-            return list(file.data_extents())
+            return file.data_extents()
         finally:
             file.close()
 

@@ -516,7 +516,7 @@ class _ShardCheck:
             self.report.add(DAMAGE, where, reason + self._losers(named))
             return
         try:
-            extents = list(file.data_extents())
+            extents = file.data_extents()
             size_bytes = file.size()
         finally:
             file.close()

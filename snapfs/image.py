@@ -6,8 +6,6 @@ reads as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from .backends import Buffer, DeviceFile
 from .geometry import OBJECT_MASK, OBJECT_SHIFT, OBJECT_SIZE
 
@@ -68,8 +66,9 @@ class ImageFile(DeviceFile):
     def reserve(self, length: int) -> None:
         """An image is as large as it is."""
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """Ranges of this processor's objects that hold data, in the layout of a change log."""
+        extents: list[tuple[int, int]] = []
         for start, end in self._image.data_extents():
             position = start
             while position < end:
@@ -77,8 +76,9 @@ class ImageFile(DeviceFile):
                 stop = min(end, (object_index + 1) << OBJECT_SHIFT)
                 if object_index % self._count == self._index:
                     base = (object_index // self._count) * OBJECT_SIZE
-                    yield base + (position & OBJECT_MASK), base + ((stop - 1) & OBJECT_MASK) + 1
+                    extents.append((base + (position & OBJECT_MASK), base + ((stop - 1) & OBJECT_MASK) + 1))
                 position = stop
+        return extents
 
     def close(self) -> None:
         """See :meth:`DeviceFile.close`."""

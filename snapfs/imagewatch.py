@@ -45,11 +45,7 @@ class ImageWatch:
 
     async def note(self) -> None:
         """Before closing, with everything written: note what images are like that are written over."""
-        found = [
-            await in_thread(self._look_at, row)
-            for row in self._with_image()
-            if row.change_mode == COPY_ON_WRITE
-        ]
+        found = [await in_thread(self._look_at, row) for row in self._with_image() if row.change_mode == COPY_ON_WRITE]
         rows = [row for row in found if isinstance(row, VolumeTraits) and row != self._traits.get(row.volume_id)]
         if rows:
             await self._catalog.save([], lambda: CatalogBatch(traits=rows))

@@ -201,7 +201,7 @@ class Processor:
         file = self.logs.open_file(log)
         log.users += 1
         try:
-            return await self.access.in_thread(lambda: list(file.data_extents()))
+            return await self.access.in_thread(file.data_extents)
         finally:
             log.users -= 1
             log.close_if_discarded()

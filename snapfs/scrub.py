@@ -92,7 +92,7 @@ async def _scrub_log(processor: Processor, row: LogRow, rate: _Rate, job: Job, r
             report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
         return
     try:
-        extents = await processor.access.in_thread(lambda: list(file.data_extents()))
+        extents = await processor.access.in_thread(file.data_extents)
         objects = {one for one, _ in objects_with_data(extents, processor.index, processor.processor_count)}
         objects.update(await processor.access.ask(processor.access.store.summed_objects, row.log_id))
         ordered = sorted(objects)

@@ -7,7 +7,7 @@ found too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from xxhash import xxh3_64_digest
@@ -200,7 +200,7 @@ class SealedFile(DeviceFile):
         """See :meth:`DeviceFile.reserve`."""
         self._file.reserve(length)
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self) -> list[tuple[int, int]]:
         """See :meth:`DeviceFile.data_extents`."""
         return self._file.data_extents()
 

@@ -96,7 +96,7 @@ async def _seal_log(processor: Processor, row: LogRow, pace: Pace) -> None:
         # It died meanwhile, or is missing, which reads of it and the verifier tell.
         return
     try:
-        extents = await processor.access.in_thread(lambda: list(file.data_extents()))
+        extents = await processor.access.in_thread(file.data_extents)
         objects = objects_with_data(extents, processor.index, processor.processor_count)
         batch = ShardBatch()
         pending = 0
