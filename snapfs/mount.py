@@ -140,7 +140,7 @@ class _Mount:
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
-        self._session = loop.enable()
+        self._session = loop.enable(pool.pending.is_quiet)
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
 
     async def _forget_pages(self, volumes: Sequence[Volume]) -> None:

@@ -49,6 +49,10 @@ class PendingCalls:
             if now_s - one.started_s >= STUCK_S:
                 self._events.note("was-stuck", logging.WARNING, **one.told_at(now_s))
 
+    def is_quiet(self) -> bool:
+        """Whether none is under way."""
+        return not self._calls
+
     def stuck(self) -> list[dict[str, object]]:
         """Those that have been under way for STUCK_S or longer, the oldest first."""
         now_s = self.now_s()

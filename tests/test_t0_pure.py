@@ -26,6 +26,7 @@ from snapfs.errors import (
 from snapfs.formats import FORMAT_VERSION, DeviceDescriptor, PoolDescriptor
 from snapfs.fuse import names
 from snapfs.fuse.command import split_words
+from snapfs.fuse.patience import Patience
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 from snapfs.unnamed import mask_runs, objects_with_data
 
@@ -259,6 +260,7 @@ LAYERS = [
     ["pool"],
     ["manifest", "status", "repair", "diff", "scrub"],
     ["check"],
+    ["fuse.patience"],
     ["fuse.loop", "fuse.names", "fuse.command", "fuse.helper"],
     ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands"],
     ["fuse.comparecommands", "fuse.trustcommands", "fuse.volumecommands"],
@@ -343,3 +345,19 @@ def test_every_command_is_found_by_its_name() -> None:
         command = cli.get_command(context, name)
         assert command is not None and command.name == name and command.help
     assert cli.get_command(context, "nonsense") is None
+
+
+def test_waiting_awake_goes_on_while_it_goes_well_and_is_tried_again_now_and_then() -> None:
+    patience = Patience()
+    for _ in range(100):
+        assert patience.is_worth_it()
+        patience.note(has_come=True)
+    tries = 0
+    while patience.is_worth_it():
+        patience.note(has_come=False)
+        tries += 1
+    assert tries < 20
+    later = [patience.is_worth_it() for _ in range(1000)]
+    assert 0 < sum(later) < 40
+    patience.note(has_come=True)
+    assert patience.is_worth_it()

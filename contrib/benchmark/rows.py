@@ -250,7 +250,7 @@ def buffered(folder: Path, scale: Scale) -> list[Result]:
                 {"native": 0.7},
                 once=True,
                 drop_caches=True,
-                note="in no cache: all but native fill the host's page cache as they go; each block is read once at most",
+                note="in no cache: all but native fill the page cache as they go; each block is read once at most",
             ),
         ]
         return measure(rows, scale)

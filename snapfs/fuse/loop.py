@@ -5,6 +5,10 @@ each of which costs as much as a small read. It looks up the event loop in its o
 which is how its asyncio support is switched on (``pyfuse3.asyncio.enable``). What stands there
 after :func:`enable` has trio's own names, polls the descriptor first without waiting, and yields
 to the scheduler only every 16th time in a row that a request was there already.
+
+A client that waits for each answer sends its next request a few microseconds after it, which is sooner than a process
+that sleeps is woken: so for as long as that goes well the next request is waited for awake, up to 30 µs. It doubled
+random reads at a queue depth of 1 (21,000 to 45,000 a second on two cores of a virtual machine).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import errno
 import logging
 import os
 import select
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,9 +28,11 @@ import trio
 
 from ..errors import NoMemoryError
 from ..tasks import NO_MEMORY_RETRY_S
+from .patience import Patience
 
 _log = logging.getLogger("snapfs")
 REQUESTS_A_TURN = 16
+SPIN_NS = 30_000
 
 
 class _Lock:
@@ -52,13 +59,15 @@ class _Lock:
 
 
 class _LowLevel:
-    """Stands for ``trio.lowlevel``."""
+    """Stands for ``trio.lowlevel``. ``may_spin``: nothing else has a use for the processor meanwhile."""
 
     current_task = staticmethod(trio.lowlevel.current_task)
     current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
-    def __init__(self) -> None:
+    def __init__(self, may_spin: Callable[[], bool]) -> None:
+        self._may_spin = may_spin
+        self._patience = Patience()
         self.session_fd: int | None = None
         self._poll: select.poll | None = None
         self._in_a_row = 0
@@ -69,7 +78,7 @@ class _LowLevel:
             self.session_fd = fd
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
-        if not self._poll.poll(0):
+        if not self._poll.poll(0) and not self._comes_soon(self._poll.poll):
             self._in_a_row = 0
             await trio.lowlevel.wait_readable(fd)
             return
@@ -77,6 +86,16 @@ class _LowLevel:
         if self._in_a_row >= REQUESTS_A_TURN:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
+
+    def _comes_soon(self, poll: Callable[[int], list[tuple[int, int]]]) -> bool:
+        if not self._may_spin() or not self._patience.is_worth_it():
+            return False
+        end_ns = time.perf_counter_ns() + SPIN_NS
+        has_come = False
+        while not has_come and time.perf_counter_ns() < end_ns:
+            has_come = bool(poll(0))
+        self._patience.note(has_come=has_come)
+        return has_come
 
 
 class _Nursery:
@@ -119,8 +138,9 @@ class SessionLoop:
     ClosedResourceError = trio.ClosedResourceError
     from_thread = trio.from_thread
 
-    def __init__(self) -> None:
-        self.lowlevel = _LowLevel()
+    def __init__(self, is_quiet: Callable[[], bool]) -> None:
+        has_processors = len(os.sched_getaffinity(0)) > 1
+        self.lowlevel = _LowLevel(is_quiet if has_processors else lambda: False)
         self.failure: NoMemoryError | None = None
 
     @asynccontextmanager
@@ -146,9 +166,12 @@ class SessionLoop:
             os.close(null)
 
 
-def enable() -> SessionLoop:
-    """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``."""
-    loop = SessionLoop()
+def enable(is_quiet: Callable[[], bool] = lambda: True) -> SessionLoop:
+    """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``.
+
+    ``is_quiet``: no thread is at work, whose result would have to wait.
+    """
+    loop = SessionLoop(is_quiet)
     pyfuse3.trio = loop  # type: ignore[attr-defined]
     return loop
 

@@ -1,0 +1,82 @@
+"""The session loop's way of waiting for a request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from snapfs.fuse.loop import REQUESTS_A_TURN, SessionLoop
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+async def test_a_request_that_comes_later_is_waited_for(pipe: tuple[int, int], is_quiet: bool) -> None:
+    loop = SessionLoop(lambda: is_quiet)
+    has_come = trio.Event()
+
+    async def wait() -> None:
+        await loop.lowlevel.wait_readable(pipe[0])
+        has_come.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not has_come.is_set()
+        os.write(pipe[1], b"x")
+
+
+async def test_nobody_waits_awake_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:
+    polls = []
+    for is_quiet in (True, False):
+        loop = SessionLoop(lambda is_quiet=is_quiet: is_quiet)  # type: ignore[misc]
+        with trio.move_on_after(0):
+            await loop.lowlevel.wait_readable(pipe[0])
+        count = 0
+
+        def poll(timeout_ms: int) -> list[tuple[int, int]]:
+            nonlocal count
+            count += 1
+            return []
+
+        assert not loop.lowlevel._comes_soon(poll)
+        polls.append(count)
+    assert polls[0] > 0 == polls[1]
+
+
+async def test_others_get_their_turn_while_requests_come_without_end(pipe: tuple[int, int]) -> None:
+    loop = SessionLoop(lambda: True)
+    os.write(pipe[1], b"x")
+    turns = 0
+    done = False
+
+    async def other() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(10 * REQUESTS_A_TURN):
+            await loop.lowlevel.wait_readable(pipe[0])
+        done = True
+    assert turns >= 10
+
+
+async def test_waiting_for_a_request_can_be_cancelled(pipe: tuple[int, int]) -> None:
+    loop = SessionLoop(lambda: True)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await loop.lowlevel.wait_readable(pipe[0])
+    assert scope.cancelled_caught
