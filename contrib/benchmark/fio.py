@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DIRECT = ("--direct=1", "--ioengine=libaio")
-_settling = {"seconds": 0.5, "memory_bytes": 2 << 30}
+_settling = {"seconds": 0.5, "memory_bytes": 512 << 20}
 
 
 @dataclass(frozen=True)

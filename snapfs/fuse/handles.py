@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 
 from ..errors import ReadOnlyError
 from ..events import EventLog
-from ..notresident import NotResidentError
+from ..notresident import NotResidentError, OldBlocks
 from ..snapshot import SnapshotVolume
 from ..volume import Volume, VolumeView
 from .control import ControlSession
+
+_NOTHING_FETCHED: OldBlocks = {}
 
 
 class Handle(ABC):
@@ -24,6 +26,10 @@ class Handle(ABC):
     @abstractmethod
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Read up to ``length`` bytes."""
+
+    def write_now(self, offset: int, data: bytes) -> int:
+        """Write without waiting, or raise NotResidentError with nothing changed; how much was taken."""
+        raise NotResidentError(_nothing)
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write; how much was taken."""
@@ -66,6 +72,11 @@ class VolumeHandle(ViewHandle):
         self.told_block_count = volume.block_count
         self.is_writer = is_writer
         self.is_flusher = is_flusher
+
+    def write_now(self, offset: int, data: bytes) -> int:
+        """See :meth:`Handle.write_now`."""
+        self.volume.write_now(offset, data, _NOTHING_FETCHED)
+        return len(data)
 
     async def write(self, offset: int, data: bytes) -> int:
         """See :meth:`Handle.write`."""

@@ -36,26 +36,30 @@ SPIN_NS = 30_000
 
 
 class _Lock:
-    """A lock that does not go through the scheduler while it is free."""
+    """A lock that does not go through the scheduler while it is free.
+
+    It is not handed over: whoever releases it and comes again at once has it again, and a worker that answers
+    without waiting takes one request after the other. One of those that wait is woken to see whether it is free.
+    """
 
     def __init__(self) -> None:
         self._is_held = False
+        self._is_waking = False
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        if not self._is_held:
-            self._is_held = True
-            return
-        # Handed over by whoever releases it, so it is held when this returns.
-        await self._waiting.park()
+        while self._is_held:
+            await self._waiting.park()
+            self._is_waking = False
+        self._is_held = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._waiting:
+        self._is_held = False
+        if self._waiting and not self._is_waking:
+            self._is_waking = True
             self._waiting.unpark()
-        else:
-            self._is_held = False
 
 
 class _LowLevel:

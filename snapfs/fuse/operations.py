@@ -102,8 +102,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """See pyfuse3."""
+        handle = self._handles[fh]
         try:
-            return await self._handles[fh].write(off, buf)
+            try:
+                return handle.write_now(off, buf)
+            except NotResidentError:
+                return await handle.write(off, buf)
         except Exception as error:  # noqa: BLE001 - see the module's text
             raise _to_errno(error) from None
 
