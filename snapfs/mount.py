@@ -13,6 +13,7 @@ import resource
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyfuse3
 import trio
@@ -20,18 +21,19 @@ import trio
 from .errors import MountError
 from .events import EventLog
 from .fuse import helper, loop
-from .fuse.names import EVENTS
+from .fuse.names import EVENTS, SNAPSHOTS
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
-from .tasks import Wakeup, kept_up
+from .tasks import Wakeup, in_thread, kept_up, within
 from .volume import Volume
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = b"-500"
+_FORGET_WAIT_S = 1.0
 _STOP_S = 10.0
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
@@ -137,6 +139,7 @@ class _Mount:
         self._operations = Operations(self._namespace)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
+        pool.snapshots.forget_name = _forget_snapshot_name
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
@@ -238,6 +241,20 @@ def _forget_pages(inode: int) -> None:
     """Have the kernel forget what it keeps of an inode; one that it does not know is forgotten."""
     with contextlib.suppress(OSError):
         pyfuse3.invalidate_inode(inode, attr_only=False)
+
+
+async def _forget_snapshot_name(name: bytes) -> None:
+    """Have the kernel look a snapshot's name up again.
+
+    In a thread: it waits for requests on that folder. One of those may wait for whoever calls this (a snapshot that
+    needs the room of one that is deleted, say), so it is not waited for without end; it is then done later.
+    """
+    await within(_FORGET_WAIT_S, partial(in_thread, _forget_entry, SNAPSHOTS, name))
+
+
+def _forget_entry(parent: int, name: bytes) -> None:
+    with contextlib.suppress(OSError):
+        pyfuse3.invalidate_entry(parent, name)
 
 
 def _tell_line(offset: int, line: bytes) -> None:

@@ -37,11 +37,16 @@ from .volume import Volume
 from .volumes import VolumeTable
 
 BeforeCut = Callable[[Sequence[Volume]], Awaitable[None]]
+ForgetName = Callable[[bytes], Awaitable[None]]
 _MEMBERS_KEPT = 8
 
 
 async def nothing_before_cut(volumes: Sequence[Volume]) -> None:
     """Without a mount there are no dirty pages to flush."""
+
+
+async def no_name_kept(name: bytes) -> None:
+    """Without a mount nobody keeps names in mind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class AbortedSnapshot:
 class SnapshotTable:
     """The snapshots of a pool by name and by id.
 
-    ``lock`` lets one snapshot be made, renamed or deleted at a time.
+    ``lock`` lets one snapshot be made, renamed or deleted at a time. ``forget_name`` has whoever keeps names in
+    mind, the kernel that is, look a name up again; it is called with no lock held.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class SnapshotTable:
         self.by_id: dict[SnapshotId, Snapshot] = {}
         self.deleted: dict[SnapshotId, Snapshot] = {}
         self.before_cut: BeforeCut = nothing_before_cut
+        self.forget_name: ForgetName = no_name_kept
         self.processors: Sequence[Processor] = ()
         self.lock = trio.Lock()
         self.hooks = hooks
@@ -442,8 +449,11 @@ class SnapshotTable:
 
     # -- names -------------------------------------------------------------------------------
 
-    async def rename(self, old: bytes, new: bytes) -> None:
-        """Give a snapshot another name, durably. Raises NotFoundError, ExistsError, BadNameError."""
+    async def rename(self, old: bytes, new: bytes, *, by_kernel: bool = False) -> None:
+        """Give a snapshot another name, durably. Raises NotFoundError, ExistsError, BadNameError.
+
+        ``by_kernel``: it asked for it, and sees to the name itself.
+        """
         check_name(new, "snapshot")
         async with self.lock:
             snapshot = self.get(old)
@@ -456,11 +466,14 @@ class SnapshotTable:
             snapshot.name = new
             self.by_name[new] = snapshot
             self._events.note("snapshot-renamed", name=show_name(old), to=show_name(new))
+        if not by_kernel:
+            await self.forget_name(old)
 
-    async def delete(self, name: bytes) -> Snapshot:
+    async def delete(self, name: bytes, *, by_kernel: bool = False) -> Snapshot:
         """Delete a snapshot: its name is gone, durably, and its space comes back in the background.
 
         Files of it that are open stay readable until they are closed. Works on a full device.
+        ``by_kernel``: it asked for it, and sees to the name itself.
         Raises NotFoundError, HeldError.
         """
         async with self.lock:
@@ -480,7 +493,9 @@ class SnapshotTable:
             self.deleted[snapshot.snapshot_id] = snapshot
             self._events.note("snapshot-deleted", name=show_name(name))
             self._reclaim_wakeup.set()
-            return snapshot
+        if not by_kernel:
+            await self.forget_name(name)
+        return snapshot
 
     # -- holds -------------------------------------------------------------------------------
 

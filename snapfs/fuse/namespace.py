@@ -150,7 +150,8 @@ class Namespace:
             snapshot = self.pool.snapshots.at(parse_moment(show_name(name[1:]), time.time_ns()))
         except (BadNameError, NotFoundError):
             raise NoEntryError("there is no snapshot of that moment") from None
-        return self._snapshot_node(snapshot)._replace(inode=names.of_moment(snapshot.snapshot_id))
+        # Of another snapshot soon: the kernel must ask each time.
+        return self._snapshot_node(snapshot)._replace(inode=names.of_moment(snapshot.snapshot_id), entry_timeout_s=0.0)
 
     def _lookup_in_root(self, name: bytes) -> Node:
         volume = self.pool.volumes.by_name.get(name)
@@ -313,8 +314,8 @@ class Namespace:
             mtime_ns=when,
             ctime_ns=when,
             attr_timeout_s=FOREVER_S,
-            # Deleted and renamed by commands that do not pass through the kernel.
-            entry_timeout_s=0.0,
+            # What is deleted or renamed past the kernel is told to it.
+            entry_timeout_s=FOREVER_S,
         )
 
     def _folder_node(self, inode: int) -> Node:
@@ -492,7 +493,7 @@ class Namespace:
         if parent != names.SNAPSHOTS:
             self._refuse_in_snapshot(parent)
             raise NotPermittedError("this folder is snapfs' own")
-        await self.pool.snapshots.delete(name)
+        await self.pool.snapshots.delete(name, by_kernel=True)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool, exchange: bool
@@ -505,7 +506,7 @@ class Namespace:
                 raise ReservedNameError("this folder is snapfs' own")
             await self.pool.volumes.rename(name, new_name, replace=replace, exchange=exchange)
         elif parent == new_parent == names.SNAPSHOTS:
-            await self.pool.snapshots.rename(name, new_name)
+            await self.pool.snapshots.rename(name, new_name, by_kernel=True)
         else:
             raise NotPermittedError("a volume is not a snapshot", "To make a snapshot: mkdir .snapshots/NAME")
 

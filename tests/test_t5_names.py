@@ -1,0 +1,68 @@
+"""Names of snapshots that the kernel keeps in mind: what changes past it is told to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from .conftest import Mounted
+
+pytestmark = pytest.mark.mount
+
+
+def test_what_a_command_deletes_or_renames_is_gone_for_the_kernel_too(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(b"first")
+    for name in ("a", "b", "c"):
+        mounted.snapshot(name)
+    inodes = {name: os.stat(mounted.snapshots / name).st_ino for name in ("a", "b", "c")}
+    assert mounted.ask("delete a")["ok"]
+    with pytest.raises(FileNotFoundError):
+        os.stat(mounted.snapshots / "a")
+    assert mounted.ask("rename b d")["ok"]
+    with pytest.raises(FileNotFoundError):
+        os.stat(mounted.snapshots / "b")
+    assert os.stat(mounted.snapshots / "d").st_ino == inodes["b"]
+    assert (mounted.snapshots / "d" / "v").read_bytes() == b"first"
+    # The same name again is another snapshot, with what is in the volume now.
+    (mounted.path / "v").write_bytes(b"second")
+    assert mounted.ask("delete c")["ok"] and mounted.ask("snapshot c")["ok"]
+    assert os.stat(mounted.snapshots / "c").st_ino != inodes["c"]
+    assert (mounted.snapshots / "c" / "v").read_bytes() == b"second"
+    os.rmdir(mounted.snapshots / "c")
+    os.rename(mounted.snapshots / "d", mounted.snapshots / "e")
+    assert os.listdir(mounted.snapshots) == ["e"]
+    mounted.unmount()
+    mounted.check()
+
+
+def _requests_of_listing(mounted: Mounted) -> int:
+    """How many requests `ls -l` of the snapshots reaches the daemon with."""
+    pid = int(mounted.status()["pid"])
+    told = mounted.pool.parent / "told"
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-e", "trace=writev", "-p", str(pid), "-o", told],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert tracer.stderr is not None
+        while "attached" not in tracer.stderr.readline():
+            assert tracer.poll() is None
+        subprocess.run(["ls", "-l", mounted.snapshots], check=True, stdout=subprocess.DEVNULL)
+    finally:
+        tracer.terminate()
+        tracer.communicate()
+    return told.read_text().count("writev(")
+
+
+def test_a_listing_asks_for_many_snapshots_at_once(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    for number in range(200):
+        mounted.snapshot(f"s{number}")
+    mounted.remount()
+    assert _requests_of_listing(mounted) < 50
+    mounted.unmount()
+    mounted.check()
