@@ -1,14 +1,16 @@
 """The pool's task that seals snapshots: checksums for their blocks, and a root over all.
 
-It goes by the order of time, in the background, and pauses as long as it works, so that it
-takes at most half of one core from those who use the volumes.
+It goes by the order of time, in the background, and pauses as long as it works; nine times as long
+while volumes are used, since each of its steps keeps a request waiting (the slowest writes in a
+thousand took 1.4 ms beside it, and 0.75 ms with these pauses). When many snapshots wait it does not
+stand back.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -30,6 +32,8 @@ from .units import show_name
 RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
 _TOLD_MAX = 256
+_REST_FACTOR_IN_USE = 9
+_WAITING_MAX = 64
 
 
 @dataclass(slots=True)
@@ -41,7 +45,7 @@ class _Portion:
 
 
 class Sealer:
-    """Seals what is not sealed yet."""
+    """Seals what is not sealed yet. ``request_count`` tells of how many requests volumes were used with so far."""
 
     def __init__(
         self,
@@ -62,6 +66,9 @@ class Sealer:
         self._hurry = Wakeup()
         self._hurried_count = 0
         self._since_ns = 0
+        self._is_behind = False
+        self._seen_request_count = 0
+        self.request_count: Callable[[], int] = lambda: 0
         self._told: set[str] = set()
 
     async def run(self) -> None:
@@ -92,6 +99,7 @@ class Sealer:
 
     async def _seal_waiting(self, *, gently: bool) -> bool:
         self._since_ns = time.perf_counter_ns()
+        self._is_behind = len(self.waiting()) > _WAITING_MAX
         is_complete = True
         for processor in self._processors:
             is_complete &= await seal_logs(processor, self._rest if gently else at_full_pace, self._note_failure)
@@ -115,14 +123,21 @@ class Sealer:
             self._events.note("sealing-failed", logging.WARNING, what=what, reason=str(error))
 
     async def _rest(self, size_bytes: int) -> None:
-        """Rest as long as was worked, unless somebody waits for the work to be done."""
+        """Rest for some time as long as was worked, unless somebody waits for the work to be done."""
         worked_s = (time.perf_counter_ns() - self._since_ns) / 1e9
+        rest_s = worked_s * self._rest_factor()
         if self._hurried_count:
             await trio.lowlevel.checkpoint()
         else:
-            with trio.move_on_after(worked_s):
+            with trio.move_on_after(rest_s):
                 await self._hurry.wait()
         self._since_ns = time.perf_counter_ns()
+
+    def _rest_factor(self) -> int:
+        count = self.request_count()
+        is_in_use = count - self._seen_request_count > 1
+        self._seen_request_count = count
+        return _REST_FACTOR_IN_USE if is_in_use and not self._is_behind else 1
 
     def is_covered(self, volume_id: VolumeId) -> bool:
         """Whether all that a volume is lies in change logs, and not in a source that goes on changing or is others'."""

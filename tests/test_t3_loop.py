@@ -72,7 +72,7 @@ async def test_others_get_their_turn_while_requests_come_without_end(pipe: tuple
         for _ in range(10 * REQUESTS_A_TURN):
             await loop.lowlevel.wait_readable(pipe[0])
         done = True
-    assert turns >= 10
+    assert turns >= 8
 
 
 async def test_waiting_for_a_request_can_be_cancelled(pipe: tuple[int, int]) -> None:
