@@ -771,7 +771,7 @@ class Portion:
                     else:
                         files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
                 try:
-                    await self._access.in_thread(_read_all, files)
+                    await self._access.read_in_thread(_read_all, files)
                 except NotResidentError as missing:
                     # Checksums, of a log that is sealed.
                     await missing.fetch({})

@@ -14,6 +14,7 @@ from .geometry import VolumeId
 from .pending import PendingCalls
 from .shardstore import ShardStore
 from .tasks import in_thread
+from .threads import Threads
 
 T = TypeVar("T")
 
@@ -35,11 +36,17 @@ class ShardAccess:
         self.store_lock = trio.Lock()
         self.commit_lock = trio.Lock()
         self._limiter = trio.CapacityLimiter(8)
+        self._readers = Threads(8)
 
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Run a blocking call in a thread. It is not cancelled halfway."""
         with self._pending.running(self.where, call):
             return await in_thread(call, *args, limiter=self._limiter)
+
+    async def read_in_thread(self, call: Callable[..., T], *args: object) -> T:
+        """Like :meth:`in_thread`, for reads of which many run at once."""
+        with self._pending.running(self.where, call):
+            return await self._readers.run(call, *args)
 
     @property
     def is_stuck(self) -> bool:

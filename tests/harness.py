@@ -17,6 +17,7 @@ from snapfs.check import Report, check_pool
 from snapfs.pool import Pool, create_pool
 from snapfs.scrub import scrub, verify
 from snapfs.snapshot import Snapshot
+from snapfs.threads import Threads
 
 from .conftest import MEMORY
 
@@ -202,4 +203,5 @@ def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trio.to_thread, "run_sync", run_sync)
+        patch.setattr(Threads, "run", lambda _, call, *args: run_sync(call, *args))
         yield

@@ -241,7 +241,7 @@ LAYERS = [
     ["geometry", "schedule", "stream", "hook", "hookguard"],
     ["transfer", "images"],
     ["receive"],
-    ["blockmap", "snapshotindex", "tasks", "jobs", "notresident", "checksums", "contenthash"],
+    ["blockmap", "snapshotindex", "tasks", "threads", "jobs", "notresident", "checksums", "contenthash"],
     ["formats", "events", "damage", "sealedfile"],
     ["freeze", "pending"],
     ["database", "traits", "image"],
