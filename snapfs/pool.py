@@ -49,6 +49,7 @@ from .hooks import HookTable
 from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .making import VolumeMaker
+from .pace import Demand
 from .pending import PendingCalls
 from .placement import OpenImage, Placement
 from .processor import Processor
@@ -257,8 +258,18 @@ class Pool:
             sealer_wakeup,
         )
         self.snapshots.processors = self.processors
+        self.demand = Demand()
         self.reclaimer = Reclaimer(
-            self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
+            self.catalog,
+            self.volumes,
+            self.snapshots,
+            index,
+            self.processors,
+            self.reserve,
+            self.events,
+            wakeup,
+            self.demand,
+            self.space,
         )
         self.changelogs = ChangeLogVolumes(
             self.catalog,
@@ -276,7 +287,7 @@ class Pool:
         self.scheduler = Scheduler(self.catalog, self.snapshots, self.events, catalog.schedules())
         self.jobs = Jobs()
         self.sealer = Sealer(
-            self.catalog, self.volumes.traits, self.snapshots, self.processors, self.events, sealer_wakeup
+            self.catalog, self.volumes.traits, self.snapshots, self.processors, self.events, sealer_wakeup, self.demand
         )
         self.damage_teller = DamageTeller(self.damage, self.volumes, self.snapshots, self.processors, self.events)
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)

@@ -1,16 +1,14 @@
 """The pool's task that seals snapshots: checksums for their blocks, and a root over all.
 
-It goes by the order of time, in the background, and pauses as long as it works; nine times as long
-while volumes are used, since each of its steps keeps a request waiting (the slowest writes in a
-thousand took 1.4 ms beside it, and 0.75 ms with these pauses). When many snapshots wait it does not
-stand back.
+It goes by the order of time, in the background, and pauses as long as it works, so that it takes at
+most half of one core; longer while volumes are used (the slowest writes in a thousand took 1.4 ms
+beside it, and 0.75 ms with these pauses), but for when many snapshots wait.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
@@ -21,6 +19,7 @@ from .errors import SnapfsError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, CatalogBatch, ContentRow, ShardBatch
 from .geometry import VolumeId
+from .pace import Demand, Pace
 from .processor import Processor
 from .sealing import NotSealedError, at_full_pace, portion_content, seal_logs
 from .snapshot import Snapshot
@@ -32,7 +31,6 @@ from .units import show_name
 RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
 _TOLD_MAX = 256
-_REST_FACTOR_IN_USE = 9
 _WAITING_MAX = 64
 
 
@@ -45,7 +43,7 @@ class _Portion:
 
 
 class Sealer:
-    """Seals what is not sealed yet. ``request_count`` tells of how many requests volumes were used with so far."""
+    """Seals what is not sealed yet."""
 
     def __init__(
         self,
@@ -55,6 +53,7 @@ class Sealer:
         processors: Sequence[Processor],
         events: EventLog,
         wakeup: Wakeup,
+        demand: Demand,
     ) -> None:
         self._catalog = catalog
         self._traits = traits
@@ -63,12 +62,8 @@ class Sealer:
         self._events = events
         self._wakeup = wakeup
         self._turn = trio.Lock()
-        self._hurry = Wakeup()
-        self._hurried_count = 0
-        self._since_ns = 0
+        self._pace = Pace(demand, idle_factor=1)
         self._is_behind = False
-        self._seen_request_count = 0
-        self.request_count: Callable[[], int] = lambda: 0
         self._told: set[str] = set()
 
     async def run(self) -> None:
@@ -89,16 +84,12 @@ class Sealer:
 
     async def seal_all(self, *, gently: bool = False) -> bool:
         """Seal all that can be; whether nothing is left."""
-        self._hurried_count += not gently
-        self._hurry.set()
-        try:
+        with self._pace.hurried(not gently):
             async with self._turn:
                 return await self._seal_waiting(gently=gently)
-        finally:
-            self._hurried_count -= not gently
 
     async def _seal_waiting(self, *, gently: bool) -> bool:
-        self._since_ns = time.perf_counter_ns()
+        self._pace.begin()
         self._is_behind = len(self.waiting()) > _WAITING_MAX
         is_complete = True
         for processor in self._processors:
@@ -123,21 +114,7 @@ class Sealer:
             self._events.note("sealing-failed", logging.WARNING, what=what, reason=str(error))
 
     async def _rest(self, size_bytes: int) -> None:
-        """Rest for some time as long as was worked, unless somebody waits for the work to be done."""
-        worked_s = (time.perf_counter_ns() - self._since_ns) / 1e9
-        rest_s = worked_s * self._rest_factor()
-        if self._hurried_count:
-            await trio.lowlevel.checkpoint()
-        else:
-            with trio.move_on_after(rest_s):
-                await self._hurry.wait()
-        self._since_ns = time.perf_counter_ns()
-
-    def _rest_factor(self) -> int:
-        count = self.request_count()
-        is_in_use = count - self._seen_request_count > 1
-        self._seen_request_count = count
-        return _REST_FACTOR_IN_USE if is_in_use and not self._is_behind else 1
+        await self._pace.rest(is_pressed=self._is_behind)
 
     def is_covered(self, volume_id: VolumeId) -> bool:
         """Whether all that a volume is lies in change logs, and not in a source that goes on changing or is others'."""

@@ -242,7 +242,7 @@ LAYERS = [
     ["transfer", "images"],
     ["receive"],
     ["blockmap", "snapshotindex", "tasks", "threads", "jobs", "notresident", "checksums", "contenthash"],
-    ["formats", "events", "damage", "sealedfile"],
+    ["formats", "events", "damage", "sealedfile", "pace"],
     ["freeze", "pending"],
     ["database", "traits", "image"],
     ["placement"],

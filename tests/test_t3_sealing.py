@@ -546,18 +546,3 @@ async def test_nothing_is_kept_for_volumes_that_went_before_they_were_sealed() -
         for processor in pool.processors:
             assert not processor.access.store.database.rows("SELECT 1 FROM contents UNION SELECT 1 FROM sums")
     world.check_clean()
-
-
-async def test_the_sealer_stands_back_while_volumes_are_used_but_not_for_ever(autojump_clock: None) -> None:
-    async with open_world(World()) as pool:
-        sealer = pool.sealer
-        count = 0
-        sealer.request_count = lambda: count
-        assert sealer._rest_factor() == 1
-        count += 100
-        assert sealer._rest_factor() > 4
-        # Nobody came meanwhile.
-        assert sealer._rest_factor() == 1
-        count += 100
-        sealer._is_behind = True
-        assert sealer._rest_factor() == 1

@@ -1,0 +1,50 @@
+"""Work in the background makes room for those who use the volumes, and none when somebody waits for it."""
+
+from __future__ import annotations
+
+import trio
+
+from snapfs.pace import Demand, Pace
+
+
+async def _rested_s(pace: Pace, work_s: float, *, is_pressed: bool = False) -> float:
+    pace.begin()
+    pace._since_ns -= int(work_s * 1e9)
+    began = trio.current_time()
+    await pace.rest(is_pressed=is_pressed)
+    return trio.current_time() - began
+
+
+async def test_it_rests_long_while_volumes_are_used_and_only_then(autojump_clock: None) -> None:
+    demand = Demand()
+    count = 0
+    demand.count = lambda: count
+    pace = Pace(demand)
+    assert await _rested_s(pace, 1.0) == 0
+    count += 100
+    assert 8 < await _rested_s(pace, 1.0) < 12
+    # Nobody came meanwhile.
+    assert await _rested_s(pace, 1.0) == 0
+    count += 100
+    assert await _rested_s(pace, 1.0, is_pressed=True) == 0
+    polite = Pace(demand, idle_factor=1)
+    assert 8 < await _rested_s(polite, 1.0) < 12
+    assert 0.9 < await _rested_s(polite, 1.0) < 1.4
+
+
+async def test_whoever_waits_for_it_ends_a_rest(autojump_clock: None) -> None:
+    demand = Demand()
+    demand.count = iter(range(100, 100000, 100)).__next__
+    pace = Pace(demand)
+    rested: list[float] = []
+
+    async def work() -> None:
+        rested.append(await _rested_s(pace, 100.0))
+        rested.append(await _rested_s(pace, 100.0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        await trio.sleep(5)
+        with pace.hurried():
+            await trio.sleep(5)
+    assert 4 < rested[0] < 6 and rested[1] == 0
