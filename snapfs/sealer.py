@@ -31,7 +31,7 @@ from .units import show_name
 RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
 _TOLD_MAX = 256
-_WAITING_MAX = 64
+_WAITING_MAX = 1024
 
 
 @dataclass(slots=True)

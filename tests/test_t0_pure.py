@@ -75,6 +75,8 @@ def test_runs_tell_the_map(block_map: blockmap.BlockMap, span: tuple[int, int]) 
     assert told == as_list(block_map)[first:last]
     assert blockmap.mapped_count(block_map, first, last) == sum(1 for one in told if one)
     assert blockmap.is_uniform(block_map, first, last, told[0]) == (len(set(told)) == 1)
+    for log_id in {*told, 12345}:
+        assert blockmap.other_count(block_map, first, last, log_id) == sum(one != log_id for one in told)
 
 
 @given(maps, maps)

@@ -448,3 +448,43 @@ async def test_a_copy_on_write_volume_cut_within_the_last_block_of_an_object() -
         assert await read_volume(pool, b"v") == b"1" * BLOCK + bytes(OBJECT - 1 - BLOCK)
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"1" * BLOCK + bytes(2 * OBJECT - BLOCK)
     world.check_clean()
+
+
+async def test_files_of_logs_that_nothing_knows_go_when_a_pool_is_opened_after_a_crash() -> None:
+    world = World(processor_count=2)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        await running.pool.volumes.create(b"v")
+        async with running.pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 4096)
+            await volume.sync()
+        await running.crash(CrashPlan(1, keep=1.0))
+        device = world.devices["0"]
+        stray, other = "logs/1/00000000deadbeef", "logs/1/notes"
+        for name in (stray, other):
+            device.create(name).write(b"left over", 0)
+        await running.start(nursery)
+        names = device.names("logs/1")
+        # What is not named like a log is somebody else's.
+        assert "00000000deadbeef" not in names and "notes" in names
+        assert await read_volume(running.pool, b"v") == b"x" * 4096
+        device.remove(other)
+        await running.stop()
+
+
+async def test_the_space_of_a_deleted_snapshot_comes_back_when_its_last_file_is_closed() -> None:
+    async with open_world(World()) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 4096)
+        snapshot = await pool.snapshots.create(b"s")
+        members = await pool.snapshots.members(snapshot)
+        view = await pool.snapshots.open_volume(snapshot, members.by_name[b"v"])
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert pool.reclaimer.waiting_count == 1
+        pool.snapshots.close_volume(view)
+        with trio.fail_after(60):
+            while pool.reclaimer.waiting_count:
+                await trio.lowlevel.checkpoint()

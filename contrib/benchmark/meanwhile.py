@@ -75,6 +75,7 @@ def _deleting(folder: Path, scale: Scale, which: str) -> Result:
     with subjects.snapfs(folder, f"deleting {which}") as own:
         subjects.fill(own.file, scale.size_bytes)
         take_snapshots(own, scale.snapshot_count, scale.size_bytes)
+        own.settle()
         names = [one.name for one in (own.mount / ".snapshots").iterdir()]
         doomed = {"the oldest": names, "the newest": names[::-1], "every second": names[::2]}[which]
 

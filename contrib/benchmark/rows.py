@@ -92,6 +92,7 @@ def behind(folder: Path, scale: Scale) -> tuple[list[Result], list[Result]]:
             subjects.qemu(folder, f"qemu, chain of {scale.chain}", size, by_nbd=False, chain=scale.chain)
         )
         take_snapshots(many, scale.snapshot_count, size)
+        many.settle()
         lanes = tuple(lane_of(one) for one in (many, none, chain))
         wanted = {"without": 0.9, chain.name: 5.0}
         rows = [

@@ -19,6 +19,7 @@ SNAPFS = [sys.executable, "-m", "snapfs"]
 MIB = 1 << 20
 _FICLONE = 0x40049409
 _WAIT_S = 20
+_SEALING_S = 1200
 
 
 def fill(path: Path, size_bytes: int) -> None:
@@ -33,13 +34,15 @@ def fill(path: Path, size_bytes: int) -> None:
         os.close(fd)
 
 
-def wait_for(what: str, is_there: Callable[[], bool]) -> None:
+def wait_for(what: str, is_there: Callable[[], bool], wait_s: float = _WAIT_S) -> None:
     """Wait for a process to have done something. Raises TimeoutError."""
-    until = time.monotonic() + _WAIT_S
+    until = time.monotonic() + wait_s
+    pause_s = 0.01
     while not is_there():
         if time.monotonic() > until:
-            raise TimeoutError(f"{what} did not come in {_WAIT_S} s")
-        time.sleep(0.01)
+            raise TimeoutError(f"{what} did not come in {wait_s} s")
+        time.sleep(pause_s)
+        pause_s = min(1.0, 2 * pause_s)
 
 
 class Subject(ABC):
@@ -94,6 +97,10 @@ class Snapfs(Subject):
 
     def status(self) -> dict[str, object]:
         return json.loads((self.mount / ".snapfs" / "status.json").read_text())  # type: ignore[no-any-return]
+
+    def settle(self) -> None:
+        """Wait until all snapshots are sealed: what the background does for them is measured where it is the point."""
+        wait_for("the sealing", lambda: self.status()["unsealed_snapshot_count"] == 0, _SEALING_S)
 
     def remount(self) -> float:
         """Unmount and mount again; how many seconds the mount took."""

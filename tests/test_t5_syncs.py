@@ -1,0 +1,79 @@
+"""Which syncs an fsync causes, and in which order: seen from outside, by strace."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounted, wait_until
+
+pytestmark = pytest.mark.mount
+BLOCK = 4096
+_SYNC = re.compile(r"(?:fsync|fdatasync)\(\d+<([^>]*)>\)?.*")
+
+
+@contextlib.contextmanager
+def _traced(mounted: Mounted, told: Path) -> Iterator[None]:
+    pid = int(mounted.status()["pid"])
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-p", str(pid), "-o", told],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert tracer.stderr is not None
+        while "attached" not in tracer.stderr.readline():
+            assert tracer.poll() is None
+        yield
+    finally:
+        tracer.terminate()
+        tracer.communicate()
+
+
+def _kind(path: str) -> str:
+    return "log" if "/logs" in path else os.path.basename(path).split(".")[0].rstrip("0123456789") or "shard"
+
+
+def test_an_fsync_syncs_data_before_maps_before_sizes_and_nothing_that_did_not_change(
+    mounted: Mounted, tmp_path: Path
+) -> None:
+    path = mounted.path / "v"
+    path.write_bytes(b"a" * 4 * BLOCK)
+    mounted.snapshot("s")
+    # The sealing of the snapshot has syncs of its own.
+    wait_until(lambda: mounted.status()["unsealed_snapshot_count"] == 0, "the snapshot is sealed")
+    fd = os.open(path, os.O_RDWR)
+    try:
+
+        def synced(step: Callable[[], object], name: str) -> list[str]:
+            told = tmp_path / name
+            with _traced(mounted, told):
+                step()
+            kinds = [_kind(found[1]) for found in map(_SYNC.search, told.read_text().splitlines()) if found]
+            # A new log's file and its folders, say: how many of a kind in a row does not count.
+            return [kind for kind, _ in itertools.groupby(kinds)]
+
+        def write(offset: int, sync: Callable[[int], None]) -> Callable[[], None]:
+            def step() -> None:
+                os.pwrite(fd, b"b" * BLOCK, offset)
+                sync(fd)
+
+            return step
+
+        # The attributes of before, too, are kept for the snapshot.
+        assert synced(write(0, os.fdatasync), "first") == ["log", "shard", "catalog"]
+        assert synced(write(BLOCK, os.fdatasync), "another block") == ["log", "shard"]
+        assert synced(write(0, os.fdatasync), "again") == ["log"]
+        assert synced(write(64 * BLOCK, os.fsync), "longer") == ["log", "shard", "catalog"]
+        assert synced(lambda: os.fdatasync(fd), "nothing") == []
+    finally:
+        os.close(fd)
+    mounted.unmount()
+    mounted.check()
