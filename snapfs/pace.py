@@ -1,8 +1,8 @@
 """How work in the background makes room for those who use the volumes.
 
 Each of its steps has threads, and with them the interpreter and the device, busy for some milliseconds, and a request
-that comes meanwhile waits: writes at a queue depth of 1 went from 30,000 a second to 9,000 beside the freeing of
-deleted snapshots without rests, and to 22,000 with these.
+that comes meanwhile waits: the slowest writes in a thousand beside the sealing of snapshots took 1.4 ms without these
+rests, and 0.75 ms with them.
 """
 
 from __future__ import annotations

@@ -260,16 +260,7 @@ class Pool:
         self.snapshots.processors = self.processors
         self.demand = Demand()
         self.reclaimer = Reclaimer(
-            self.catalog,
-            self.volumes,
-            self.snapshots,
-            index,
-            self.processors,
-            self.reserve,
-            self.events,
-            wakeup,
-            self.demand,
-            self.space,
+            self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
         )
         self.changelogs = ChangeLogVolumes(
             self.catalog,

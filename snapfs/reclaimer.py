@@ -9,24 +9,20 @@ from functools import partial
 import trio
 
 from . import reclaim
-from .backends import Space
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
 from .formats import CatalogBatch, VolumeTraits
 from .geometry import Epoch, SnapshotId, VolumeId
-from .pace import Demand, Pace
 from .processor import Processor
 from .reserve import Reserve
 from .snapshot import Snapshot
 from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
-from .tasks import Wakeup, in_thread, side_by_side
+from .tasks import Wakeup, side_by_side
 from .volumes import VolumeTable
 
 RETRY_S = 5.0
-# Of the room in all; with less than that left, freeing comes first.
-_SHORT_SHARE = 8
 
 
 class Reclaimer:
@@ -42,8 +38,6 @@ class Reclaimer:
         reserve: Reserve,
         events: EventLog,
         wakeup: Wakeup,
-        demand: Demand,
-        space: Callable[[], Space],
     ) -> None:
         self._catalog = catalog
         self._volumes = volumes
@@ -55,14 +49,12 @@ class Reclaimer:
         self._wakeup = wakeup
         self._traits = volumes.traits
         self._turn = trio.Lock()
-        self._pace = Pace(demand)
-        self._space = space
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
         while True:
             try:
-                await self.reclaim_all(gently=True)
+                await self.reclaim_all()
             except (SnapfsError, OSError) as error:
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
                 await trio.sleep(RETRY_S)
@@ -78,52 +70,41 @@ class Reclaimer:
         """Deleted snapshots and removed volumes that still hold space."""
         return len(self._snapshots.deleted) + len(self._snapshots.aborted) + len(self._volumes.removed)
 
-    async def reclaim_all(self, *, gently: bool = False) -> None:
-        """Free all that nobody has open; ``gently``, with rests for those who use the volumes."""
-        with self._pace.hurried(not gently):
-            async with self._turn:
-                self._pace.begin()
-                await self._reclaim_waiting()
-
-    async def _rest(self) -> None:
-        space = await in_thread(self._space)
-        is_short = space.free_bytes < space.total_bytes // _SHORT_SHARE
-        await self._pace.rest(is_pressed=is_short or self._reserve.is_spent)
-
-    async def _reclaim_waiting(self) -> None:
-        await self._reserve.helped(self._catalog.settle)
-        aborted = self._snapshots.aborted
-        while aborted:
-            # Again for each of them: another may have come while the one before was taken apart.
+    async def reclaim_all(self) -> None:
+        """Free all that nobody has open."""
+        async with self._turn:
             await self._reserve.helped(self._catalog.settle)
-            self._snapshots.let_go_of(aborted[0])
-            row = aborted[0].row
-            await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))
-            aborted.pop(0)
-        for volume_id, epoch in self._volumes.to_dismantle():
-            await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
-        for processor in self._processors:
-            await reclaim.free_candidates(processor)
-        for snapshot in list(self._snapshots.deleted.values()):
-            await self._settle_inheritors(snapshot)
-            if snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id):
-                await self._reserve.helped(partial(self._release, snapshot))
-                await self._rest()
-        failed: SnapfsError | OSError | None = None
-        for volume in self._volumes.to_trim():
-            try:
-                await self._reserve.helped(volume.trim)
-            except (SnapfsError, OSError) as error:
-                # One whose change log is full must not keep the others from being freed.
-                failed = error
-        await self._prune_traits()
-        for processor in self._processors:
-            await reclaim.free_candidates(processor)
-            await processor.scrub_suspect_logs()
-            await processor.punch_freed()
-        await self._reserve.refill()
-        if failed is not None:
-            raise failed
+            aborted = self._snapshots.aborted
+            while aborted:
+                # Again for each of them: another may have come while the one before was taken apart.
+                await self._reserve.helped(self._catalog.settle)
+                self._snapshots.let_go_of(aborted[0])
+                row = aborted[0].row
+                await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))
+                aborted.pop(0)
+            for volume_id, epoch in self._volumes.to_dismantle():
+                await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
+            for processor in self._processors:
+                await reclaim.free_candidates(processor)
+            for snapshot in list(self._snapshots.deleted.values()):
+                await self._settle_inheritors(snapshot)
+                if snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id):
+                    await self._reserve.helped(partial(self._release, snapshot))
+            failed: SnapfsError | OSError | None = None
+            for volume in self._volumes.to_trim():
+                try:
+                    await self._reserve.helped(volume.trim)
+                except (SnapfsError, OSError) as error:
+                    # One whose change log is full must not keep the others from being freed.
+                    failed = error
+            await self._prune_traits()
+            for processor in self._processors:
+                await reclaim.free_candidates(processor)
+                await processor.scrub_suspect_logs()
+                await processor.punch_freed()
+            await self._reserve.refill()
+            if failed is not None:
+                raise failed
 
     async def _release_parts(self, snapshot_id: SnapshotId, instant: int) -> None:
         await side_by_side([partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors])

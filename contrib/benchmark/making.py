@@ -64,11 +64,11 @@ def making(folder: Path, scale: Scale, count: int) -> tuple[list[Result], list[F
         for one in calls:
             ratio.add("the first 50", one)
         sparse = own.mount / "sparse"
-        with open(sparse, "wb") as file:
-            file.truncate(4 << 40)
+        with open(sparse, "w+b") as huge:
+            huge.truncate(4 << 40)
             for place in range(0, 4 << 40, 64 << 30):
-                file.seek(place)
-                file.write(b"x" * 4096)
+                huge.seek(place)
+                huge.write(b"x" * 4096)
         cuts, calls = _costs(own, sparse, 50)
         note("with a sparse volume of 4 TiB, written to", cuts, calls)
         loaded: list[float] = []
@@ -107,9 +107,9 @@ def making(folder: Path, scale: Scale, count: int) -> tuple[list[Result], list[F
             if link is None:
                 continue
             subjects.fill(link.file, scale.size_bytes)
-            with open(link.file, "r+b", buffering=0) as file:
+            with open(link.file, "r+b", buffering=0) as source:
                 for number in range(20):
-                    os.pwrite(file.fileno(), os.urandom(4096), number * 65536)
+                    os.pwrite(source.fileno(), os.urandom(4096), number * 65536)
                     started = time.perf_counter()
                     copy = link.file.with_name(f"copy{number}")
                     link.clone_to(copy)

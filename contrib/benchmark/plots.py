@@ -10,6 +10,7 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "snapfs"
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 
 def throughput(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -41,7 +42,7 @@ def latency(log: Path, every_s: float, path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: object, path: Path) -> None:
-    figure.tight_layout()  # type: ignore[attr-defined]
-    figure.savefig(path, metadata={"Date": None})  # type: ignore[attr-defined]
-    pyplot.close(figure)  # type: ignore[arg-type]
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

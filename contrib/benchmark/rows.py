@@ -29,6 +29,11 @@ FOUR = {
 }
 
 
+def _lanes(*found: Subject | None) -> tuple[Lane, ...]:
+    """One for each subject that is to be had here."""
+    return tuple(lane_of(one) for one in found if one is not None)
+
+
 # -- no snapshots ------------------------------------------------------------------------------
 
 
@@ -44,7 +49,7 @@ def plain(folder: Path, scale: Scale) -> list[Result]:
             subjects.fill(subject.file, size)
         qemu = stack.enter_context(subjects.qemu(folder, "qemu", size, by_nbd=False))
         nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size, by_nbd=True))
-        lanes = tuple(lane_of(one) for one in (own, stock, ours, qemu, nbd, native))
+        lanes = _lanes(own, stock, ours, qemu, nbd, native)
         wants = ((0.90, 0.85, 1.0), (1.2, 0.85, 1.0), (0.80, 0.85, 1.0), (1.1, 0.85, 1.0))
         rows = [
             Row(name, "IOPS", options, lanes, _wanted(*want), note=QEMU_NOTE)
@@ -88,13 +93,12 @@ def behind(folder: Path, scale: Scale) -> tuple[list[Result], list[Result]]:
         for one in (many, none):
             subjects.fill(one.file, size)
         many.ask("snapshot oldest")
-        chain = stack.enter_context(
-            subjects.qemu(folder, f"qemu, chain of {scale.chain}", size, by_nbd=False, chain=scale.chain)
-        )
+        chain_name = f"qemu, chain of {scale.chain}"
+        chain = stack.enter_context(subjects.qemu(folder, chain_name, size, by_nbd=False, chain=scale.chain))
         take_snapshots(many, scale.snapshot_count, size)
         many.settle()
-        lanes = tuple(lane_of(one) for one in (many, none, chain))
-        wanted = {"without": 0.9, chain.name: 5.0}
+        lanes = _lanes(many, none, chain)
+        wanted = {"without": 0.9, chain_name: 5.0}
         rows = [
             Row(f"{name}, snapshots behind", "IOPS", options, lanes, wanted, note=QEMU_NOTE)
             for name, options in FOUR.items()
@@ -135,6 +139,10 @@ def _read_only(kind: str, block: str, depth: int) -> tuple[str, ...]:
 # -- after a snapshot --------------------------------------------------------------------------
 
 
+def _first_lane(subject: Subject, label: str = "") -> Lane:
+    return Lane(label or subject.name, lambda: subject.file, lambda: _after_snapshot(subject))
+
+
 @contextlib.contextmanager
 def _after_snapshot(subject: Subject) -> Iterator[None]:
     subject.snapshot()
@@ -158,11 +166,7 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
         overwriting = lane_of(own, "overwriting")
         peers = [one for one in (qemu, nbd, *links) if one is not None]
 
-        def lanes(own_label: str) -> tuple[Lane, ...]:
-            firsts = [Lane(own_label, lambda: own.file, lambda: _after_snapshot(own)), overwriting]
-            for one in peers:
-                firsts.append(Lane(one.name, lambda one=one: one.file, lambda one=one: _after_snapshot(one)))  # type: ignore[misc]
-            return tuple(firsts)
+        lanes = (_first_lane(own, "first touch"), overwriting, *(_first_lane(one) for one in peers))
 
         synced = (*random_io("write", 1), "--fdatasync=1")
         rows = [
@@ -170,7 +174,7 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
                 "4K random write, each block the first time after a snapshot, O_DIRECT, QD16",
                 "IOPS",
                 random_io("write", 16),
-                lanes("first touch"),
+                lanes,
                 {"overwriting": 0.6, "qemu": 1.5, "btrfs": 1.0, "xfs": 1.0},
                 once=True,
                 note=QEMU_NOTE,
@@ -179,7 +183,7 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
                 "4K random write with fdatasync each, first touch after a snapshot, QD1",
                 "IOPS",
                 synced,
-                lanes("first touch"),
+                lanes,
                 {"qemu": 1.5},
                 once=True,
             ),
@@ -187,7 +191,7 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
                 "4K random overwrite with fdatasync each, QD1",
                 "IOPS",
                 synced,
-                (overwriting, *(lane_of(one) for one in (native, qemu, nbd))),
+                (overwriting, *_lanes(native, qemu, nbd)),
                 {"native": 0.7, "qemu": 1.5},
             ),
         ]
@@ -195,6 +199,10 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
 
 
 # -- through the page cache --------------------------------------------------------------------
+
+
+def _fresh_lane(subject: Subject) -> Lane:
+    return Lane(subject.name, lambda: subject.fresh, lambda: _new_file(subject.fresh))
 
 
 @contextlib.contextmanager
@@ -216,12 +224,10 @@ def buffered(folder: Path, scale: Scale) -> list[Result]:
             subjects.fill(one.file, size)
         qemu = stack.enter_context(subjects.qemu(folder, "qemu", size, by_nbd=False))
         nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size, by_nbd=True))
-        fresh = [
-            Lane(one.name, lambda one=one: one.fresh, lambda one=one: _new_file(one.fresh)) for one in (own, native)
-        ]  # type: ignore[misc]
+        fresh = [_fresh_lane(own), _fresh_lane(native)]
         # The peers show one file of a fixed size: theirs is written over.
-        again = [lane_of(qemu), lane_of(nbd)]
-        lanes = tuple(lane_of(one) for one in (own, native, qemu, nbd))
+        again = _lanes(qemu, nbd)
+        lanes = _lanes(own, native, qemu, nbd)
         write = ("--ioengine=psync", "--rw=write", "--bs=4k", "--end_fsync=1")
         rows = [
             Row(
@@ -261,7 +267,7 @@ def buffered(folder: Path, scale: Scale) -> list[Result]:
 
 
 def throughput_by_count(folder: Path, scale: Scale, counts: list[int]) -> dict[str, list[tuple[int, float]]]:
-    """4K random overwrites at QD16 against the number of snapshots: of snapfs, and of the peer with a chain."""
+    """4K random reads at QD16 against the number of snapshots: of snapfs, and of the peer with a chain."""
     found: dict[str, list[tuple[int, float]]] = {"snapfs": [], "qemu": []}
     options = random_io("read", 16)
     with subjects.snapfs(folder, "by count") as own:
@@ -275,6 +281,8 @@ def throughput_by_count(folder: Path, scale: Scale, counts: list[int]) -> dict[s
             found["snapfs"].append((count, run.iops))
     for count in [one for one in counts if one <= scale.chain]:
         with subjects.qemu(folder, f"chain {count}", scale.size_bytes, by_nbd=False, chain=count) as peer:
+            if peer is None:
+                break
             fio.settle()
             run = fio.run(peer.file, (*options, "--time_based"), scale.size_bytes, scale.seconds)
             found["qemu"].append((count, run.iops))

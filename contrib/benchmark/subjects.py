@@ -240,8 +240,14 @@ def native(folder: Path) -> Iterator[Native]:
 
 
 @contextlib.contextmanager
-def qemu(folder: Path, name: str, size_bytes: int, *, by_nbd: bool, chain: int = 0) -> Iterator[Qemu]:
-    """A qcow2 file, filled, and that many snapshots over it with a few random writes in each."""
+def qemu(folder: Path, name: str, size_bytes: int, *, by_nbd: bool, chain: int = 0) -> Iterator[Qemu | None]:
+    """A qcow2 file, filled, and that many snapshots over it with a few random writes in each; None where it is not."""
+    needed = ["qemu-storage-daemon", "qemu-img", "qemu-io", *(["nbdfuse"] if by_nbd else [])]
+    absent = [one for one in needed if shutil.which(one) is None]
+    if absent:
+        print(f"{name} is left out: there is no {', '.join(absent)}", file=sys.stderr)
+        yield None
+        return
     # A comma would end a file's name for qemu.
     inside = folder / name.replace(",", "")
     inside.mkdir()
