@@ -52,13 +52,14 @@ class _Node:
             versions.append(self.pages.get(page))
 
     def sync(self) -> None:
-        for page in self.unsynced:
+        # What another thread writes from here on is for the next sync.
+        unsynced, self.unsynced = self.unsynced, {}
+        for page in list(unsynced):
             content = self.pages.get(page)
             if content is None:
                 self.durable_pages.pop(page, None)
             else:
                 self.durable_pages[page] = content
-        self.unsynced.clear()
         self.durable_size = self.size
 
 

@@ -29,10 +29,6 @@ def can_mount() -> str:
     return ""
 
 
-# A loop that is kept busy by a test hands the interpreter to the threads of its pool soon: with the 5 ms of the
-# default, each of a commit's many short calls waits as long, and a test of a tenth of a second takes minutes.
-sys.setswitchinterval(0.0002)
-
 # The files of tests that take long, longest first.
 LONG = ("t6_real", "t3_powercut", "t6_time", "t3_damage", "t5_model", "t3_model", "t6_power", "t3_faults", "t6_others")
 

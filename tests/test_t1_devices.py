@@ -122,3 +122,22 @@ def test_a_full_device_is_said_to_be_full() -> None:
         database.each("INSERT INTO t VALUES (?)", [(bytes(100000),)] * 4)
     assert database.row("SELECT count(*) FROM t") == (0,)
     database.close()
+
+
+def test_what_is_written_while_a_device_in_memory_syncs_is_for_the_next_sync() -> None:
+    device = MemoryDevice()
+    file = device.create("f")
+    file.write(b"a" * 4096, 0)
+
+    class Interrupting(dict[int, bytes]):
+        def __setitem__(self, page: int, content: bytes) -> None:
+            super().__setitem__(page, content)
+            if page == 0:
+                file.write(b"b" * 4096, 8 * 4096)
+
+    node = file._node  # type: ignore[attr-defined]
+    node.durable_pages = Interrupting()
+    file.sync()
+    assert 0 in node.durable_pages and 8 not in node.durable_pages and 8 in node.unsynced
+    file.sync()
+    assert 8 in node.durable_pages and not node.unsynced

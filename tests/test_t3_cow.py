@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import trio
 
@@ -87,7 +90,17 @@ async def test_power_cuts_during_overwrites_harm_no_snapshot(seed: int) -> None:
     world.check_clean()
 
 
-async def test_a_reader_of_a_snapshot_never_sees_the_overwritten_source() -> None:
+@pytest.fixture
+def soon_handed_over() -> Iterator[None]:
+    """A loop that a test keeps busy hands the interpreter to the pool's threads soon: with the 5 ms of the default
+    each of a commit's many short calls waits as long, and a test of a tenth of a second takes a minute."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    yield
+    sys.setswitchinterval(before)
+
+
+async def test_a_reader_of_a_snapshot_never_sees_the_overwritten_source(soon_handed_over: None) -> None:
     async with open_world(World(processor_count=2)) as pool:
         await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, COPY_ON_WRITE))
         await put(pool, b"v", 0, b"a" * 2 * OBJECT)
