@@ -27,7 +27,7 @@ from results import Fact, Result
 from subjects import MIB
 
 GROUPS = ("plain", "behind", "first", "buffered", "making", "stalls", "deleting", "large", "metadata", "plots")
-QUICK = ("plain", "behind", "first", "buffered", "making")
+QUICK = ("plain", "making")
 
 
 def _arguments() -> argparse.Namespace:
