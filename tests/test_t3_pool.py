@@ -489,7 +489,12 @@ async def test_ten_thousand_objects_more_than_memory_holds_read_back() -> None:
         async with pool.volumes.opened(b"v") as volume:
             for number in range(300):
                 await volume.write(number * OBJECT, number.to_bytes(4, "big"))
+            await volume.truncate(600 * OBJECT)
             await volume.sync()
+            # All are clean now, and each that is loaded has others go.
+            for number in range(300, 600):
+                assert not any(await volume.read(number * OBJECT, 4))
+            assert len(volume.portions[0].objects) <= 64 + 64
             for number in reversed(range(300)):
                 assert int.from_bytes(await volume.read(number * OBJECT, 4), "big") == number
             assert len(volume.portions[0].objects) <= 64 + 64
