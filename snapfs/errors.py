@@ -108,6 +108,12 @@ class DamagedError(SnapfsError):
     exit_code = 4
 
 
+class DaemonEndedError(SnapfsError):
+    """The daemon of a mount ended before it had answered. What it had acknowledged is kept."""
+
+    errno = errno.ENOTCONN
+
+
 class UnsealedError(SnapfsError):
     """A snapshot is not sealed yet, so nothing can be proven of it. Nothing was done."""
 

@@ -13,7 +13,6 @@ import resource
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import pyfuse3
 import trio
@@ -21,19 +20,19 @@ import trio
 from .errors import MountError
 from .events import EventLog
 from .fuse import helper, loop
+from .fuse.kernelnames import KernelNames
 from .fuse.names import EVENTS, SNAPSHOTS
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
-from .tasks import Wakeup, in_thread, kept_up, within
+from .tasks import Wakeup, kept_up
 from .volume import Volume
 
 _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = b"-500"
-_FORGET_WAIT_S = 1.0
 _STOP_S = 10.0
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
@@ -139,7 +138,8 @@ class _Mount:
         self._operations = Operations(self._namespace)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
-        pool.snapshots.forget_name = _forget_snapshot_name
+        self._kernel_names = KernelNames(_forget_snapshot_name)
+        pool.snapshots.forget_name = self._kernel_names.forget
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
@@ -195,7 +195,11 @@ class _Mount:
         finally:
             events.on_line, events.on_cut = EventLog().on_line, EventLog().on_cut
             self._operations.close_all()
-            pyfuse3.close(unmount=True)
+            if await self._kernel_names.close():
+                pyfuse3.close(unmount=True)
+            else:
+                # The kernel lets go of the session when this process ends.
+                _log.error("the kernel does not take notice of what was deleted; the session is left to it")
             events.note("unmounted", mount_point=self._mount_point)
 
     async def _tell_when_ready(self, ready: Callable[[], None]) -> None:
@@ -232,6 +236,8 @@ class _Mount:
                 await self._own_mount.detach()
             except OSError as failed:
                 _log.error("the kernel could not write all back: %s", failed)
+            # Before requests go without answers: what is under way waits for some.
+            await self._kernel_names.close()
             pyfuse3.terminate()
             # What does not end by then may wait for the mount itself.
             await trio.sleep(_STOP_S)
@@ -244,18 +250,10 @@ def _forget_pages(inode: int) -> None:
         pyfuse3.invalidate_inode(inode, attr_only=False)
 
 
-async def _forget_snapshot_name(name: bytes) -> None:
-    """Have the kernel look a snapshot's name up again.
-
-    In a thread: it waits for requests on that folder. One of those may wait for whoever calls this (a snapshot that
-    needs the room of one that is deleted, say), so it is not waited for without end; it is then done later.
-    """
-    await within(_FORGET_WAIT_S, partial(in_thread, _forget_entry, SNAPSHOTS, name))
-
-
-def _forget_entry(parent: int, name: bytes) -> None:
+def _forget_snapshot_name(name: bytes) -> None:
+    """Have the kernel look a snapshot's name up again. Waits for requests on that folder."""
     with contextlib.suppress(OSError):
-        pyfuse3.invalidate_entry(parent, name)
+        pyfuse3.invalidate_entry(SNAPSHOTS, name)
 
 
 def _tell_line(offset: int, line: bytes) -> None:

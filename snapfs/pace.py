@@ -15,6 +15,7 @@ import trio
 
 from .tasks import Wakeup
 
+_REST_FACTOR = 1
 _REST_FACTOR_IN_USE = 9
 
 
@@ -26,14 +27,10 @@ class Demand:
 
 
 class Pace:
-    """When one task rests, and for how long: nine times as long as it worked while volumes are used.
+    """When one task rests, and for how long: as long as it worked, nine times as long while volumes are used."""
 
-    While they are not it rests ``idle_factor`` times as long.
-    """
-
-    def __init__(self, demand: Demand, idle_factor: int = 0) -> None:
+    def __init__(self, demand: Demand) -> None:
         self._demand = demand
-        self._idle_factor = idle_factor
         self._seen_count = 0
         self._since_ns = 0
         self._hurried_count = 0
@@ -47,7 +44,8 @@ class Pace:
     def hurried(self, is_hurried: bool = True) -> Iterator[None]:
         """Somebody waits for the work to be done: until the block ends there are no rests."""
         self._hurried_count += is_hurried
-        self._hurry.set()
+        if is_hurried:
+            self._hurry.set()
         try:
             yield
         finally:
@@ -56,7 +54,7 @@ class Pace:
     async def rest(self, *, is_pressed: bool = False) -> None:
         """Rest after some work. ``is_pressed``: the work is needed more than those who use the volumes are kept up."""
         rest_s = self._factor(is_pressed) * (time.perf_counter_ns() - self._since_ns) / 1e9
-        if self._hurried_count or not rest_s:
+        if self._hurried_count:
             await trio.lowlevel.checkpoint()
         else:
             with trio.move_on_after(rest_s):
@@ -67,4 +65,4 @@ class Pace:
         count = self._demand.count()
         is_in_use = count - self._seen_count > 1
         self._seen_count = count
-        return _REST_FACTOR_IN_USE if is_in_use and not is_pressed else self._idle_factor
+        return _REST_FACTOR_IN_USE if is_in_use and not is_pressed else _REST_FACTOR

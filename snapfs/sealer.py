@@ -62,7 +62,7 @@ class Sealer:
         self._events = events
         self._wakeup = wakeup
         self._turn = trio.Lock()
-        self._pace = Pace(demand, idle_factor=1)
+        self._pace = Pace(demand)
         self._is_behind = False
         self._told: set[str] = set()
 

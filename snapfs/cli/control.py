@@ -9,11 +9,13 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
-from ..errors import BadCommandError, NotFoundError, ReadOnlyError, SnapfsError
+from ..errors import BadCommandError, DaemonEndedError, NotFoundError, ReadOnlyError, SnapfsError
 
 Answer = dict[str, Any]
 _READ_BYTES = 1 << 20
 _PROGRESS_PERIOD_S = 0.25
+# What the kernel gives a request that was under way when the daemon went, and one that comes later.
+_NO_DAEMON = (errno.ECONNABORTED, errno.ENOTCONN)
 
 
 class RefusedError(SnapfsError):
@@ -33,31 +35,47 @@ def control_path(mount_point: str) -> str:
 
 
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
-    """Write one command and read its answer. Raises RefusedError with the daemon's reason."""
+    """Write one command and read its answer.
+
+    Raises:
+        RefusedError: the daemon refused it, with its reason.
+        ReadOnlyError: the mount takes no commands.
+        DaemonEndedError: it is not known whether the command was done.
+    """
     line = command_line(words, options)
     try:
-        fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+        answer, failed = _exchange(control_path(mount_point), line)
     except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        raise ReadOnlyError(
-            f"{mount_point} is mounted read-only, and takes no commands", "Mount it without -o ro; status works"
-        ) from error
-    try:
-        failed: OSError | None = None
-        try:
-            os.write(fd, line + b"\n")
-        except OSError as error:
-            failed = error
-        answer = _read_answer(fd)
-    finally:
-        os.close(fd)
+        if error.errno in _NO_DAEMON:
+            raise DaemonEndedError(
+                f"the daemon of {mount_point} ended before it had answered",
+                "Mount the pool again, and see with snapfs list whether the command was done",
+            ) from error
+        if error.errno == errno.EROFS:
+            raise ReadOnlyError(
+                f"{mount_point} is mounted read-only, and takes no commands", "Mount it without -o ro; status works"
+            ) from error
+        raise
     if failed is not None or not answer.get("ok"):
         refused = RefusedError(answer.get("error") or str(failed), answer.get("fix", ""))
         refused.exit_code = answer.get("exit_code", 1)
         refused.errno = answer.get("errno") or (failed.errno if failed is not None else refused.errno) or 5
         raise refused
     return answer
+
+
+def _exchange(path: str, line: bytes) -> tuple[Answer, OSError | None]:
+    """The answer to a line, and what the write of it ended with. Raises OSError when no answer can be had."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        failed: OSError | None = None
+        try:
+            os.write(fd, line + b"\n")
+        except OSError as error:
+            failed = error
+        return _read_answer(fd), failed
+    finally:
+        os.close(fd)
 
 
 def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:

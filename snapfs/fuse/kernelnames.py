@@ -1,0 +1,53 @@
+"""Snapshots' names that the kernel keeps in mind: it is told of those that go without its having asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from ..errors import NoMemoryError
+from ..tasks import NO_MEMORY_RETRY_S, in_thread, within
+
+_FORGET_WAIT_S = 1.0
+_CLOSE_WAIT_S = 10.0
+
+
+class KernelNames:
+    """Open as long as the session lives: ``forget_entry``, which blocks, must not be called for one that is closed."""
+
+    def __init__(self, forget_entry: Callable[[bytes], None]) -> None:
+        self._forget_entry = forget_entry
+        self._is_open = True
+        self._under_way_count = 0
+        self._one_ended = trio.Event()
+
+    async def forget(self, name: bytes) -> None:
+        """Have the kernel look a snapshot's name up again. Raises nothing: what the name stood for is gone already.
+
+        In a thread: it waits for requests on that folder. One of those may wait for whoever calls this (a snapshot
+        that needs the room of one that is deleted, say), so it is not waited for without end; it is then done later.
+        """
+        await within(_FORGET_WAIT_S, partial(self._forget, name))
+
+    async def _forget(self, name: bytes) -> None:
+        self._under_way_count += 1
+        try:
+            while self._is_open:
+                try:
+                    return await in_thread(self._forget_entry, name)
+                except NoMemoryError:
+                    await trio.sleep(NO_MEMORY_RETRY_S)
+        finally:
+            self._under_way_count -= 1
+            self._one_ended.set()
+
+    async def close(self) -> bool:
+        """Begin no more, and wait for those under way; whether they have all ended."""
+        self._is_open = False
+        with trio.move_on_after(_CLOSE_WAIT_S, shield=True):
+            while self._under_way_count:
+                self._one_ended = trio.Event()
+                await self._one_ended.wait()
+        return not self._under_way_count
