@@ -196,6 +196,21 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 @contextlib.contextmanager
+def traced(mounted: Mounted, calls: str, told: Path) -> Iterator[None]:
+    """The daemon's system calls of these names, by strace, in a file; descriptors have their paths."""
+    command = ["strace", "-f", "-y", "-e", f"trace={calls}", "-p", str(mounted.status()["pid"]), "-o", str(told)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert tracer.stderr is not None
+        while "attached" not in tracer.stderr.readline():
+            assert tracer.poll() is None
+        yield
+    finally:
+        tracer.terminate()
+        tracer.communicate()
+
+
+@contextlib.contextmanager
 def loop_device(image: Path, *options: str) -> Iterator[str]:
     """An image attached as a loop device."""
     device = run("losetup", "--find", "--show", *options, image).stdout.strip()

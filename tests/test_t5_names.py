@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .conftest import Mounted
+from .conftest import Mounted, traced
 
 pytestmark = pytest.mark.mount
 
@@ -40,21 +40,9 @@ def test_what_a_command_deletes_or_renames_is_gone_for_the_kernel_too(mounted_in
 
 def _requests_of_listing(mounted: Mounted) -> int:
     """How many requests `ls -l` of the snapshots reaches the daemon with."""
-    pid = int(mounted.status()["pid"])
     told = mounted.pool.parent / "told"
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-e", "trace=writev", "-p", str(pid), "-o", told],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert tracer.stderr is not None
-        while "attached" not in tracer.stderr.readline():
-            assert tracer.poll() is None
+    with traced(mounted, "writev", told):
         subprocess.run(["ls", "-l", mounted.snapshots], check=True, stdout=subprocess.DEVNULL)
-    finally:
-        tracer.terminate()
-        tracer.communicate()
     return told.read_text().count("writev(")
 
 

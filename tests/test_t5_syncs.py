@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, wait_until
+from .conftest import Mounted, traced, wait_until
 
 pytestmark = pytest.mark.mount
 BLOCK = 4096
 _SYNC = re.compile(r"(?:fsync|fdatasync)\(\d+<([^>]*)>\)?.*")
-
-
-@contextlib.contextmanager
-def _traced(mounted: Mounted, told: Path) -> Iterator[None]:
-    pid = int(mounted.status()["pid"])
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-p", str(pid), "-o", told],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert tracer.stderr is not None
-        while "attached" not in tracer.stderr.readline():
-            assert tracer.poll() is None
-        yield
-    finally:
-        tracer.terminate()
-        tracer.communicate()
 
 
 def _kind(path: str) -> str:
@@ -54,7 +34,7 @@ def test_an_fsync_syncs_data_before_maps_before_sizes_and_nothing_that_did_not_c
 
         def synced(step: Callable[[], object], name: str) -> list[str]:
             told = tmp_path / name
-            with _traced(mounted, told):
+            with traced(mounted, "fdatasync,fsync", told):
                 step()
             kinds = [_kind(found[1]) for found in map(_SYNC.search, told.read_text().splitlines()) if found]
             # A new log's file and its folders, say: how many of a kind in a row does not count.

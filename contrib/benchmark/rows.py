@@ -34,6 +34,19 @@ def _lanes(*found: Subject | None) -> tuple[Lane, ...]:
     return tuple(lane_of(one) for one in found if one is not None)
 
 
+def _main_subjects(
+    stack: ExitStack, folder: Path, size_bytes: int
+) -> tuple[Snapfs, Subject, Subject | None, Subject | None]:
+    """snapfs, a file on the native filesystem, qemu's FUSE export and nbdfuse, each with a file that is full."""
+    own = stack.enter_context(subjects.snapfs(folder))
+    native = stack.enter_context(subjects.native(folder))
+    for one in (own, native):
+        subjects.fill(one.file, size_bytes)
+    qemu = stack.enter_context(subjects.qemu(folder, "qemu", size_bytes, by_nbd=False))
+    nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size_bytes, by_nbd=True))
+    return own, native, qemu, nbd
+
+
 # -- no snapshots ------------------------------------------------------------------------------
 
 
@@ -41,14 +54,9 @@ def plain(folder: Path, scale: Scale) -> list[Result]:
     """Beside the ceilings, the peers and the native file; nothing has a snapshot."""
     size = scale.size_bytes
     with ExitStack() as stack:
-        own = stack.enter_context(subjects.snapfs(folder))
-        native = stack.enter_context(subjects.native(folder))
+        own, native, qemu, nbd = _main_subjects(stack, folder, size)
         stock = stack.enter_context(subjects.null(folder, "stock ceiling", "stock", size))
         ours = stack.enter_context(subjects.null(folder, "our ceiling", "fast", size))
-        for subject in (own, native):
-            subjects.fill(subject.file, size)
-        qemu = stack.enter_context(subjects.qemu(folder, "qemu", size, by_nbd=False))
-        nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size, by_nbd=True))
         lanes = _lanes(own, stock, ours, qemu, nbd, native)
         wants = ((0.90, 0.85, 1.0), (1.2, 0.85, 1.0), (0.80, 0.85, 1.0), (1.1, 0.85, 1.0))
         rows = [
@@ -153,12 +161,7 @@ def first_touch(folder: Path, scale: Scale) -> list[Result]:
     """Each block written once after a snapshot; beside writing again what was written, and beside reflinks."""
     size = scale.size_bytes
     with ExitStack() as stack:
-        own = stack.enter_context(subjects.snapfs(folder))
-        native = stack.enter_context(subjects.native(folder))
-        for one in (own, native):
-            subjects.fill(one.file, size)
-        qemu = stack.enter_context(subjects.qemu(folder, "qemu", size, by_nbd=False))
-        nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size, by_nbd=True))
+        own, native, qemu, nbd = _main_subjects(stack, folder, size)
         links = [stack.enter_context(subjects.reflink(folder, kind, size)) for kind in ("btrfs", "xfs")]
         for link in links:
             if link is not None:
@@ -218,12 +221,7 @@ def buffered(folder: Path, scale: Scale) -> list[Result]:
     """Through the kernel's page cache, and with nothing in it."""
     size = scale.size_bytes
     with ExitStack() as stack:
-        own = stack.enter_context(subjects.snapfs(folder))
-        native = stack.enter_context(subjects.native(folder))
-        for one in (own, native):
-            subjects.fill(one.file, size)
-        qemu = stack.enter_context(subjects.qemu(folder, "qemu", size, by_nbd=False))
-        nbd = stack.enter_context(subjects.qemu(folder, "nbdfuse", size, by_nbd=True))
+        own, native, qemu, nbd = _main_subjects(stack, folder, size)
         fresh = [_fresh_lane(own), _fresh_lane(native)]
         # The peers show one file of a fixed size: theirs is written over.
         again = _lanes(qemu, nbd)
