@@ -144,7 +144,7 @@ class _Mount:
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
         self._session = loop.enable(pool.pending.is_quiet)
-        pool.demand.count = self._session.request_count
+        pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
 
     async def _forget_pages(self, volumes: Sequence[Volume]) -> None:

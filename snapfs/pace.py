@@ -20,7 +20,7 @@ _REST_FACTOR_IN_USE = 9
 
 
 class Demand:
-    """How many requests there were so far; a mount sets ``count``."""
+    """How many reads and writes there were so far; a mount sets ``count``."""
 
     def __init__(self) -> None:
         self.count: Callable[[], int] = lambda: 0

@@ -260,7 +260,16 @@ class Pool:
         self.snapshots.processors = self.processors
         self.demand = Demand()
         self.reclaimer = Reclaimer(
-            self.catalog, self.volumes, self.snapshots, index, self.processors, self.reserve, self.events, wakeup
+            self.catalog,
+            self.volumes,
+            self.snapshots,
+            index,
+            self.processors,
+            self.reserve,
+            self.events,
+            wakeup,
+            self.demand,
+            self.used_percent,
         )
         self.changelogs = ChangeLogVolumes(
             self.catalog,
@@ -382,6 +391,15 @@ class Pool:
         if not seen:
             return Space(0, 0, 0, 0)
         return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
+
+    def used_percent(self) -> int:
+        """How full the fullest device or change log volume is."""
+        percents = [quota.percent for quota in self.placement.quotas.values()]
+        for device in self.devices.values():
+            with contextlib.suppress(OSError):
+                space = device.space()
+                percents.append(100 - 100 * space.free_bytes // max(1, space.total_bytes))
+        return max(percents, default=0)
 
     async def _trim_images(self) -> None:
         """Images that are written over are left with their volumes' sizes."""

@@ -11,7 +11,8 @@ Each step is one commit. Cancelled or crashed between two, the work starts again
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -23,11 +24,18 @@ from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offse
 from .notresident import when_resident
 from .portion import Portion
 from .processor import Processor
+from .shardstore import ShardStore
+from .snapshotindex import SnapshotIndex
 from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
+# So many copies are dropped while the processor commits nothing else.
+_COPIES_A_STEP = 128
 _Place = tuple[int, int, int]
+_CopySpan = tuple[_Place, int]  # the place before, and the first instant behind
 Span = tuple[int, int]  # first epoch and last instant
+# Rests between two steps.
+Rest = Callable[[], Awaitable[None]]
 _Freed = dict[int, tuple[ChangeLog, int]]  # by log id: how many of its blocks go
 
 
@@ -43,32 +51,45 @@ class _Unneeded:
 
 @dataclass(slots=True)
 class _Step:
-    """Copies found by one query, and where the next one begins; None at the end."""
+    """Copies to be dropped in one step, in the order of their instants, and where to look for more."""
 
-    unneeded: list[_Unneeded] = field(default_factory=list)
-    place: _Place | None = None
+    unneeded: list[_Unneeded]
+    rest: list[_CopySpan]
 
 
-async def release_snapshot(processor: Processor, snapshot_id: SnapshotId, instant: int) -> None:
-    """Take one processor's part of a deleted snapshot apart.
+async def release_snapshots(
+    processor: Processor, deleted: Sequence[tuple[SnapshotId, int]], rest: Rest = trio.lowlevel.checkpoint
+) -> None:
+    """Take one processor's part of deleted snapshots apart, which are given by their ids and instants.
 
-    The snapshot has left the processor's index, so no copy is made for it any more.
+    They have left the processor's index, so no copy is made for them any more.
     """
-    await drop_unneeded_copies(processor, instant, processor.snapshots.next_of_all(instant))
+    await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, [one[1] for one in deleted]), rest)
     idle = await _idle_logs(processor)
-    await processor.commit([], ShardBatch(dropped_intermediates=[snapshot_id], dropped_logs=idle))
+    await processor.commit([], ShardBatch(dropped_intermediates=[one[0] for one in deleted], dropped_logs=idle))
     processor.wake()
 
 
-async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> None:
-    """Drop the copies with instants from ``low`` up to ``high`` that no snapshot in the index needs."""
-    place: _Place | None = (low - 1, 0, 0)
-    while place is not None:
+def unheld_spans(index: SnapshotIndex, instants: Iterable[int]) -> list[tuple[int, int]]:
+    """From each of these instants up to the next that a snapshot of all volumes has: spans that do not overlap."""
+    spans: list[tuple[int, int]] = []
+    for instant in sorted(instants):
+        if not spans or instant >= spans[-1][1]:
+            spans.append((instant, index.next_of_all(instant)))
+    return spans
+
+
+async def drop_unneeded_copies(
+    processor: Processor, spans: Iterable[tuple[int, int]], rest: Rest = trio.lowlevel.checkpoint
+) -> None:
+    """Drop the copies that no snapshot in the index needs, with instants from the first up to the second of a span."""
+    places: list[_CopySpan] = [((low - 1, 0, 0), high) for low, high in spans]
+    while places:
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 # What is pending goes to the store first, so that the store knows every copy.
                 await processor.commit_locked(_sound(processor))
-                step = await _find(processor, place, high)
+                step = await _find(processor, places)
                 try:
                     for one in step.unneeded:
                         await _drop(one)
@@ -76,44 +97,53 @@ async def drop_unneeded_copies(processor: Processor, low: int, high: int) -> Non
                         await processor.commit_locked(_sound(processor))
                 finally:
                     _let_go(processor, step)
-        place = step.place
-        await trio.lowlevel.checkpoint()
+        places = step.rest
+        # So that their room is there soon, also when there is much more to do.
+        processor.wake()
+        await rest()
 
 
 def _sound(processor: Processor) -> list[Portion]:
     return [portion for portion in processor.portions.values() if portion.failure is None]
 
 
-async def _find(processor: Processor, place: _Place, high: int) -> _Step:
-    """Copies after ``place`` and below ``high`` that no snapshot needs."""
-    index = processor.snapshots
+async def _find(processor: Processor, places: list[_CopySpan]) -> _Step:
+    """The first copies of these spans that no snapshot needs."""
     store = processor.access.store
-    rows = await processor.access.ask(store.copies_between, place, high, _BATCH)
-    step = _Step()
-    seen: set[tuple[int, int]] = set()
-    wanted = []
-    at_end = len(rows) < _BATCH
-    for row in rows:
-        key = (row.volume_id, row.object_index)
-        if key in seen:
-            # One copy of an object a step: its neighbours must be settled before the next is judged.
-            at_end = False
-            break
-        step.place = (row.instant, row.volume_id, row.object_index)
-        portion = processor.portions.get(row.volume_id)
-        if portion is not None and portion.failure is not None:
-            continue
-        if not index.holds(row.volume_id, row.epoch, row.instant):
-            seen.add(key)
-            wanted.append(row)
-    if at_end:
-        step.place = None
+    rows, left = await processor.access.ask(_some_copies, store, places)
+    wanted = [row for row in rows if _is_unneeded(processor, row)]
     neighbours = await processor.access.ask(lambda: [store.neighbours(row) for row in wanted])
+    step = _Step([], left)
+    # An object's copies go one after the other: the one before is then that before all of them.
+    before: dict[tuple[int, int], tuple[int, int]] = {}
     for row, (later, earlier) in zip(wanted, neighbours, strict=True):
+        key = (row.volume_id, row.object_index)
+        dropped_instant, its_earlier = before.get(key, (0, 0))
+        if earlier and earlier == dropped_instant:
+            earlier = its_earlier
+        before[key] = (row.instant, earlier)
         portion = processor.portion(row.volume_id)
         portion.users += 1
         step.unneeded.append(_Unneeded(portion, row, later, earlier))
     return step
+
+
+def _some_copies(store: ShardStore, places: list[_CopySpan]) -> tuple[list[CopyRow], list[_CopySpan]]:
+    """Copies for one step, and where the next one looks."""
+    rows: list[CopyRow] = []
+    for number, (place, high) in enumerate(places):
+        rows += store.copies_between(place, high, _COPIES_A_STEP - len(rows))
+        if len(rows) == _COPIES_A_STEP:
+            last = rows[-1]
+            return rows, [((last.instant, last.volume_id, last.object_index), high), *places[number + 1 :]]
+    return rows, []
+
+
+def _is_unneeded(processor: Processor, row: CopyRow) -> bool:
+    portion = processor.portions.get(row.volume_id)
+    if portion is not None and portion.failure is not None:
+        return False
+    return not processor.snapshots.holds(row.volume_id, row.epoch, row.instant)
 
 
 def _let_go(processor: Processor, step: _Step) -> None:
@@ -177,7 +207,9 @@ async def _inherited_copies(processor: Processor, portion: Portion, span: Span, 
     return batch
 
 
-async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_instant: int) -> None:
+async def dismantle_volume(
+    processor: Processor, volume_id: VolumeId, last_instant: int, rest: Rest = trio.lowlevel.checkpoint
+) -> None:
     """Take one processor's part of a removed volume apart; nobody has it open for writing.
 
     Live maps that a snapshot needs become point-in-time copies of ``last_instant``, the instant
@@ -199,6 +231,8 @@ async def dismantle_volume(processor: Processor, volume_id: VolumeId, last_insta
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 place = await _dismantle_some(processor, volume_id, last_instant, place)
+        processor.wake()
+        await rest()
     processor.tally.drop(volume_id)
     await processor.commit([], ShardBatch(dropped_portions=[volume_id]))
     processor.wake()

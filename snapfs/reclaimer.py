@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 
 import trio
 
@@ -14,6 +15,7 @@ from .errors import SnapfsError
 from .events import EventLog
 from .formats import CatalogBatch, VolumeTraits
 from .geometry import Epoch, SnapshotId, VolumeId
+from .pace import Demand, Pace
 from .processor import Processor
 from .reserve import Reserve
 from .snapshot import Snapshot
@@ -23,6 +25,9 @@ from .tasks import Wakeup, side_by_side
 from .volumes import VolumeTable
 
 RETRY_S = 5.0
+# So many are released in one commit of the catalog.
+_RELEASED_AT_ONCE = 64
+_ROOM_SHORT_PERCENT = 90
 
 
 class Reclaimer:
@@ -38,6 +43,8 @@ class Reclaimer:
         reserve: Reserve,
         events: EventLog,
         wakeup: Wakeup,
+        demand: Demand,
+        used_percent: Callable[[], int],
     ) -> None:
         self._catalog = catalog
         self._volumes = volumes
@@ -49,17 +56,24 @@ class Reclaimer:
         self._wakeup = wakeup
         self._traits = volumes.traits
         self._turn = trio.Lock()
+        self._pace = Pace(demand)
+        self._used_percent = used_percent
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
         while True:
             try:
-                await self.reclaim_all()
+                await self.reclaim_all(gently=True)
             except (SnapfsError, OSError) as error:
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
                 await trio.sleep(RETRY_S)
             else:
+                # Deletions that come meanwhile are worked through together.
+                await self._rest()
                 await self._wakeup.wait()
+
+    async def _rest(self) -> None:
+        await self._pace.rest(is_pressed=self._used_percent() >= _ROOM_SHORT_PERCENT)
 
     def wake(self) -> None:
         """Have the task look for work now."""
@@ -70,60 +84,87 @@ class Reclaimer:
         """Deleted snapshots and removed volumes that still hold space."""
         return len(self._snapshots.deleted) + len(self._snapshots.aborted) + len(self._volumes.removed)
 
-    async def reclaim_all(self) -> None:
-        """Free all that nobody has open."""
-        async with self._turn:
-            await self._reserve.helped(self._catalog.settle)
-            aborted = self._snapshots.aborted
-            while aborted:
-                # Again for each of them: another may have come while the one before was taken apart.
-                await self._reserve.helped(self._catalog.settle)
-                self._snapshots.let_go_of(aborted[0])
-                row = aborted[0].row
-                await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))
-                aborted.pop(0)
-            for volume_id, epoch in self._volumes.to_dismantle():
-                await self._reserve.helped(partial(self._dismantle, volume_id, epoch))
-            for processor in self._processors:
-                await reclaim.free_candidates(processor)
-            for snapshot in list(self._snapshots.deleted.values()):
-                await self._settle_inheritors(snapshot)
-                if snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id):
-                    await self._reserve.helped(partial(self._release, snapshot))
-            failed: SnapfsError | OSError | None = None
-            for volume in self._volumes.to_trim():
-                try:
-                    await self._reserve.helped(volume.trim)
-                except (SnapfsError, OSError) as error:
-                    # One whose change log is full must not keep the others from being freed.
-                    failed = error
-            await self._prune_traits()
-            for processor in self._processors:
-                await reclaim.free_candidates(processor)
-                await processor.scrub_suspect_logs()
-                await processor.punch_freed()
-            await self._reserve.refill()
-            if failed is not None:
-                raise failed
+    @property
+    def is_at_work(self) -> bool:
+        """Whether something is being freed, or will be."""
+        return self._turn.locked() or self._wakeup.is_set()
 
-    async def _release_parts(self, snapshot_id: SnapshotId, instant: int) -> None:
-        await side_by_side([partial(reclaim.release_snapshot, one, snapshot_id, instant) for one in self._processors])
+    async def reclaim_all(self, *, gently: bool = False) -> None:
+        """Free all that nobody has open; ``gently`` with rests while volumes are used, if room is not short."""
+        with self._pace.hurried(not gently):
+            async with self._turn:
+                self._pace.begin()
+                await self._reclaim_all(gently=gently)
+
+    async def _reclaim_all(self, *, gently: bool) -> None:
+        await self._reserve.helped(self._catalog.settle)
+        aborted = self._snapshots.aborted
+        while aborted:
+            # Again for each of them: another may have come while the one before was taken apart.
+            await self._reserve.helped(self._catalog.settle)
+            self._snapshots.let_go_of(aborted[0])
+            row = aborted[0].row
+            await self._reserve.helped(partial(self._release_aborted, row.snapshot_id, row.instant))
+            aborted.pop(0)
+        for volume_id, epoch in self._volumes.to_dismantle():
+            await self._reserve.helped(partial(self._dismantle, volume_id, epoch, gently=gently))
+        for processor in self._processors:
+            await reclaim.free_candidates(processor)
+        for snapshot in list(self._snapshots.deleted.values()):
+            await self._settle_inheritors(snapshot)
+        while released := self._to_release():
+            await self._reserve.helped(partial(self._release, released, gently=gently))
+        failed: SnapfsError | OSError | None = None
+        for volume in self._volumes.to_trim():
+            try:
+                await self._reserve.helped(volume.trim)
+            except (SnapfsError, OSError) as error:
+                # One whose change log is full must not keep the others from being freed.
+                failed = error
+        await self._prune_traits()
+        for processor in self._processors:
+            await reclaim.free_candidates(processor)
+            await processor.scrub_suspect_logs()
+            await processor.punch_freed()
+        await self._reserve.refill()
+        if failed is not None:
+            raise failed
+
+    async def _on_each(self, part: Callable[..., Awaitable[None]], *, gently: bool = False) -> None:
+        """Run the processors' parts of something: one after the other with rests, or side by side."""
+        if gently:
+            for processor in self._processors:
+                await part(processor, rest=self._rest)
+        else:
+            await side_by_side([partial(part, one) for one in self._processors])
 
     async def _release_aborted(self, snapshot_id: SnapshotId, instant: int) -> None:
         """Take apart what was kept for a snapshot that came to nothing, attributes among it."""
-        await self._release_parts(snapshot_id, instant)
-        idle = await self._idle_versions(instant, self._index.next_of_all(instant))
+        await self._on_each(partial(reclaim.release_snapshots, deleted=[(snapshot_id, instant)]))
+        idle = await self._idle_versions([(instant, self._index.next_of_all(instant))])
         await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))
 
-    async def _release(self, snapshot: Snapshot) -> None:
-        if snapshot.is_kept:
-            snapshot.is_kept = False
-            self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
-        await self._release_parts(snapshot.snapshot_id, snapshot.instant)
-        idle = await self._idle_versions(snapshot.instant, self._index.next_of_all(snapshot.instant))
-        batch = CatalogBatch(dropped_snapshots=[snapshot.snapshot_id], dropped_versions=idle)
+    def _to_release(self) -> list[Snapshot]:
+        """Some of the deleted snapshots that nobody has open, and that no clone looks into."""
+        free = (
+            one
+            for one in self._snapshots.deleted.values()
+            if one.opens == 0 and not self._traits.inheritors(one.snapshot_id)
+        )
+        return list(islice(free, _RELEASED_AT_ONCE))
+
+    async def _release(self, snapshots: Sequence[Snapshot], *, gently: bool) -> None:
+        for snapshot in snapshots:
+            if snapshot.is_kept:
+                snapshot.is_kept = False
+                self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
+        parts = [(one.snapshot_id, one.instant) for one in snapshots]
+        await self._on_each(partial(reclaim.release_snapshots, deleted=parts), gently=gently)
+        idle = await self._idle_versions(reclaim.unheld_spans(self._index, [one.instant for one in snapshots]))
+        batch = CatalogBatch(dropped_snapshots=[one.snapshot_id for one in snapshots], dropped_versions=idle)
         await self._catalog.save([], lambda: batch)
-        self._snapshots.deleted.pop(snapshot.snapshot_id, None)
+        for snapshot in snapshots:
+            self._snapshots.deleted.pop(snapshot.snapshot_id, None)
 
     async def _settle_inheritors(self, snapshot: Snapshot) -> None:
         """A deleted snapshot that clones look into: give them maps of their own, so that its space comes back."""
@@ -201,17 +242,21 @@ class Reclaimer:
 
         await self._change_traits(moved, [volume_id])
 
-    async def _idle_versions(self, low: int, high: int) -> list[tuple[VolumeId, Epoch]]:
-        """Kept attributes with instants from ``low`` up to ``high`` that no snapshot needs."""
-        versions = await self._catalog.ask(self._catalog.catalog.versions_between, low, high)
-        return [
-            (row.volume_id, row.instant)
-            for row in versions
-            if not self._index.holds(row.volume_id, row.epoch, row.instant)
-        ]
+    async def _idle_versions(self, spans: Iterable[tuple[int, int]]) -> list[tuple[VolumeId, Epoch]]:
+        """Kept attributes that no snapshot needs, with instants from the first up to the second of a span."""
+        idle = []
+        for low, high in spans:
+            versions = await self._catalog.ask(self._catalog.catalog.versions_between, low, high)
+            idle += [
+                (row.volume_id, row.instant)
+                for row in versions
+                if not self._index.holds(row.volume_id, row.epoch, row.instant)
+            ]
+        return idle
 
-    async def _dismantle(self, volume_id: VolumeId, epoch: Epoch) -> None:
-        await side_by_side([partial(reclaim.dismantle_volume, one, volume_id, epoch - 1) for one in self._processors])
+    async def _dismantle(self, volume_id: VolumeId, epoch: Epoch, *, gently: bool) -> None:
+        part = partial(reclaim.dismantle_volume, volume_id=volume_id, last_instant=epoch - 1)
+        await self._on_each(part, gently=gently)
         await self._catalog.save([], lambda: CatalogBatch(dropped_removed=[volume_id]))
         self._volumes.removed.pop(volume_id, None)
 
@@ -224,8 +269,8 @@ class Reclaimer:
             for part in parts:
                 if part.snapshot_id not in known:
                     lowest = min(lowest, part.instant)
-                    await reclaim.release_snapshot(processor, part.snapshot_id, part.instant)
+                    await reclaim.release_snapshots(processor, [(part.snapshot_id, part.instant)])
             if await processor.access.ask(processor.access.store.epoch_max) > from_instant:
-                await reclaim.release_snapshot(processor, SnapshotId(0), from_instant)
-        idle = await self._idle_versions(lowest, NEVER)
+                await reclaim.release_snapshots(processor, [(SnapshotId(0), from_instant)])
+        idle = await self._idle_versions([(lowest, NEVER)])
         await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))

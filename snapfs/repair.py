@@ -25,7 +25,7 @@ async def repair_running(pool: Pool) -> list[str]:
         done.append(f"cleared what lay behind the size of volume {volume.volume_id}")
     await pool.reclaimer.reclaim_all()
     for processor in pool.processors:
-        await reclaim.drop_unneeded_copies(processor, 0, NEVER)
+        await reclaim.drop_unneeded_copies(processor, [(0, NEVER)])
         await processor.punch_freed()
         done += await processor.access.ask(partial(_recount, processor, set(pool.volumes.by_id)))
         await processor.access.ask(processor.access.store.drop_stray_contents)

@@ -94,6 +94,7 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         "last_commit": _moment(max(one.last_commit_ns for one in processors)),
         "commit_count": sum(one.commit_count for one in processors),
         "reclaim_waiting_count": pool.reclaimer.waiting_count,
+        "is_reclaiming": pool.reclaimer.is_at_work,
         "processor_count": len(processors),
         "jobs": [
             {

@@ -25,6 +25,10 @@ class Wakeup:
         """Wake whoever waits, or the next to wait."""
         self._event.set()
 
+    def is_set(self) -> bool:
+        """Whether the next to wait goes on at once."""
+        return self._event.is_set()
+
     async def wait(self) -> None:
         """Wait for a :meth:`set`."""
         await self._event.wait()

@@ -195,6 +195,16 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+def wait_until_reclaimed(mounted: Mounted) -> None:
+    """Wait until what deleted snapshots held is given back."""
+
+    def is_done() -> bool:
+        status = mounted.status()
+        return not status["reclaim_waiting_count"] and not status["is_reclaiming"]
+
+    wait_until(is_done, "the space of deleted snapshots comes back")
+
+
 @contextlib.contextmanager
 def traced(mounted: Mounted, calls: str, told: Path) -> Iterator[None]:
     """The daemon's system calls of these names, by strace, in a file; descriptors have their paths."""

@@ -8,19 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .conftest import MEMORY, Mounted, clear_away, wait_until
+from .conftest import MEMORY, Mounted, clear_away, wait_until, wait_until_reclaimed
 
 MIB = 1 << 20
 LOG_BYTES_MAX = 2 * MIB + 65536
 SNAPSHOTS_KEPT = 6
 OBJECT = 4 * MIB
 OBJECT_COUNT = 4
-
-
-def is_idle(mounted: Mounted) -> bool:
-    """Whether nothing waits to be freed or sealed."""
-    status = mounted.status()
-    return not status["reclaim_waiting_count"] and not status["unsealed_snapshot_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +31,8 @@ class Size:
     @classmethod
     def of(cls, mounted: Mounted) -> Size:
         """Once all that is done in the background is done."""
-        wait_until(lambda: is_idle(mounted), "the background does not come to an end")
+        wait_until(lambda: not mounted.status()["unsealed_snapshot_count"], "all snapshots are sealed")
+        wait_until_reclaimed(mounted)
         pid = int(mounted.status()["pid"])
         fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         files = [path for path in mounted.pool.rglob("*") if path.is_file()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, run, snapfs, wait_until
+from .conftest import Mounted, run, snapfs, wait_until, wait_until_reclaimed
 
 pytestmark = pytest.mark.mount
 
@@ -87,7 +87,7 @@ def test_a_damaged_block_is_named_and_never_read(mounted: Mounted, when: str) ->
         file.write(blocks[123])
     assert (mounted.path / "v").read_bytes() == b"".join(blocks)
     snapfs("delete", mounted.path, "s")
-    wait_until(lambda: mounted.status()["reclaim_waiting_count"] == 0, "the snapshot's space is back")
+    wait_until_reclaimed(mounted)
     snapfs("scrub", mounted.path)
     assert mounted.status()["health"] == "ok"
 

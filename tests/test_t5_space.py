@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, snapfs, wait_until
+from .conftest import Mounted, snapfs, wait_until_reclaimed
 
 pytestmark = pytest.mark.mount
 
@@ -27,7 +27,7 @@ def data_bytes(mounted: Mounted) -> int:
 
 def settled(mounted: Mounted) -> int:
     mounted.ask("sync")
-    wait_until(lambda: mounted.status()["reclaim_waiting_count"] == 0, "all is reclaimed")
+    wait_until_reclaimed(mounted)
     mounted.remount()
     return data_bytes(mounted)
 

@@ -70,7 +70,6 @@ class _LowLevel:
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
     def __init__(self, may_spin: Callable[[], bool]) -> None:
-        self.request_count = 0
         self._may_spin = may_spin
         self._patience = Patience()
         self.session_fd: int | None = None
@@ -79,7 +78,6 @@ class _LowLevel:
 
     async def wait_readable(self, fd: int) -> None:
         """Wait until a request is there."""
-        self.request_count += 1
         if self._poll is None:
             self.session_fd = fd
             self._poll = select.poll()
@@ -154,10 +152,6 @@ class SessionLoop:
         """Where the workers run."""
         async with trio.open_nursery() as nursery:
             yield _Nursery(nursery, self._end)
-
-    def request_count(self) -> int:
-        """How often a request was waited for so far."""
-        return self.lowlevel.request_count
 
     def _end(self, failure: NoMemoryError) -> None:
         self.failure = failure

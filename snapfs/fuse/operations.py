@@ -84,6 +84,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self._handles: dict[int, Handle] = {}
         self._folders: dict[int, _Folder] = {}
         self._next_handle = 1
+        # Reads and writes of volumes and snapshots so far.
+        self.block_request_count = 0
         # pyfuse3 copies what a read returned before anything else runs, so one buffer serves all.
         self._buffer = memoryview(bytearray(REQUEST_BYTES_MAX))
 
@@ -92,10 +94,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """See pyfuse3."""
         handle = self._handles[fh]
+        self.block_request_count += 1
         try:
             try:
                 return handle.read_now(off, self._buffer[:size])  # type: ignore[return-value]
             except (NotResidentError, BlockingIOError):
+                self.block_request_count -= handle.direct
                 return await handle.read(off, size)  # type: ignore[return-value]
         except Exception as error:  # noqa: BLE001 - see the module's text
             raise _to_errno(error) from None
@@ -103,10 +107,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """See pyfuse3."""
         handle = self._handles[fh]
+        self.block_request_count += 1
         try:
             try:
                 return handle.write_now(off, buf)
             except NotResidentError:
+                self.block_request_count -= handle.direct
                 return await handle.write(off, buf)
         except Exception as error:  # noqa: BLE001 - see the module's text
             raise _to_errno(error) from None

@@ -1,0 +1,104 @@
+"""Deleted snapshots are taken apart together, with rests while volumes are used."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool
+from snapfs.reclaim import unheld_spans
+from snapfs.snapshotindex import NEVER, SnapshotIndex
+
+from .harness import World, open_world, read_snapshot, read_volume
+
+BLOCK = 4096
+OBJECT = 4 << 20
+VOLUMES = {b"r": REDIRECT, b"c": COPY_ON_WRITE}
+
+
+async def make_history(pool: Pool, count: int, rng: random.Random) -> dict[bytes, dict[bytes, bytes]]:
+    """Snapshots with a few writes between each and the next; what they hold."""
+    held: dict[bytes, dict[bytes, bytes]] = {}
+    for volume, mode in VOLUMES.items():
+        await pool.maker.create(VolumeWish(volume, OBJECT + 8 * BLOCK, mode))
+    for number in range(count):
+        name = b"s%d" % number
+        for volume in VOLUMES:
+            async with pool.volumes.opened(volume) as opened:
+                for _ in range(rng.randrange(4)):
+                    place = rng.choice((0, OBJECT)) + rng.randrange(6) * BLOCK
+                    await opened.write(place, rng.randbytes(rng.choice((100, BLOCK, 2 * BLOCK))))
+        # Some hold one volume alone.
+        of = rng.choice([None, None, [b"r"], [b"c"]])
+        await pool.snapshots.create(name, of)
+        held[name] = {volume: await read_volume(pool, volume) for volume in of or VOLUMES}
+    return held
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_what_is_deleted_together_goes_and_nothing_else(seed: int) -> None:
+    rng = random.Random(seed)
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        held = await make_history(pool, 60, rng)
+        names = list(held)
+        while names:
+            doomed = rng.sample(names, rng.randrange(1, len(names) + 1))
+            # The pool's own task would take one apart while the next is still there.
+            async with pool.reclaimer._turn:
+                for name in doomed:
+                    await pool.snapshots.delete(name)
+                    names.remove(name)
+            await pool.reclaimer.reclaim_all()
+            assert pool.reclaimer.waiting_count == 0
+            for name in names:
+                for volume, contents in held[name].items():
+                    assert await read_snapshot(pool, pool.snapshots.get(name), volume) == contents
+    world.check_clean()
+
+
+def test_spans_of_deleted_snapshots_do_not_overlap() -> None:
+    index = SnapshotIndex()
+    for instant in (30, 70):
+        index.add(instant, None)
+    assert unheld_spans(index, [80, 10, 20, 40, 90]) == [(10, 30), (40, 70), (80, NEVER)]
+    assert unheld_spans(index, []) == []
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+async def test_it_rests_between_its_steps_and_less_when_room_is_short(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[bool] = []
+
+    async def rest(*, is_pressed: bool = False) -> None:
+        rests.append(is_pressed)
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(Pool, "used_percent", lambda pool: 95 if is_short else 50)
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await make_history(pool, 100, random.Random(1))
+        monkeypatch.setattr(pool.reclaimer._pace, "rest", rest)
+        async with pool.reclaimer._turn:
+            for number in range(80):
+                await pool.snapshots.delete(b"s%d" % number)
+        await pool.reclaimer.reclaim_all(gently=True)
+        # Some steps of two processors, for each of two lots of 64.
+        assert len(rests) >= 4 and set(rests) == {is_short}
+    world.check_clean()
+
+
+async def test_room_is_told_by_the_fullest_device() -> None:
+    world = World(device_count=2, capacity_bytes=64 << 20)
+    async with open_world(world) as pool:
+        assert pool.used_percent() < 5
+        async with pool.volumes.opened((await pool.volumes.create(b"v")).name) as volume:
+            await volume.write(0, bytes([1]) * (2 * OBJECT))
+            await volume.write(4 * OBJECT, bytes([1]) * (2 * OBJECT))
+            await volume.sync()
+        assert 10 <= pool.used_percent() < 60
