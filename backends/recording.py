@@ -268,27 +268,29 @@ def power_cuts(journal: Journal, place: int, seed: int) -> list[PowerCut]:
 
 
 class CrashImages:
-    """The devices that cuts leave, from ``start`` on. What was durable before that is worked out once."""
+    """The devices that cuts leave, whose places never go back. What is durable before them is worked out once."""
 
     def __init__(self, journal: Journal, start: int = 0) -> None:
         self._journal = journal
         self._base = _Replay(journal)
-        self._base_place = next(
-            (
-                place
-                for place in range(start)
-                if (durable_at := journal.durable_at[place]) is None or durable_at >= start
-            ),
-            start,
-        )
-        for place in range(self._base_place):
-            self._base.redo(place)
+        self._base_place = 0
+        self._settle_base(start)
+
+    def _is_durable(self, place: int, before: int) -> bool:
+        durable_at = self._journal.durable_at[place]
+        return durable_at is not None and durable_at < before
+
+    def _settle_base(self, before: int) -> None:
+        """Do what every later cut leaves, up to the first call that it may not leave."""
+        while self._base_place < before and self._is_durable(self._base_place, before):
+            self._base.redo(self._base_place)
+            self._base_place += 1
 
     def after(self, cut: PowerCut) -> dict[str, MemoryDevice]:
         """What a cut leaves, by what the devices are called in the journal."""
+        self._settle_base(cut.place)
         replay = self._base.copy()
         for place in range(self._base_place, cut.place):
-            durable_at = self._journal.durable_at[place]
-            if place in cut.kept or (durable_at is not None and durable_at < cut.place):
+            if place in cut.kept or self._is_durable(place, cut.place):
                 replay.redo(place, cut)
         return replay.settled()

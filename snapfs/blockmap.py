@@ -132,19 +132,24 @@ def mapped_count(block_map: BlockMap, first: int = 0, last: int = BLOCKS_PER_OBJ
     return last - first - block_map[first:last].count(HOLE)
 
 
-def dropped_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]:
-    """Runs of blocks that ``old`` names and ``new`` names otherwise or not at all; holes are left out."""
+def changed_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]:
+    """Runs of blocks that ``new`` names otherwise than ``old``, with what ``new`` says of them; also holes."""
     if isinstance(old, int) and isinstance(new, int):
-        if old != new and old != HOLE:
-            yield 0, BLOCKS_PER_OBJECT, old
+        if old != new:
+            yield 0, BLOCKS_PER_OBJECT, new
         return
     block = 0
-    pairs = zip(expanded(old), expanded(new), strict=True)
-    for (log_id, kept), group in groupby(pairs, key=lambda pair: (pair[0], pair[0] == pair[1])):
+    pairs = zip(expanded(new), expanded(old), strict=True)
+    for (log_id, is_kept), group in groupby(pairs, key=lambda pair: (pair[0], pair[0] == pair[1])):
         count = sum(1 for _ in group)
-        if log_id != HOLE and not kept:
+        if not is_kept:
             yield block, count, log_id
         block += count
+
+
+def dropped_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]:
+    """Runs of blocks that ``old`` names and ``new`` names otherwise or not at all; holes are left out."""
+    return (run for run in changed_runs(new, old) if run[2] != HOLE)
 
 
 def encode(block_map: BlockMap) -> int | bytes:

@@ -194,18 +194,16 @@ async def _changed_objects(
     if plain and traits.get(after.volume_id).change_mode != COPY_ON_WRITE:
         assert before is not None
         # Both maps come from the store, many at once.
-        place = -1
-        while True:
-            rows = await processor.access.ask(
-                store.changed_maps, after.volume_id, before.instant, after.instant, place, _BATCH
-            )
-            for object_index, old, new in rows:
+        objects = await _candidates(processor, before, after)
+        for start in range(0, len(objects), _BATCH):
+            some = objects[start : start + _BATCH]
+            for object_index, old, new in await processor.access.ask(
+                store.changed_maps, after.volume_id, before.instant, after.instant, some
+            ):
                 runs = differing_runs(old, new)
                 if runs:
                     yield object_index, runs
-            if len(rows) < _BATCH:
-                return
-            place = rows[-1][0]
+        return
     for object_index in await _candidates(processor, before, after):
         new = await _map_of(processor, after, object_index)
         old = HOLE if before is None else await _map_of(processor, before, object_index)

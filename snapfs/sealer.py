@@ -8,8 +8,11 @@ beside it, and 0.75 ms with these pauses), but for when many snapshots wait.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import trio
 
@@ -19,9 +22,11 @@ from .errors import SnapfsError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, CatalogBatch, ContentRow, ShardBatch
 from .geometry import VolumeId
+from .objectdigests import NotSealedError, ObjectDigests
 from .pace import Demand, Pace
 from .processor import Processor
-from .sealing import NotSealedError, at_full_pace, portion_content, seal_logs
+from .sealing import Pace as LogPace
+from .sealing import at_full_pace, portion_content, seal_logs
 from .snapshot import Snapshot
 from .snapshots import SnapshotTable
 from .tasks import Wakeup
@@ -32,14 +37,17 @@ RETRY_S = 30.0
 _CONTENT_KEPT_INSTANTS = 16
 _TOLD_MAX = 256
 _WAITING_MAX = 1024
+_SEALED_AT_ONCE = 16
+_CONTENTS_MAX = 8192
 
 
 @dataclass(slots=True)
-class _Portion:
-    """What a processor is to note of a volume's content, once the snapshot is sealed."""
+class _Sealed:
+    """A snapshot whose root is known, and is to be noted."""
 
-    processor: Processor
-    row: ContentRow
+    snapshot: Snapshot
+    root: str
+    unsealed_ids: frozenset[VolumeId]
 
 
 class Sealer:
@@ -59,11 +67,15 @@ class Sealer:
         self._traits = traits
         self._snapshots = snapshots
         self._processors = processors
+        self._digests = {one.index: ObjectDigests(one.access.store) for one in processors}
         self._events = events
         self._wakeup = wakeup
         self._turn = trio.Lock()
         self._pace = Pace(demand)
         self._is_behind = False
+        # By processor and volume: the content hashes that were found last, and which are not stored yet.
+        self._contents: OrderedDict[tuple[int, VolumeId], ContentRow] = OrderedDict()
+        self._unkept: set[tuple[int, VolumeId]] = set()
         self._told: set[str] = set()
 
     async def run(self) -> None:
@@ -90,19 +102,39 @@ class Sealer:
 
     async def _seal_waiting(self, *, gently: bool) -> bool:
         self._pace.begin()
-        self._is_behind = len(self.waiting()) > _WAITING_MAX
+        waiting = self.waiting()
+        self._is_behind = len(waiting) > _WAITING_MAX
+        rest = self._rest if gently else at_full_pace
         is_complete = True
         for processor in self._processors:
-            is_complete &= await seal_logs(processor, self._rest if gently else at_full_pace, self._note_failure)
-        for snapshot in self.waiting():
-            try:
-                await self._seal(snapshot)
-            except NotSealedError:
-                continue
-            except (SnapfsError, OSError) as error:
-                if snapshot.snapshot_id in self._snapshots.by_id:
-                    self._note_failure(f"snapshot {show_name(snapshot.name or b'')}", error)
+            is_complete &= await seal_logs(processor, rest, self._note_failure)
+        for start in range(0, len(waiting), _SEALED_AT_ONCE):
+            await self._seal_lot(waiting[start : start + _SEALED_AT_ONCE], rest)
         return is_complete and not self.waiting()
+
+    async def _seal_lot(self, snapshots: list[Snapshot], rest: LogPace) -> None:
+        """Seal some snapshots, the oldest first: their roots are noted in one commit."""
+        lot: list[_Sealed] = []
+        for snapshot in snapshots:
+            with self._noting_failure(snapshot):
+                sealed = await self._look_at(snapshot)
+                if sealed is not None:
+                    lot.append(sealed)
+            await rest(0)
+        if lot:
+            with self._noting_failure(lot[0].snapshot):
+                await self._note_contents()
+                await self._note_roots(lot)
+
+    @contextmanager
+    def _noting_failure(self, snapshot: Snapshot) -> Iterator[None]:
+        try:
+            yield
+        except NotSealedError:
+            return
+        except (SnapfsError, OSError) as error:
+            if snapshot.snapshot_id in self._snapshots.by_id:
+                self._note_failure(f"snapshot {show_name(snapshot.name or b'')}", error)
 
     def _note_failure(self, what: str, error: Exception) -> None:
         """Tell of a failure, once."""
@@ -122,47 +154,80 @@ class Sealer:
         traits = [self._traits.get(one) for one in line]
         return not any(one.change_mode == COPY_ON_WRITE or one.source_path for one in traits)
 
-    async def _seal(self, snapshot: Snapshot) -> None:
-        members = await self._snapshots.members(snapshot)
-        covered = [one for one in members.ordered_ids if self.is_covered(one)]
+    async def _look_at(self, snapshot: Snapshot) -> _Sealed | None:
+        """What a snapshot is to be sealed with; None when it is deleted meanwhile. Raises NotSealedError."""
+        members = await self._snapshots.attributes_of(snapshot)
+        covered = [one for one in sorted(members) if self.is_covered(one)]
         volumes = []
-        portions: list[_Portion] = []
+        contents: dict[tuple[int, VolumeId], ContentRow] = {}
         for volume_id in covered:
             content = ContentHash()
             for processor in self._processors:
-                value = await portion_content(processor, volume_id, snapshot.instant)
+                key = (processor.index, volume_id)
+                digests = self._digests[processor.index]
+                known = self._contents.get(key)
+                value = await portion_content(processor, digests, volume_id, snapshot.instant, known)
                 content.combine(value)
-                portions.append(_Portion(processor, ContentRow(volume_id, snapshot.instant, value)))
-            attributes = members.by_id[volume_id]
+                contents[key] = ContentRow(volume_id, snapshot.instant, value)
+            attributes = members[volume_id]
             volumes.append((attributes.name, attributes.size_bytes, content.value))
         if snapshot.snapshot_id not in self._snapshots.by_id:
-            # Deleted meanwhile, so what was read of it may be another's.
-            return
-        root = root_of(volumes)
-        previous_root = self._root_before(snapshot)
-        unsealed_ids = frozenset(members.by_id) - set(covered)
-        told = ",".join(str(one) for one in sorted(unsealed_ids))
-        await self._note_contents(portions)
-        await self._catalog.save([], lambda: CatalogBatch(roots=[(snapshot.snapshot_id, root, previous_root, told)]))
-        snapshot.root, snapshot.previous_root, snapshot.unsealed_ids = root, previous_root, unsealed_ids
-        self._events.note("snapshot-sealed", name=show_name(snapshot.name or b""), root=root)
+            # What was read of it may be another's.
+            return None
+        self._remember(contents)
+        return _Sealed(snapshot, root_of(volumes), frozenset(members) - set(covered))
 
-    def _root_before(self, snapshot: Snapshot) -> str:
-        earlier = [one for one in self._snapshots.by_id.values() if one.root and one.instant < snapshot.instant]
-        return max(earlier, key=lambda one: one.instant).root if earlier else ""
+    def _remember(self, contents: dict[tuple[int, VolumeId], ContentRow]) -> None:
+        for key, row in contents.items():
+            self._contents[key] = row
+            self._contents.move_to_end(key)
+            self._unkept.add(key)
+        while len(self._contents) > _CONTENTS_MAX:
+            key, _ = self._contents.popitem(last=False)
+            self._unkept.discard(key)
 
-    async def _note_contents(self, portions: list[_Portion]) -> None:
-        """Keep content hashes for the next snapshots to start from; one that did not change is kept now and then."""
+    async def _note_roots(self, lot: list[_Sealed]) -> None:
+        previous_roots = self._previous_roots(lot)
+        rows = []
+        for one, previous_root in zip(lot, previous_roots, strict=True):
+            told = ",".join(str(volume_id) for volume_id in sorted(one.unsealed_ids))
+            rows.append((one.snapshot.snapshot_id, one.root, previous_root, told))
+        await self._catalog.save([], lambda: CatalogBatch(roots=rows))
+        for one, previous_root in zip(lot, previous_roots, strict=True):
+            snapshot = one.snapshot
+            snapshot.root, snapshot.previous_root, snapshot.unsealed_ids = one.root, previous_root, one.unsealed_ids
+            self._events.note("snapshot-sealed", name=show_name(snapshot.name or b""), root=one.root)
+
+    def _previous_roots(self, lot: list[_Sealed]) -> list[str]:
+        """For each the root of the snapshot before it that is there and sealed, or among these."""
+        last = lot[-1].snapshot.instant
+        roots = {one.instant: one.root for one in self._snapshots.by_id.values() if one.root and one.instant < last}
+        roots |= {one.snapshot.instant: one.root for one in lot}
+        instants = sorted(roots)
+        before = {instant: roots[earlier] for earlier, instant in pairwise(instants)}
+        return [before.get(one.snapshot.instant, "") for one in lot]
+
+    async def _note_contents(self) -> None:
+        """Keep content hashes for the next snapshots to start from, once the daemon was stopped."""
         for processor in self._processors:
-            batch = ShardBatch()
-            for one in portions:
-                if one.processor is not processor:
-                    continue
-                known = await processor.access.ask(processor.access.store.content, one.row.volume_id)
-                if known is None and one.row.value == 1:
-                    continue
-                age = _CONTENT_KEPT_INSTANTS if known is None else one.row.instant - known.instant
-                if age >= _CONTENT_KEPT_INSTANTS or (known is not None and age > 0 and known.value != one.row.value):
-                    batch.contents.append(one.row)
-            if batch:
-                await processor.commit([], batch)
+            rows = [self._contents[key] for key in self._unkept if key[0] == processor.index]
+            kept = await processor.access.ask(_worth_keeping, processor, rows)
+            if kept:
+                await processor.commit([], ShardBatch(contents=kept))
+        self._unkept.clear()
+
+
+def _worth_keeping(processor: Processor, rows: list[ContentRow]) -> list[ContentRow]:
+    """Those of which the stored one is no start for the next snapshot any more, or becomes an expensive one."""
+    found = []
+    for row in rows:
+        stored = processor.access.store.content(row.volume_id)
+        if stored is None:
+            is_due = row.value != 1
+        else:
+            is_start = processor.snapshots.holds(row.volume_id, stored.instant, stored.instant)
+            age = row.instant - stored.instant
+            is_due = age >= _CONTENT_KEPT_INSTANTS or (not is_start and age > 0)
+        if is_due:
+            found.append(row)
+    return found

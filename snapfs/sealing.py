@@ -9,18 +9,19 @@ all; only then are its reads held against them.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
 import trio
 
-from . import blockmap
 from .backends import DeviceFile
 from .blockmap import HOLE, BlockMap
-from .checksums import ZERO_DIGEST, ObjectSums, SumsMaker
+from .checksums import ObjectSums, SumsMaker
 from .contenthash import ContentHash, element_of
 from .cowportion import CowPortion
 from .errors import SnapfsError
-from .formats import CHANGE_LOG, LogRow, ShardBatch, SumsRow
-from .geometry import BLOCK_SHIFT, BLOCKS_PER_OBJECT, OBJECT_SHIFT, VolumeId
+from .formats import ContentRow, LogRow, ShardBatch, SumsRow
+from .geometry import BLOCK_SHIFT, BLOCKS_PER_OBJECT, OBJECT_SHIFT, LogId, VolumeId
+from .objectdigests import ObjectDigests
 from .processor import Processor
 from .shardstore import ShardStore
 from .unnamed import mask_runs, objects_with_data
@@ -28,12 +29,9 @@ from .unnamed import mask_runs, objects_with_data
 _STEP_BLOCKS = 16384
 _RUN_BLOCKS_MAX = 256
 _BATCH = 256
+_LOT_LOGS = 64
 Pace = Callable[[int], Awaitable[None]]
 OnFailure = Callable[[str, Exception], None]
-
-
-class NotSealedError(SnapfsError):
-    """Something of a snapshot has no checksums yet."""
 
 
 async def at_full_pace(size_bytes: int) -> None:
@@ -46,6 +44,26 @@ def raise_failure(what: str, error: Exception) -> None:
     raise error
 
 
+@dataclass(slots=True)
+class _Lot:
+    """Logs whose checksums were read, to be noted in one commit; of a large log some have been already."""
+
+    rows: list[LogRow] = field(default_factory=list)
+    batch: ShardBatch = field(default_factory=ShardBatch)
+    block_count: int = 0
+
+    def add(self, sums: list[SumsRow], block_count: int) -> None:
+        self.batch.sums += sums
+        self.block_count += block_count
+
+    def has_many_sums(self) -> bool:
+        return self.block_count >= _STEP_BLOCKS or len(self.batch.sums) >= _BATCH
+
+    def take_batch(self) -> ShardBatch:
+        taken, self.batch, self.block_count = self.batch, ShardBatch(), 0
+        return taken
+
+
 async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure: OnFailure = raise_failure) -> bool:
     """Give all closed logs their checksums; whether all have them now.
 
@@ -53,18 +71,28 @@ async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure:
     go on.
     """
     is_complete = True
+    lot = _Lot()
     for row in await processor.access.ask(processor.access.store.unsummed_logs):
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 state = _is_closed(processor, row)
         if state:
             try:
-                await _seal_log(processor, row, pace)
+                await _read_log(processor, row, lot, pace)
+                if len(lot.rows) >= _LOT_LOGS:
+                    await _note_summed(processor, lot)
+                    lot = _Lot()
             except (OSError, SnapfsError) as error:
                 is_complete = False
                 on_failure(f"change log {row.log_id} of processor {processor.index}", error)
+                lot = _Lot()
         elif state is None:
             is_complete = False
+    try:
+        await _note_summed(processor, lot)
+    except (OSError, SnapfsError) as error:
+        is_complete = False
+        on_failure(f"change logs of processor {processor.index}", error)
     return is_complete
 
 
@@ -89,37 +117,73 @@ def _is_closed(processor: Processor, row: LogRow) -> bool | None:
     return None if is_in_use else True
 
 
-async def _seal_log(processor: Processor, row: LogRow, pace: Pace) -> None:
+async def _read_log(processor: Processor, row: LogRow, lot: _Lot, pace: Pace) -> None:
+    """Read the checksums of a log's blocks into a lot. One that died meanwhile, or is missing, is left out."""
     try:
-        file = processor.logs.open_alone(row.log_id, row.device_id)
+        file, objects = await processor.access.in_thread(_look_at_log, processor, row)
     except FileNotFoundError:
-        # It died meanwhile, or is missing, which reads of it and the verifier tell.
+        # Reads of it and the verifier tell, if it is missing.
         return
     try:
-        extents = await processor.access.in_thread(file.data_extents)
-        objects = objects_with_data(extents, processor.index, processor.processor_count)
-        batch = ShardBatch()
-        pending = 0
-        for object_index, mask in objects:
-            base = (object_index // processor.processor_count) << OBJECT_SHIFT
-            sums = await processor.access.in_thread(read_sums, file, base, mask)
-            batch.sums.append(SumsRow(row.log_id, object_index, sums))
-            pending += mask.bit_count()
-            await pace(mask.bit_count() << BLOCK_SHIFT)
-            if pending >= _STEP_BLOCKS or len(batch.sums) >= _BATCH:
-                await processor.commit([], batch)
-                batch, pending = ShardBatch(), 0
-        with trio.CancelScope(shield=True):
-            async with processor.access.commit_lock:
-                if not _is_closed(processor, row):
-                    return
-                batch.summed_logs.append(row.log_id)
-                await processor.commit_locked([], batch)
-                log = processor.logs.known.get(row.log_id)
-                if log is not None:
-                    processor.logs.note_summed(log)
+        for some in _short_steps(objects):
+            sums, block_count = await processor.access.in_thread(_read_some, processor, row.log_id, file, some)
+            lot.add(sums, block_count)
+            await pace(block_count << BLOCK_SHIFT)
+            if lot.has_many_sums():
+                await processor.commit([], lot.take_batch())
     finally:
         file.close()
+    lot.rows.append(row)
+
+
+def _look_at_log(processor: Processor, row: LogRow) -> tuple[DeviceFile, list[tuple[int, int]]]:
+    """A log's file, and its objects with masks of the blocks that hold data. Blocks."""
+    file = processor.logs.open_alone(row.log_id, row.device_id)
+    try:
+        return file, objects_with_data(file.data_extents(), processor.index, processor.processor_count)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _short_steps(objects: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Objects with few blocks together, so that each step takes a few milliseconds at most."""
+    some: list[tuple[int, int]] = []
+    block_count = 0
+    for object_index, mask in objects:
+        if some and block_count + mask.bit_count() > BLOCKS_PER_OBJECT:
+            yield some
+            some, block_count = [], 0
+        some.append((object_index, mask))
+        block_count += mask.bit_count()
+    if some:
+        yield some
+
+
+def _read_some(
+    processor: Processor, log_id: LogId, file: DeviceFile, objects: list[tuple[int, int]]
+) -> tuple[list[SumsRow], int]:
+    """Checksums of these objects' blocks, and how many blocks they are of. Blocks."""
+    sums = [
+        SumsRow(log_id, one, read_sums(file, (one // processor.processor_count) << OBJECT_SHIFT, mask))
+        for one, mask in objects
+    ]
+    return sums, sum(mask.bit_count() for _, mask in objects)
+
+
+async def _note_summed(processor: Processor, lot: _Lot) -> None:
+    """Keep the checksums of a lot, and that its logs have them all, if they still take no more writes."""
+    if not lot.rows:
+        return
+    with trio.CancelScope(shield=True):
+        async with processor.access.commit_lock:
+            closed = [row.log_id for row in lot.rows if _is_closed(processor, row)]
+            lot.batch.summed_logs += closed
+            await processor.commit_locked([], lot.batch)
+            for log_id in closed:
+                log = processor.logs.known.get(log_id)
+                if log is not None:
+                    processor.logs.note_summed(log)
 
 
 def read_sums(file: DeviceFile, base: int, mask: int) -> ObjectSums:
@@ -140,69 +204,75 @@ def _short_runs(mask: int) -> Iterator[tuple[int, int]]:
             yield first + start, min(_RUN_BLOCKS_MAX, count - start)
 
 
-async def portion_content(processor: Processor, volume_id: VolumeId, instant: int) -> int:
+async def portion_content(
+    processor: Processor, digests: ObjectDigests, volume_id: VolumeId, instant: int, known: ContentRow | None = None
+) -> int:
     """The content hash of a volume's part here as it stood at an instant that a snapshot holds.
 
-    From that of an earlier snapshot, if that one is still there: then the cost follows what
-    changed. Raises NotSealedError when a log in it has no checksums.
+    From that of an earlier snapshot, ``known`` or stored, if that one is still there: then the cost follows what
+    changed. ``digests`` are the processor's. Raises NotSealedError when a log in it has no checksums.
     """
     store = processor.access.store
     index = processor.snapshots
-    row = await processor.access.ask(store.content, volume_id)
-    if row is None or row.instant > instant or not index.holds(volume_id, row.instant, row.instant):
-        return await _whole_content(processor, volume_id, instant)
-    if row.instant == instant or not await processor.access.ask(store.has_log_between, volume_id, row.instant, instant):
+    row, is_same = await processor.access.ask(_content_before, processor, volume_id, instant, known)
+    if row is None:
+        return await _whole_content(processor, digests, volume_id, instant)
+    if is_same:
         return row.value
     content = ContentHash(row.value)
-    place = -1
-    while True:
-        rows = await processor.access.ask(store.changed_maps, volume_id, row.instant, instant, place, _BATCH)
-        old, new = await processor.access.ask(_elements_of_changes, store, rows)
+    objects = await processor.access.ask(store.changed_objects, volume_id, row.instant, instant)
+    for start in range(0, len(objects), _BATCH):
+        span = (row.instant, instant)
+        some = objects[start : start + _BATCH]
+        old, new = await processor.access.ask(_elements_of_changes, store, digests, volume_id, span, some)
         content.replace(old, new)
-        if len(rows) < _BATCH:
-            break
-        place = rows[-1][0]
     if not index.holds(volume_id, row.instant, row.instant):
         # It was deleted meanwhile, and its copies may have gone before they were looked at.
-        return await _whole_content(processor, volume_id, instant)
+        return await _whole_content(processor, digests, volume_id, instant)
     return content.value
 
 
-async def _whole_content(processor: Processor, volume_id: VolumeId, instant: int) -> int:
+def _content_before(
+    processor: Processor, volume_id: VolumeId, instant: int, known: ContentRow | None
+) -> tuple[ContentRow | None, bool]:
+    """A content hash to start from, and whether nothing has changed since."""
+    store = processor.access.store
+    for row in (known, store.content(volume_id)):
+        if row is not None and row.instant <= instant:
+            if row.instant == instant:
+                return row, True
+            if processor.snapshots.holds(volume_id, row.instant, row.instant):
+                return row, not store.has_log_between(volume_id, row.instant, instant)
+    return None, False
+
+
+async def _whole_content(processor: Processor, digests: ObjectDigests, volume_id: VolumeId, instant: int) -> int:
     content = ContentHash()
     from_object = 0
     with processor.borrowed(volume_id) as portion:
         while objects := await processor.mapped_objects(volume_id, from_object, _BATCH):
             maps = [(one, await portion.snapshot_map(one, instant)) for one in objects]
-            content.replace([], await processor.access.ask(_elements, processor.access.store, maps))
+            content.replace([], await processor.access.ask(_elements, digests, volume_id, maps))
             from_object = objects[-1] + 1
     return content.value
 
 
-def _elements_of_changes(store: ShardStore, rows: list[tuple[int, BlockMap, BlockMap]]) -> tuple[list[int], list[int]]:
-    return _elements(store, [(row[0], row[1]) for row in rows]), _elements(store, [(row[0], row[2]) for row in rows])
+def _elements_of_changes(
+    store: ShardStore, digests: ObjectDigests, volume_id: VolumeId, span: tuple[int, int], objects: list[int]
+) -> tuple[list[int], list[int]]:
+    """What stands for objects at the first and at the last instant of a span."""
+    old, new = [], []
+    for object_index, old_map, new_map in store.changed_maps(volume_id, *span, objects):
+        # One object after the other: its digests are still known when its next map is looked at.
+        old += _elements(digests, volume_id, [(object_index, old_map)])
+        new += _elements(digests, volume_id, [(object_index, new_map)])
+    return old, new
 
 
-def _elements(store: ShardStore, maps: list[tuple[int, BlockMap]]) -> list[int]:
+def _elements(digests: ObjectDigests, volume_id: VolumeId, maps: list[tuple[int, BlockMap]]) -> list[int]:
     """What stands for objects with these maps, from their blocks' digests. Blocks."""
-    summed: dict[int, bool] = {}
-    elements = []
-    for object_index, block_map in maps:
-        if block_map == HOLE:
-            continue
-        known: dict[int, ObjectSums] = {}
-        parts = []
-        for block, count, log_id in blockmap.runs(block_map, 0, BLOCKS_PER_OBJECT):
-            if log_id == HOLE:
-                parts.append(ZERO_DIGEST * count)
-                continue
-            if log_id not in summed:
-                log = store.log(log_id)
-                summed[log_id] = log is not None and log.kind == CHANGE_LOG and bool(log.summed)
-            if not summed[log_id]:
-                raise NotSealedError(f"change log {log_id} has no checksums yet")
-            if log_id not in known:
-                known[log_id] = store.sums(log_id, object_index)
-            parts.append(known[log_id].digests_of(block, count))
-        elements.append(element_of(object_index, b"".join(parts)))
-    return elements
+    return [
+        element_of(object_index, digests.of(volume_id, object_index, block_map))
+        for object_index, block_map in maps
+        if block_map != HOLE
+    ]

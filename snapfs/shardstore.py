@@ -345,18 +345,21 @@ class ShardStore:
         return sorted(row[0] for row in rows)
 
     def changed_maps(
-        self, volume_id: VolumeId, after: int, until: int, from_object: int, limit: int
+        self, volume_id: VolumeId, after: int, until: int, objects: Sequence[int]
     ) -> list[tuple[int, blockmap.BlockMap, blockmap.BlockMap]]:
-        """Objects behind ``from_object`` that changed between two instants, with their maps at both, in order."""
-        old = self.database.rows(
-            "SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index > ?4"
-            " AND instant >= ?2 AND instant < ?3 AND epoch <= ?2 ORDER BY object_index LIMIT ?5",
-            (volume_id, after, until, from_object, limit),
+        """Objects that the volume itself has maps or copies of, with their maps at two instants."""
+        return [(one, self._map_at(volume_id, one, after), self._map_at(volume_id, one, until)) for one in objects]
+
+    def _map_at(self, volume_id: VolumeId, object_index: int, instant: int) -> blockmap.BlockMap:
+        """An object's map at an instant: its next copy, or the live map, if that is as old; else a hole."""
+        row = self.database.row(
+            "SELECT epoch, map FROM copies WHERE volume_id = ? AND object_index = ? AND instant >= ?"
+            " ORDER BY instant LIMIT 1",
+            (volume_id, object_index, instant),
+        ) or self.database.row(
+            "SELECT epoch, map FROM maps WHERE volume_id = ? AND object_index = ?", (volume_id, object_index)
         )
-        if not old:
-            return []
-        new = dict(self._maps_at(Ancestor(volume_id, until), from_object + 1, old[-1][0]))
-        return [(row[0], blockmap.decode(row[1]), new.get(row[0], blockmap.HOLE)) for row in old]
+        return blockmap.decode(row[1]) if row is not None and row[0] <= instant else blockmap.HOLE
 
     def block_count_of(self, volume_id: VolumeId, epoch: int) -> int:
         """Blocks in a volume's change logs of one epoch."""

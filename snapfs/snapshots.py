@@ -352,8 +352,16 @@ class SnapshotTable:
         if known is not None:
             self._members.move_to_end(snapshot.snapshot_id)
             return known
+        block_counts = await self._block_counts(snapshot.instant)
+        members = SnapshotMembers(snapshot, await self.attributes_of(snapshot), block_counts)
+        self._members[snapshot.snapshot_id] = members
+        while len(self._members) > _MEMBERS_KEPT:
+            self._members.popitem(last=False)
+        return members
+
+    async def attributes_of(self, snapshot: Snapshot) -> dict[VolumeId, Attributes]:
+        """The attributes of a snapshot's volumes."""
         instant = snapshot.instant
-        block_counts = await self._block_counts(instant)
         rows = await self._catalog.ask(self._catalog.catalog.versions_at, instant)
         # From here on without an await: memory is newer than what was asked.
         found: dict[VolumeId, Attributes] = {}
@@ -368,11 +376,7 @@ class SnapshotTable:
             for version in volume.versions:
                 if version.epoch <= instant <= version.instant:
                     found[volume.volume_id] = version.attributes
-        members = SnapshotMembers(snapshot, found, block_counts)
-        self._members[snapshot.snapshot_id] = members
-        while len(self._members) > _MEMBERS_KEPT:
-            self._members.popitem(last=False)
-        return members
+        return found
 
     async def _block_counts(self, instant: int) -> dict[VolumeId, int]:
         """Blocks that each volume had mapped at an instant."""

@@ -249,7 +249,7 @@ LAYERS = [
     ["database", "traits", "image"],
     ["placement"],
     ["catalog", "shardstore", "changelog", "reserve"],
-    ["catalogaccess", "unnamed", "shardstate", "counting"],
+    ["catalogaccess", "unnamed", "shardstate", "counting", "objectdigests"],
     ["portion"],
     ["cowportion"],
     ["processor"],

@@ -18,12 +18,15 @@ from snapfs.backends import CrashPlan, DeviceFile
 from snapfs.check import Report, check_pool
 from snapfs.checksums import ObjectSums, SumsMaker, digest_of
 from snapfs.contenthash import PRIME, ContentHash, element_of
-from snapfs.errors import DamagedError, StallError, UnsealedError
+from snapfs.errors import DamagedError, NoSpaceError, StallError, UnsealedError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT, SumsRow
 from snapfs.making import VolumeWish
+from snapfs.objectdigests import ObjectDigests
 from snapfs.pool import Pool
 from snapfs.scrub import scrub, verify
 from snapfs.sealedfile import DamagedBlockError, SealedFile
+from snapfs.shardstore import ShardStore
+from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
 from .harness import WHERE, Running, World, everything_is_proven, open_world, read_snapshot, read_volume
@@ -545,4 +548,94 @@ async def test_nothing_is_kept_for_volumes_that_went_before_they_were_sealed() -
         await pool.reclaimer.reclaim_all()
         for processor in pool.processors:
             assert not processor.access.store.database.rows("SELECT 1 FROM contents UNION SELECT 1 FROM sums")
+    world.check_clean()
+
+
+async def make_versions(pool: Pool, count: int, rng: random.Random) -> list[Snapshot]:
+    """Snapshots with a few blocks of two objects written between each and the next, one of them deleted.
+
+    The pool's task seals none meanwhile.
+    """
+    made = []
+    async with pool.sealer._turn:
+        for number in range(count):
+            for _ in range(3):
+                place = rng.choice((0, 4 * OBJECT)) + rng.randrange(40) * BLOCK
+                await put(pool, b"v", place, rng.choice((bytes(BLOCK), rng.randbytes(BLOCK))))
+            made.append(await pool.snapshots.create(b"s%d" % number))
+        # The last of its logs takes no more writes.
+        await put(pool, b"v", 0, rng.randbytes(BLOCK))
+        await pool.snapshots.delete(made.pop(count // 3).name or b"")
+    return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_many_are_sealed_at_once_with_the_roots_that_each_would_have_alone(seed: int) -> None:
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        made = await make_versions(pool, 40, random.Random(seed))
+        assert await pool.sealer.seal_all()
+        assert [one.previous_root for one in made] == ["", *(one.root for one in made[:-1])]
+        # By a look at all of what each holds.
+        await everything_is_proven(pool)
+    async with open_world(world) as pool:
+        again = [pool.snapshots.get(one.name or b"") for one in made]
+        assert [(one.root, one.previous_root) for one in again] == [(one.root, one.previous_root) for one in made]
+        # From what was stored of the content, or without.
+        await make_more(pool, seed)
+        await everything_is_proven(pool)
+    world.check_clean()
+
+
+async def make_more(pool: Pool, seed: int) -> None:
+    if seed == 2:
+        for name in list(pool.snapshots.by_name)[:-1]:
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+    await put(pool, b"v", 7 * BLOCK, os.urandom(BLOCK))
+    await pool.snapshots.create(b"more")
+
+
+async def test_of_an_object_only_what_changed_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[int] = []
+    sums = ShardStore.sums
+
+    def noting(store: ShardStore, log_id: int, object_index: int) -> ObjectSums:
+        looked_up.append(log_id)
+        return sums(store, log_id, object_index)
+
+    monkeypatch.setattr(ShardStore, "sums", noting)
+    async with open_world(World(processor_count=1)) as pool:
+        await pool.volumes.create(b"v")
+        await make_versions(pool, 60, random.Random(1))
+        assert await pool.sealer.seal_all()
+        # Three blocks of two objects each time; all the logs before would be some thousands.
+        assert len(looked_up) <= 60 * 3 + 10
+        (digests,) = pool.sealer._digests.values()
+        small = ObjectDigests(pool.processors[0].access.store, kept_objects_max=1)
+        volume_id = pool.volumes.get(b"v").volume_id
+        for instant in (20, 10, 30, 10):
+            for row in pool.processors[0].access.store.maps_at(volume_id, instant):
+                known = digests.of(volume_id, row.object_index, row.block_map)
+                assert small.of(volume_id, row.object_index, row.block_map) == known
+        assert len(small._kept) == 1
+
+
+async def test_a_lot_that_cannot_be_noted_is_sealed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        made = await make_versions(pool, 5, random.Random(1))
+        with monkeypatch.context() as patch:
+
+            async def fail(*args: object) -> None:
+                raise NoSpaceError("the catalog's device is full")
+
+            patch.setattr(pool.sealer, "_note_roots", fail)
+            assert not await pool.sealer.seal_all()
+        assert not any(one.root for one in made)
+        assert b"sealing-failed" in pool.events.contents and b"is full" in pool.events.contents
+        assert await pool.sealer.seal_all()
+        await everything_is_proven(pool)
     world.check_clean()

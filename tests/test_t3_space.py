@@ -46,7 +46,7 @@ def smallest_size(account: SpaceAccount, candidates: list[int], need: int) -> in
 rows = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(1, 9)), max_size=14)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows, st.integers(0, 60), st.sets(st.integers(0, 7)), st.booleans())
 def test_the_smallest_set_is_the_smallest(
     held: list[tuple[int, int, int]], need: int, tagged: set[int], by_trying: bool
