@@ -443,9 +443,14 @@ class Volume(VolumeView):
     def _only_times_unsaved(self) -> bool:
         if self._saved is None or self.versions:
             return False
-        old, new = self._saved.attributes, self.row().attributes
-        new = new._replace(atime_ns=old.atime_ns, mtime_ns=old.mtime_ns, ctime_ns=old.ctime_ns)
-        return self.row()._replace(attributes=new, epoch=self._saved.epoch) == self._saved
+        saved, attributes = self._saved, self._saved.attributes
+        return (
+            attributes.size_bytes == self._synced_size_bytes
+            and (attributes.name, attributes.mode) == (self.name, self.mode)
+            and (attributes.uid, attributes.gid) == (self.uid, self.gid)
+            and saved.named_epoch == self.named_epoch
+            and saved.trim == int(self._trim != _TRIM_NONE)
+        )
 
     # -- syncing -----------------------------------------------------------------------------
 
