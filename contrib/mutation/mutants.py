@@ -1,9 +1,9 @@
 """How much of a change of the code the tests notice (mutation testing, by the operators of cosmic-ray).
 
 One change of each of some places, which a seed chooses, is made in a copy of the checkout, and the tests that run that
-line are run there, the shortest first, until one fails or a minute is over. A change that none of them notices survives: it stands for
-something that nobody tests, or for nothing (another size of a cache, say). Only tests that need no mount are run,
-without the longest.
+line are run there, the shortest first, until one fails or a minute is over. A change that none of them notices
+survives: it stands for something that nobody tests, or for nothing (another size of a cache, say). Only tests that
+need no mount are run, without the longest.
 """
 
 from __future__ import annotations
