@@ -5,13 +5,16 @@ is a plain ``int``. Entry 0 is a hole and reads as zeros. Arrays of live maps ar
 by their processor; any map that is kept for later is a copy.
 
 Encoded for a store, a map is an integer (uniform), or a blob: a byte of kind, then little-endian
-``R`` runs of (count - 1: u16, log id: u32), or ``A`` the 1024 ids (u32) - whichever is shorter.
+``R`` runs of (count - 1: u16, log id: u32), or ``A`` the 1024 ids (u32) - whichever is shorter. A map that
+is kept and not changed any more may also be ``Z``: the lowest bytes of all ids, the next ones, and so on,
+deflated (RFC 1950).
 """
 
 from __future__ import annotations
 
 import struct
 import sys
+import zlib
 from array import array
 from collections.abc import Iterator
 from itertools import groupby
@@ -26,7 +29,10 @@ LOG_ID_MAX = (1 << 32) - 1
 _RUN = struct.Struct("<HI")
 _KIND_RUNS = b"R"
 _KIND_ARRAY = b"A"
+_KIND_DEFLATED = b"Z"
 _ARRAY_BYTES = BLOCKS_PER_OBJECT * 4
+# Not worth deflating.
+_SHORT_BYTES = 256
 
 
 def entry(block_map: BlockMap, block: int) -> int:
@@ -163,12 +169,39 @@ def encode(block_map: BlockMap) -> int | bytes:
     return _KIND_ARRAY + _little_endian(block_map).tobytes()
 
 
+def encode_compactly(block_map: BlockMap) -> int | bytes:
+    """The map as a store keeps one that is not changed any more: in a fifth of the room, if it is in many pieces."""
+    stored = encode(block_map)
+    if isinstance(stored, int) or len(stored) <= _SHORT_BYTES:
+        return stored
+    ids = _little_endian(expanded(block_map)).tobytes()
+    deflated = _KIND_DEFLATED + zlib.compress(b"".join(ids[place::4] for place in range(4)), 1)
+    return min(stored, deflated, key=len)
+
+
+def _inflated(body: bytes) -> bytes | None:
+    """The ids of a deflated map; None if it is none."""
+    inflating = zlib.decompressobj()
+    try:
+        planes = inflating.decompress(body, _ARRAY_BYTES)
+    except zlib.error:
+        return None
+    if len(planes) != _ARRAY_BYTES or not inflating.eof or inflating.unused_data:
+        return None
+    ids = bytearray(_ARRAY_BYTES)
+    for place in range(4):
+        ids[place::4] = planes[place * BLOCKS_PER_OBJECT : (place + 1) * BLOCKS_PER_OBJECT]
+    return bytes(ids)
+
+
 def decode(stored: object) -> BlockMap:
-    """The map of :func:`encode`. Raises DamagedError for anything else."""
+    """The map of :func:`encode` or :func:`encode_compactly`. Raises DamagedError for anything else."""
     if isinstance(stored, int) and 0 <= stored <= LOG_ID_MAX:
         return stored
     if isinstance(stored, bytes):
         body = stored[1:]
+        if stored[:1] == _KIND_DEFLATED and (inflated := _inflated(body)) is not None:
+            return _little_endian(array("I", inflated))
         if stored[:1] == _KIND_ARRAY and len(body) == _ARRAY_BYTES:
             return _little_endian(array("I", body))
         if stored[:1] == _KIND_RUNS and body and len(body) % _RUN.size == 0:

@@ -15,7 +15,7 @@ from .checksums import ObjectSums
 from .errors import DamagedError, NotAPoolError, TooNewError
 from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 REDIRECT, COPY_ON_WRITE = 0, 1
 # By the words of the command line.

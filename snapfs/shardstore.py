@@ -560,7 +560,7 @@ class ShardStore:
             if batch.copies:
                 database.each(
                     "INSERT OR REPLACE INTO copies VALUES (?, ?, ?, ?, ?)",
-                    [(*row[:4], blockmap.encode(row.block_map)) for row in batch.copies],
+                    [(*row[:4], blockmap.encode_compactly(row.block_map)) for row in batch.copies],
                 )
             for sql, rows in (
                 ("DELETE FROM maps WHERE volume_id = ? AND object_index = ?", batch.dropped_maps),

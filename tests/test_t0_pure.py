@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import random
 import shlex
+import zlib
 from array import array
 from pathlib import Path
 
@@ -56,6 +58,26 @@ def as_list(block_map: blockmap.BlockMap) -> list[int]:
 @given(maps)
 def test_a_map_survives_its_encoding(block_map: blockmap.BlockMap) -> None:
     assert as_list(blockmap.decode(blockmap.encode(block_map))) == as_list(block_map)
+    compact = blockmap.encode_compactly(block_map)
+    assert as_list(blockmap.decode(compact)) == as_list(block_map)
+    assert not isinstance(compact, bytes) or len(compact) <= len(blockmap.encode(block_map))  # type: ignore[arg-type]
+
+
+def test_a_map_in_many_pieces_is_kept_in_little_room() -> None:
+    chance = random.Random(1)
+    entries = array("I", (70000 + chance.randrange(11) for _ in range(BLOCKS)))
+    compact = blockmap.encode_compactly(entries)
+    assert isinstance(compact, bytes) and compact[:1] == b"Z" and len(compact) < 800
+    for damaged in (
+        compact[:-1],
+        compact + b"x",
+        b"Z" + compact[2:],
+        b"Z" + zlib.compress(bytes(4 * BLOCKS - 1)),
+        b"Z" + zlib.compress(bytes(4 * BLOCKS + 1)),
+        *(compact[:at] + bytes([compact[at] ^ 1]) + compact[at + 1 :] for at in range(3, len(compact), 50)),
+    ):
+        with pytest.raises(DamagedError):
+            blockmap.decode(damaged)
 
 
 @given(maps, ranges, st.integers(0, 9))
@@ -100,6 +122,8 @@ def test_the_encodings_are_the_documented_bytes() -> None:
     assert isinstance(encoded, bytes)
     assert encoded[:13] == bytes.fromhex("41 00000000 01000000 02000000")
     assert len(encoded) == 1 + 4 * BLOCKS
+    planes = bytes(range(256)) * 4 + b"".join(bytes([high]) * 256 for high in range(4)) + bytes(2 * BLOCKS)
+    assert blockmap.decode(b"Z" + zlib.compress(planes)) == entries
 
 
 @pytest.mark.parametrize("stored", [-1, 1 << 32, None, "x", b"", b"Z", b"R", b"R12345", b"A123", b"R" + bytes(6)])
@@ -190,7 +214,7 @@ def test_other_names_are_volumes(name: bytes) -> None:
 
 
 def test_descriptors_survive_and_refuse() -> None:
-    pool = PoolDescriptor("id", 4, 5)
+    pool = PoolDescriptor("id", 6, 5)
     assert PoolDescriptor.from_json(pool.to_json(), "p") == pool
     device = DeviceDescriptor("id", 2)
     assert DeviceDescriptor.from_json(device.to_json(), "d") == device
@@ -203,7 +227,7 @@ def test_descriptors_survive_and_refuse() -> None:
         (b"{}", NotAPoolError),
         (b"[" * 100000, DamagedError),
         (device.to_json(), NotAPoolError),
-        (pool.to_json().replace(b": 4", b": 400"), DamagedError),
+        (pool.to_json().replace(b": 6", b": 600"), DamagedError),
         (pool.to_json().replace(b'"pool_id"', b'"x"'), DamagedError),
         (pool.to_json().replace(b'"format_version": ', b'"format_version": "2", "x": '), DamagedError),
     ):

@@ -27,7 +27,7 @@ def test_any_line_of_the_control_file_is_answered(seed: int) -> None:
 
 def test_a_format_version_is_a_number() -> None:
     with pytest.raises(DamagedError):
-        PoolDescriptor.from_json(POOL.to_json().replace(b'"format_version": 3', b'"format_version": true'), "here")
+        PoolDescriptor.from_json(POOL.to_json().replace(b'"format_version": 4', b'"format_version": true'), "here")
 
 
 def test_a_schedule_has_a_name_in_utf_8() -> None:

@@ -171,7 +171,7 @@ def main() -> None:
         found = []
         for name in arguments.modules:
             module = Path("snapfs") / f"{name}.py"
-            found += places.one_for_each_place(module, (ROOT / module).read_text(), chance)
+            found += places.one_for_each_place(module, (folders[0] / module).read_text(), chance)
         chosen = chance.sample(found, min(arguments.count or len(found), len(found)))
         free: SimpleQueue[Path] = SimpleQueue()
         for folder in folders:
