@@ -96,6 +96,11 @@ async def diff(pool: Pool, before: Snapshot, after: Snapshot | None) -> list[Vol
     """
     if after is not None and after.instant < before.instant:
         raise BadCommandError("the second snapshot is older than the first", "Give them in the order of time")
+    with pool.snapshots.looked_into([before, after]):
+        return await _diff(pool, before, after)
+
+
+async def _diff(pool: Pool, before: Snapshot, after: Snapshot | None) -> list[VolumeChange]:
     if after is None:
         await pool.snapshots.before_cut(pool.volumes.unsaved())
     await _commit_all(pool)
@@ -123,13 +128,15 @@ async def content_of(pool: Pool, base: Snapshot | None, snapshot: Snapshot) -> l
     """Every volume of a snapshot, by name, with all that it holds, or with what is other than in ``base``."""
     if base is not None and base.instant >= snapshot.instant:
         raise BadCommandError("the base is not older than the snapshot", "Give an older one")
-    await _commit_all(pool)
-    old = {} if base is None else await states_at(pool, base)
     found = []
-    for file_id, state in (await states_at(pool, snapshot)).items():
-        before = old.get(file_id)
-        extents = await changed_extents(pool, before, state)
-        found.append(VolumeChange(file_id, None if before is None else before.attributes, state.attributes, extents))
+    with pool.snapshots.looked_into([base, snapshot]):
+        await _commit_all(pool)
+        old = {} if base is None else await states_at(pool, base)
+        for file_id, state in (await states_at(pool, snapshot)).items():
+            before = old.get(file_id)
+            extents = await changed_extents(pool, before, state)
+            attributes = None if before is None else before.attributes
+            found.append(VolumeChange(file_id, attributes, state.attributes, extents))
     return sorted(found, key=lambda one: one.name)
 
 
@@ -302,11 +309,13 @@ async def blame(pool: Pool, volume_name: bytes, offset: int) -> list[BlockChange
     object_index, block = offset >> OBJECT_SHIFT, (offset & (OBJECT_SIZE - 1)) // BLOCK_SIZE
     processor = pool.processors[object_index % len(pool.processors)]
     seen: list[tuple[Snapshot | None, tuple[VolumeId, int]]] = []
-    for snapshot in sorted(pool.snapshots.by_id.values(), key=lambda one: one.instant):
-        state = (await states_at(pool, snapshot)).get(volume.file_id)
-        if state is not None:
-            entry = blockmap.entry(await _map_of(processor, state, object_index), block)
-            seen.append((snapshot, (volume.file_id, entry)))
+    snapshots = sorted(pool.snapshots.by_id.values(), key=lambda one: one.instant)
+    with pool.snapshots.looked_into(snapshots):
+        for snapshot in snapshots:
+            state = (await states_at(pool, snapshot)).get(volume.file_id)
+            if state is not None:
+                entry = blockmap.entry(await _map_of(processor, state, object_index), block)
+                seen.append((snapshot, (volume.file_id, entry)))
     now = State(volume.volume_id, NEVER, volume.attributes())
     seen.append((None, (volume.file_id, blockmap.entry(await _map_of(processor, now, object_index), block))))
     changes = []

@@ -135,14 +135,15 @@ class _Mount:
         self._namespace = Namespace(
             pool, request.mount_point, self._resize, self._forget_pages, control_gid(request.options)
         )
-        self._operations = Operations(self._namespace)
+        self._kernel_names = KernelNames(_forget_snapshot_name)
+        self._operations = Operations(self._namespace, self._kernel_names)
         self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
         pool.snapshots.before_cut = self._own_mount.flush
-        self._kernel_names = KernelNames(_forget_snapshot_name)
         pool.snapshots.forget_name = self._kernel_names.forget
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._events_cut = Wakeup()
+        self._device = 0
         self._session = loop.enable(pool.pending.is_quiet)
         pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
@@ -195,15 +196,17 @@ class _Mount:
         finally:
             events.on_line, events.on_cut = EventLog().on_line, EventLog().on_cut
             self._operations.close_all()
+            if not await self._kernel_names.close():
+                # It waits in the kernel for a request that was never taken from it, and that ends it.
+                _abort_connection(self._device)
             if await self._kernel_names.close():
                 pyfuse3.close(unmount=True)
             else:
-                # The kernel lets go of the session when this process ends.
-                _log.error("the kernel does not take notice of what was deleted; the session is left to it")
+                _log.error("the kernel still waits for an answer; end that with: umount -f %s", self._mount_point)
             events.note("unmounted", mount_point=self._mount_point)
 
     async def _tell_when_ready(self, ready: Callable[[], None]) -> None:
-        device = await self._own_mount.device_number()
+        device = self._device = await self._own_mount.device_number()
         if os.geteuid() == 0:
             _tune_mount(device)
         ready()
@@ -279,6 +282,12 @@ def _prepare_process() -> None:
         _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as score:
             score.write(_OOM_SCORE)
+
+
+def _abort_connection(device: int) -> None:
+    """Have the kernel fail all requests of a mount (needs root, and fusectl to be mounted)."""
+    with contextlib.suppress(OSError), open(f"/sys/fs/fuse/connections/{os.minor(device)}/abort", "w") as abort:
+        abort.write("1")
 
 
 def _tune_mount(device: int) -> None:

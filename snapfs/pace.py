@@ -17,6 +17,8 @@ from .tasks import Wakeup
 
 _REST_FACTOR = 1
 _REST_FACTOR_IN_USE = 9
+# Also after work that had no place to rest in.
+_REST_S_MAX = 1.0
 
 
 class Demand:
@@ -27,7 +29,10 @@ class Demand:
 
 
 class Pace:
-    """When one task rests, and for how long: as long as it worked, nine times as long while volumes are used."""
+    """When one task rests, and for how long: as long as it worked, nine times as long while volumes are used.
+
+    A second at most, for what is pressing is found out about between two rests.
+    """
 
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
@@ -53,7 +58,8 @@ class Pace:
 
     async def rest(self, *, is_pressed: bool = False) -> None:
         """Rest after some work. ``is_pressed``: the work is needed more than those who use the volumes are kept up."""
-        rest_s = self._factor(is_pressed) * (time.perf_counter_ns() - self._since_ns) / 1e9
+        worked_s = (time.perf_counter_ns() - self._since_ns) / 1e9
+        rest_s = min(_REST_S_MAX, self._factor(is_pressed) * worked_s)
         if self._hurried_count:
             await trio.lowlevel.checkpoint()
         else:

@@ -11,8 +11,9 @@ Each step is one commit. Cancelled or crashed between two, the work starts again
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -57,25 +58,40 @@ class _Step:
     rest: list[_CopySpan]
 
 
+class Deleted(NamedTuple):
+    """A snapshot that goes; ``volume_ids`` is None for one of all volumes."""
+
+    snapshot_id: SnapshotId
+    instant: int
+    volume_ids: Collection[VolumeId] | None = None
+
+
 async def release_snapshots(
-    processor: Processor, deleted: Sequence[tuple[SnapshotId, int]], rest: Rest = trio.lowlevel.checkpoint
+    processor: Processor, deleted: Sequence[Deleted], rest: Rest = trio.lowlevel.checkpoint
 ) -> None:
-    """Take one processor's part of deleted snapshots apart, which are given by their ids and instants.
+    """Take one processor's part of deleted snapshots apart.
 
     They have left the processor's index, so no copy is made for them any more.
     """
-    await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, [one[1] for one in deleted]), rest)
+    await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, deleted), rest)
     idle = await _idle_logs(processor)
-    await processor.commit([], ShardBatch(dropped_intermediates=[one[0] for one in deleted], dropped_logs=idle))
+    ids = [one.snapshot_id for one in deleted]
+    await processor.commit([], ShardBatch(dropped_intermediates=ids, dropped_logs=idle))
     processor.wake()
 
 
-def unheld_spans(index: SnapshotIndex, instants: Iterable[int]) -> list[tuple[int, int]]:
-    """From each of these instants up to the next that a snapshot of all volumes has: spans that do not overlap."""
+def unheld_spans(index: SnapshotIndex, deleted: Iterable[Deleted]) -> list[tuple[int, int]]:
+    """From the instant of each up to the next by which all that it held is held: spans that do not overlap.
+
+    What none but these needed has its last instant in one of them.
+    """
     spans: list[tuple[int, int]] = []
-    for instant in sorted(instants):
-        if not spans or instant >= spans[-1][1]:
-            spans.append((instant, index.next_of_all(instant)))
+    for one in sorted(deleted, key=lambda one: one.instant):
+        high = index.next_of(one.volume_ids, one.instant)
+        if spans and one.instant < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], high))
+        else:
+            spans.append((one.instant, high))
     return spans
 
 

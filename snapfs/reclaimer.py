@@ -58,6 +58,7 @@ class Reclaimer:
         self._turn = trio.Lock()
         self._pace = Pace(demand)
         self._used_percent = used_percent
+        self._has_failed = False
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
@@ -65,9 +66,11 @@ class Reclaimer:
             try:
                 await self.reclaim_all(gently=True)
             except (SnapfsError, OSError) as error:
+                self._has_failed = True
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
                 await trio.sleep(RETRY_S)
             else:
+                self._has_failed = False
                 # Deletions that come meanwhile are worked through together.
                 await self._rest()
                 await self._wakeup.wait()
@@ -87,7 +90,7 @@ class Reclaimer:
     @property
     def is_at_work(self) -> bool:
         """Whether something is being freed, or will be."""
-        return self._turn.locked() or self._wakeup.is_set()
+        return self._turn.locked() or self._wakeup.is_set() or self._has_failed
 
     async def reclaim_all(self, *, gently: bool = False) -> None:
         """Free all that nobody has open; ``gently`` with rests while volumes are used, if room is not short."""
@@ -140,8 +143,9 @@ class Reclaimer:
 
     async def _release_aborted(self, snapshot_id: SnapshotId, instant: int) -> None:
         """Take apart what was kept for a snapshot that came to nothing, attributes among it."""
-        await self._on_each(partial(reclaim.release_snapshots, deleted=[(snapshot_id, instant)]))
-        idle = await self._idle_versions([(instant, self._index.next_of_all(instant))])
+        deleted = [reclaim.Deleted(snapshot_id, instant)]
+        await self._on_each(partial(reclaim.release_snapshots, deleted=deleted))
+        idle = await self._idle_versions(reclaim.unheld_spans(self._index, deleted))
         await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))
 
     def _to_release(self) -> list[Snapshot]:
@@ -158,9 +162,9 @@ class Reclaimer:
             if snapshot.is_kept:
                 snapshot.is_kept = False
                 self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
-        parts = [(one.snapshot_id, one.instant) for one in snapshots]
-        await self._on_each(partial(reclaim.release_snapshots, deleted=parts), gently=gently)
-        idle = await self._idle_versions(reclaim.unheld_spans(self._index, [one.instant for one in snapshots]))
+        deleted = [reclaim.Deleted(one.snapshot_id, one.instant, one.volume_ids) for one in snapshots]
+        await self._on_each(partial(reclaim.release_snapshots, deleted=deleted), gently=gently)
+        idle = await self._idle_versions(reclaim.unheld_spans(self._index, deleted))
         batch = CatalogBatch(dropped_snapshots=[one.snapshot_id for one in snapshots], dropped_versions=idle)
         await self._catalog.save([], lambda: batch)
         for snapshot in snapshots:
@@ -269,8 +273,8 @@ class Reclaimer:
             for part in parts:
                 if part.snapshot_id not in known:
                     lowest = min(lowest, part.instant)
-                    await reclaim.release_snapshots(processor, [(part.snapshot_id, part.instant)])
+                    await reclaim.release_snapshots(processor, [reclaim.Deleted(part.snapshot_id, part.instant)])
             if await processor.access.ask(processor.access.store.epoch_max) > from_instant:
-                await reclaim.release_snapshots(processor, [(SnapshotId(0), from_instant)])
+                await reclaim.release_snapshots(processor, [reclaim.Deleted(SnapshotId(0), from_instant)])
         idle = await self._idle_versions([(lowest, NEVER)])
         await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))

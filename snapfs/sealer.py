@@ -22,11 +22,11 @@ from .errors import SnapfsError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, CatalogBatch, ContentRow, ShardBatch
 from .geometry import VolumeId
-from .objectdigests import NotSealedError, ObjectDigests
+from .objectdigests import NotSealedError
 from .pace import Demand, Pace
 from .processor import Processor
+from .sealing import Lookups, at_full_pace, portion_content, seal_logs
 from .sealing import Pace as LogPace
-from .sealing import at_full_pace, portion_content, seal_logs
 from .snapshot import Snapshot
 from .snapshots import SnapshotTable
 from .tasks import Wakeup
@@ -67,7 +67,7 @@ class Sealer:
         self._traits = traits
         self._snapshots = snapshots
         self._processors = processors
-        self._digests = {one.index: ObjectDigests(one.access.store) for one in processors}
+        self._lookups = {one.index: Lookups.of(one.access.store) for one in processors}
         self._events = events
         self._wakeup = wakeup
         self._turn = trio.Lock()
@@ -109,6 +109,7 @@ class Sealer:
         for processor in self._processors:
             is_complete &= await seal_logs(processor, rest, self._note_failure)
         for start in range(0, len(waiting), _SEALED_AT_ONCE):
+            self._is_behind = len(waiting) - start > _WAITING_MAX
             await self._seal_lot(waiting[start : start + _SEALED_AT_ONCE], rest)
         return is_complete and not self.waiting()
 
@@ -124,7 +125,7 @@ class Sealer:
         if lot:
             with self._noting_failure(lot[0].snapshot):
                 await self._note_contents()
-                await self._note_roots(lot)
+                await self._note_roots([one for one in lot if one.snapshot.snapshot_id in self._snapshots.by_id])
 
     @contextmanager
     def _noting_failure(self, snapshot: Snapshot) -> Iterator[None]:
@@ -156,6 +157,8 @@ class Sealer:
 
     async def _look_at(self, snapshot: Snapshot) -> _Sealed | None:
         """What a snapshot is to be sealed with; None when it is deleted meanwhile. Raises NotSealedError."""
+        if snapshot.snapshot_id not in self._snapshots.by_id:
+            return None
         members = await self._snapshots.attributes_of(snapshot)
         covered = [one for one in sorted(members) if self.is_covered(one)]
         volumes = []
@@ -164,9 +167,9 @@ class Sealer:
             content = ContentHash()
             for processor in self._processors:
                 key = (processor.index, volume_id)
-                digests = self._digests[processor.index]
+                lookups = self._lookups[processor.index]
                 known = self._contents.get(key)
-                value = await portion_content(processor, digests, volume_id, snapshot.instant, known)
+                value = await portion_content(processor, lookups, volume_id, snapshot.instant, known)
                 content.combine(value)
                 contents[key] = ContentRow(volume_id, snapshot.instant, value)
             attributes = members[volume_id]
@@ -182,11 +185,10 @@ class Sealer:
             self._contents[key] = row
             self._contents.move_to_end(key)
             self._unkept.add(key)
-        while len(self._contents) > _CONTENTS_MAX:
-            key, _ = self._contents.popitem(last=False)
-            self._unkept.discard(key)
 
     async def _note_roots(self, lot: list[_Sealed]) -> None:
+        if not lot:
+            return
         previous_roots = self._previous_roots(lot)
         rows = []
         for one, previous_root in zip(lot, previous_roots, strict=True):
@@ -215,6 +217,9 @@ class Sealer:
             if kept:
                 await processor.commit([], ShardBatch(contents=kept))
         self._unkept.clear()
+        # None that is not stored, or too old a one: it would have to be worked out from all of its volume again.
+        while len(self._contents) > _CONTENTS_MAX:
+            self._contents.popitem(last=False)
 
 
 def _worth_keeping(processor: Processor, rows: list[ContentRow]) -> list[ContentRow]:

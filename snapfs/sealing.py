@@ -46,22 +46,28 @@ def raise_failure(what: str, error: Exception) -> None:
 
 @dataclass(slots=True)
 class _Lot:
-    """Logs whose checksums were read, to be noted in one commit; of a large log some have been already."""
+    """Logs whose checksums were read, to be noted in one commit; of a large log some have been already.
+
+    ``is_lost``: some of the checksums could not be kept.
+    """
 
     rows: list[LogRow] = field(default_factory=list)
     batch: ShardBatch = field(default_factory=ShardBatch)
     block_count: int = 0
+    is_lost: bool = False
 
     def add(self, sums: list[SumsRow], block_count: int) -> None:
         self.batch.sums += sums
         self.block_count += block_count
 
-    def has_many_sums(self) -> bool:
-        return self.block_count >= _STEP_BLOCKS or len(self.batch.sums) >= _BATCH
-
-    def take_batch(self) -> ShardBatch:
+    async def keep_some(self, processor: Processor) -> None:
+        """Keep the checksums so far, when there are many."""
+        if self.block_count < _STEP_BLOCKS and len(self.batch.sums) < _BATCH:
+            return
         taken, self.batch, self.block_count = self.batch, ShardBatch(), 0
-        return taken
+        self.is_lost = True
+        await processor.commit([], taken)
+        self.is_lost = False
 
 
 async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure: OnFailure = raise_failure) -> bool:
@@ -79,21 +85,19 @@ async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure:
         if state:
             try:
                 await _read_log(processor, row, lot, pace)
-                if len(lot.rows) >= _LOT_LOGS:
-                    await _note_summed(processor, lot)
-                    lot = _Lot()
             except (OSError, SnapfsError) as error:
+                # What was read of it stays in the lot, and proves nothing.
                 is_complete = False
                 on_failure(f"change log {row.log_id} of processor {processor.index}", error)
+            if len(lot.rows) >= _LOT_LOGS:
+                is_complete &= await _note_summed(processor, lot, on_failure)
+                lot = _Lot()
+            elif lot.is_lost:
+                # All of it is read again at the next pass.
                 lot = _Lot()
         elif state is None:
             is_complete = False
-    try:
-        await _note_summed(processor, lot)
-    except (OSError, SnapfsError) as error:
-        is_complete = False
-        on_failure(f"change logs of processor {processor.index}", error)
-    return is_complete
+    return await _note_summed(processor, lot, on_failure) and is_complete
 
 
 def _is_closed(processor: Processor, row: LogRow) -> bool | None:
@@ -129,8 +133,7 @@ async def _read_log(processor: Processor, row: LogRow, lot: _Lot, pace: Pace) ->
             sums, block_count = await processor.access.in_thread(_read_some, processor, row.log_id, file, some)
             lot.add(sums, block_count)
             await pace(block_count << BLOCK_SHIFT)
-            if lot.has_many_sums():
-                await processor.commit([], lot.take_batch())
+            await lot.keep_some(processor)
     finally:
         file.close()
     lot.rows.append(row)
@@ -171,10 +174,21 @@ def _read_some(
     return sums, sum(mask.bit_count() for _, mask in objects)
 
 
-async def _note_summed(processor: Processor, lot: _Lot) -> None:
-    """Keep the checksums of a lot, and that its logs have them all, if they still take no more writes."""
-    if not lot.rows:
-        return
+async def _note_summed(processor: Processor, lot: _Lot, on_failure: OnFailure) -> bool:
+    """Keep the checksums of a lot, and that its logs have them all, if they still take no more writes; whether it is.
+
+    A lot that cannot be kept is given up: its logs are read again at the next pass.
+    """
+    if lot.rows:
+        try:
+            await _keep_sums(processor, lot)
+        except (OSError, SnapfsError) as error:
+            on_failure(f"change logs of processor {processor.index}", error)
+            return False
+    return True
+
+
+async def _keep_sums(processor: Processor, lot: _Lot) -> None:
     with trio.CancelScope(shield=True):
         async with processor.access.commit_lock:
             closed = [row.log_id for row in lot.rows if _is_closed(processor, row)]
@@ -204,31 +218,60 @@ def _short_runs(mask: int) -> Iterator[tuple[int, int]]:
             yield first + start, min(_RUN_BLOCKS_MAX, count - start)
 
 
+class ChangedObjects:
+    """Objects that changed between two instants, by volume: looked up once for all that are sealed together."""
+
+    def __init__(self, store: ShardStore) -> None:
+        self._store = store
+        self._span = (0, 0)
+        self._by_volume: dict[VolumeId, list[int]] = {}
+
+    def between(self, volume_id: VolumeId, after: int, until: int) -> list[int]:
+        """Those of one volume, in order. Blocks."""
+        if self._span != (after, until):
+            self._by_volume = self._store.changed_objects_of_all(after, until)
+            self._span = after, until
+        return self._by_volume.get(volume_id, [])
+
+
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """What is kept of one processor's store from one snapshot to the next."""
+
+    digests: ObjectDigests
+    changed: ChangedObjects
+
+    @classmethod
+    def of(cls, store: ShardStore) -> Lookups:
+        """Those of a store, with nothing kept yet."""
+        return cls(ObjectDigests(store), ChangedObjects(store))
+
+
 async def portion_content(
-    processor: Processor, digests: ObjectDigests, volume_id: VolumeId, instant: int, known: ContentRow | None = None
+    processor: Processor, lookups: Lookups, volume_id: VolumeId, instant: int, known: ContentRow | None = None
 ) -> int:
     """The content hash of a volume's part here as it stood at an instant that a snapshot holds.
 
     From that of an earlier snapshot, ``known`` or stored, if that one is still there: then the cost follows what
-    changed. ``digests`` are the processor's. Raises NotSealedError when a log in it has no checksums.
+    changed. ``lookups`` are the processor's. Raises NotSealedError when a log in it has no checksums.
     """
     store = processor.access.store
     index = processor.snapshots
     row, is_same = await processor.access.ask(_content_before, processor, volume_id, instant, known)
     if row is None:
-        return await _whole_content(processor, digests, volume_id, instant)
+        return await _whole_content(processor, lookups.digests, volume_id, instant)
     if is_same:
         return row.value
     content = ContentHash(row.value)
-    objects = await processor.access.ask(store.changed_objects, volume_id, row.instant, instant)
+    objects = await processor.access.ask(lookups.changed.between, volume_id, row.instant, instant)
     for start in range(0, len(objects), _BATCH):
         span = (row.instant, instant)
         some = objects[start : start + _BATCH]
-        old, new = await processor.access.ask(_elements_of_changes, store, digests, volume_id, span, some)
+        old, new = await processor.access.ask(_elements_of_changes, store, lookups.digests, volume_id, span, some)
         content.replace(old, new)
     if not index.holds(volume_id, row.instant, row.instant):
         # It was deleted meanwhile, and its copies may have gone before they were looked at.
-        return await _whole_content(processor, digests, volume_id, instant)
+        return await _whole_content(processor, lookups.digests, volume_id, instant)
     return content.value
 
 

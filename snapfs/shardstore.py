@@ -36,6 +36,10 @@ _STRAY_CONTENTS = "WHERE volume_id NOT IN (SELECT volume_id FROM portions)"
 _STRAY_SUMS = "WHERE log_id NOT IN (SELECT log_id FROM logs WHERE block_count > 0)"
 
 
+# Instants; see ShardStore.changed_objects.
+_SHORT_SPAN = 16
+
+
 class ShardStore:
     """An open shard store. ``generation`` grows by one with every commit."""
 
@@ -337,12 +341,26 @@ class ShardStore:
 
     def changed_objects(self, volume_id: VolumeId, after: int, until: int) -> list[int]:
         """Objects that changed after one instant and before or at another, in order."""
+        # By the index on instants all volumes' copies in the span are looked at; else all of this one's copies.
+        index = "INDEXED BY copies_by_instant" if until - after <= _SHORT_SPAN else "NOT INDEXED"
         rows = self.database.rows(
-            "SELECT object_index FROM copies INDEXED BY copies_by_instant"
-            " WHERE instant >= ?2 AND instant < ?3 AND volume_id = ?1 AND epoch <= ?2",
+            f"SELECT object_index FROM copies {index}"
+            " WHERE volume_id = ?1 AND instant >= ?2 AND instant < ?3 AND epoch <= ?2",
             (volume_id, after, until),
         )
         return sorted(row[0] for row in rows)
+
+    def changed_objects_of_all(self, after: int, until: int) -> dict[VolumeId, list[int]]:
+        """By volume: objects that changed after one instant and before or at another, in order."""
+        rows = self.database.rows(
+            "SELECT volume_id, object_index FROM copies INDEXED BY copies_by_instant"
+            " WHERE instant >= ?1 AND instant < ?2 AND epoch <= ?1 ORDER BY volume_id, object_index",
+            (after, until),
+        )
+        found: dict[VolumeId, list[int]] = {}
+        for volume_id, object_index in rows:
+            found.setdefault(volume_id, []).append(object_index)
+        return found
 
     def changed_maps(
         self, volume_id: VolumeId, after: int, until: int, objects: Sequence[int]

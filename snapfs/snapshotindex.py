@@ -57,7 +57,20 @@ class SnapshotIndex:
         place = bisect_right(self._of_all, instant)
         return self._of_all[place] if place < len(self._of_all) else NEVER
 
+    def next_of(self, volume_ids: Iterable[VolumeId] | None, instant: int) -> int:
+        """The first instant after this one by which each of these volumes, or all, is held; NEVER for none."""
+        following = self.next_of_all(instant)
+        if volume_ids is None:
+            return following
+        return max((min(following, self._next_named(one, instant)) for one in volume_ids), default=instant + 1)
+
+    def _next_named(self, volume_id: VolumeId, instant: int) -> int:
+        instants = self._of_volume.get(volume_id, [])
+        place = bisect_right(instants, instant)
+        return instants[place] if place < len(instants) else NEVER
+
 
 def _any_between(instants: list[int], low: int, high: int) -> bool:
     place = bisect_left(instants, low)
-    return place < len(instants) and instants[place] <= high
+    # A slice, for threads ask too: an instant may go between two looks.
+    return any(instant <= high for instant in instants[place : place + 1])

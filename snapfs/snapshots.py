@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -423,8 +424,30 @@ class SnapshotTable:
     def close_volume(self, volume: SnapshotVolume) -> None:
         """Undo :meth:`open_volume`. The space of a deleted snapshot comes back when its last file is closed."""
         volume.close()
-        if volume.snapshot.opens == 0 and volume.snapshot.snapshot_id in self.deleted:
+        self._note_closed(volume.snapshot)
+
+    def _note_closed(self, snapshot: Snapshot) -> None:
+        if snapshot.opens == 0 and snapshot.snapshot_id in self.deleted:
             self._reclaim_wakeup.set()
+
+    @contextmanager
+    def looked_into(self, snapshots: Iterable[Snapshot | None]) -> Iterator[None]:
+        """Until the block ends nothing that these hold is taken apart, also when they are deleted meanwhile.
+
+        Raises NotFoundError for one that is deleted already.
+        """
+        held = [one for one in snapshots if one is not None]
+        for one in held:
+            if one.snapshot_id not in self.by_id:
+                raise NotFoundError("a snapshot was deleted meanwhile", "Choose among those that snapfs list shows")
+        for one in held:
+            one.opens += 1
+        try:
+            yield
+        finally:
+            for one in held:
+                one.opens -= 1
+                self._note_closed(one)
 
     async def referenced_bytes(self, snapshot: Snapshot) -> int:
         """Bytes that were mapped in the volumes of a snapshot at its instant."""

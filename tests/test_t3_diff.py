@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 
-from snapfs.diff import VolumeChange, blame, diff, differing_runs
+from snapfs import shardstore
+from snapfs.diff import VolumeChange, blame, content_of, diff, differing_runs
 from snapfs.errors import BadCommandError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
@@ -147,3 +150,62 @@ async def test_a_rollback_changes_no_block_of_a_volume_whose_end_is_in_the_middl
         await pool.snapshots.delete(undo.name)
         await pool.reclaimer.reclaim_all()
         assert await diff(pool, pool.snapshots.get(b"a"), None) == []
+
+
+@pytest.mark.parametrize("when", ["before", "objects", "maps"])
+async def test_what_is_compared_is_not_taken_apart_meanwhile(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of what changed since a base that is deleted while it is looked at has all of it, or there is none."""
+    async with open_world(World(processor_count=1)) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 4 * BLOCK)
+        base = await pool.snapshots.create(b"base")
+        await put(pool, b"v", 0, b"2" * 2 * BLOCK)
+        after = await pool.snapshots.create(b"after")
+        await put(pool, b"v", 0, b"3" * 3 * BLOCK)
+        (processor,) = pool.processors
+        ask = processor.access.ask
+
+        async def delete() -> None:
+            await pool.snapshots.delete(b"base")
+            await pool.reclaimer.reclaim_all()
+
+        async def deleting(call: Callable[..., object], *args: object) -> object:
+            found = await ask(call, *args)
+            if b"base" in pool.snapshots.by_name and getattr(call, "__name__", "") == f"changed_{when}":
+                await delete()
+            return found
+
+        monkeypatch.setattr(processor.access, "ask", deleting)
+        if when == "before":
+            await delete()
+            with pytest.raises(NotFoundError, match="deleted meanwhile"):
+                await content_of(pool, base, after)
+            return
+        (change,) = await content_of(pool, base, after)
+        assert b"base" not in pool.snapshots.by_name and spans(change) == [(0, 2 * BLOCK, True)]
+        monkeypatch.setattr(processor.access, "ask", ask)
+        await pool.reclaimer.reclaim_all()
+        assert pool.reclaimer.waiting_count == 0
+
+
+async def test_long_and_short_spans_are_looked_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        for name in (b"v", b"w"):
+            await pool.volumes.create(name)
+        made = []
+        for number in range(6):
+            for name in (b"v", b"w")[: 1 + number % 2]:
+                await put(pool, name, (number % 3) * OBJECT, b"%d" % number * BLOCK)
+            made.append(await pool.snapshots.create(b"s%d" % number))
+        store = pool.processors[0].access.store
+        ids = [pool.volumes.get(name).volume_id for name in (b"v", b"w")]
+        for first, one in enumerate(made):
+            for other in made[first:]:
+                found = {}
+                for span in (0, 1000):
+                    monkeypatch.setattr(shardstore, "_SHORT_SPAN", span)
+                    for volume_id in ids:
+                        objects = store.changed_objects(volume_id, one.instant, other.instant)
+                        assert found.setdefault(volume_id, objects) == objects
+                at_once = store.changed_objects_of_all(one.instant, other.instant)
+                assert at_once == {volume_id: objects for volume_id, objects in found.items() if objects}

@@ -87,3 +87,26 @@ async def test_a_name_is_told_when_there_is_memory_again(
     await trio.sleep(5)
     assert await names.close()
     assert told == [b"a"]
+
+
+async def test_what_waited_for_requests_is_told_after_them() -> None:
+    told: list[bytes] = []
+    names = KernelNames(told.append)
+    async with trio.open_nursery() as nursery:
+        with names.request():
+            nursery.start_soon(names.forget, b"a")
+            nursery.start_soon(names.forget, b"b")
+            await trio.testing.wait_all_tasks_blocked()
+            assert told == []
+    assert sorted(told) == [b"a", b"b"]
+
+
+async def test_closing_does_not_wait_for_requests() -> None:
+    told: list[bytes] = []
+    names = KernelNames(told.append)
+    async with trio.open_nursery() as nursery:
+        with names.request():
+            nursery.start_soon(names.forget, b"a")
+            await trio.testing.wait_all_tasks_blocked()
+            assert await names.close()
+    assert told == []

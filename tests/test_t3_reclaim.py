@@ -8,9 +8,10 @@ import pytest
 import trio
 
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.geometry import SnapshotId, VolumeId
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
-from snapfs.reclaim import unheld_spans
+from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 
 from .harness import World, open_world, read_snapshot, read_volume
@@ -65,8 +66,20 @@ def test_spans_of_deleted_snapshots_do_not_overlap() -> None:
     index = SnapshotIndex()
     for instant in (30, 70):
         index.add(instant, None)
-    assert unheld_spans(index, [80, 10, 20, 40, 90]) == [(10, 30), (40, 70), (80, NEVER)]
-    assert unheld_spans(index, []) == []
+
+    def spans(*deleted: tuple[int, list[int] | None]) -> list[tuple[int, int]]:
+        volumes = [(at, None if ids is None else [VolumeId(one) for one in ids]) for at, ids in deleted]
+        return unheld_spans(index, [Deleted(SnapshotId(at), at, ids) for at, ids in volumes])
+
+    assert spans((80, None), (10, None), (20, None), (40, None), (90, None)) == [(10, 30), (40, 70), (80, NEVER)]
+    assert spans() == []
+    # Of some volumes: up to the next of all, or of each of them.
+    index.add(45, [VolumeId(1)])
+    index.add(50, [VolumeId(1), VolumeId(2)])
+    assert spans((40, [1])) == [(40, 45)] and spans((40, [1, 2])) == [(40, 50)] and spans((40, [1, 3])) == [(40, 70)]
+    assert spans((60, [2])) == [(60, 70)] and spans((80, [1])) == [(80, NEVER)] and spans((40, [])) == [(40, 41)]
+    assert spans((40, [1]), (42, [3]), (60, [1])) == [(40, 70)]
+    assert spans((40, [2]), (41, [1]), (51, [1])) == [(40, 50), (51, 70)]
 
 
 @pytest.mark.parametrize("is_short", [False, True])

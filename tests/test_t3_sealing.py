@@ -13,16 +13,18 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs import sealing
+from snapfs import sealer, sealing
 from snapfs.backends import CrashPlan, DeviceFile
 from snapfs.check import Report, check_pool
 from snapfs.checksums import ObjectSums, SumsMaker, digest_of
 from snapfs.contenthash import PRIME, ContentHash, element_of
 from snapfs.errors import DamagedError, NoSpaceError, StallError, UnsealedError
-from snapfs.formats import COPY_ON_WRITE, REDIRECT, SumsRow
+from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch, SumsRow
+from snapfs.geometry import LogId, VolumeId
 from snapfs.making import VolumeWish
 from snapfs.objectdigests import ObjectDigests
 from snapfs.pool import Pool
+from snapfs.processor import Processor
 from snapfs.scrub import scrub, verify
 from snapfs.sealedfile import DamagedBlockError, SealedFile
 from snapfs.shardstore import ShardStore
@@ -612,7 +614,8 @@ async def test_of_an_object_only_what_changed_is_looked_up(monkeypatch: pytest.M
         assert await pool.sealer.seal_all()
         # Three blocks of two objects each time; all the logs before would be some thousands.
         assert len(looked_up) <= 60 * 3 + 10
-        (digests,) = pool.sealer._digests.values()
+        ((_, lookups),) = pool.sealer._lookups.items()
+        digests = lookups.digests
         small = ObjectDigests(pool.processors[0].access.store, kept_objects_max=1)
         volume_id = pool.volumes.get(b"v").volume_id
         for instant in (20, 10, 30, 10):
@@ -639,3 +642,90 @@ async def test_a_lot_that_cannot_be_noted_is_sealed_later(monkeypatch: pytest.Mo
         assert await pool.sealer.seal_all()
         await everything_is_proven(pool)
     world.check_clean()
+
+
+async def test_a_log_that_cannot_be_read_keeps_those_read_with_it_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    read_some = sealing._read_some
+    async with open_world(world) as pool:
+        names = (b"before", b"bad", b"behind")
+        async with pool.sealer._turn:
+            for name in names:
+                await pool.volumes.create(name)
+                await put(pool, name, 0, os.urandom(3 * BLOCK))
+                await pool.snapshots.create(name, [name])
+                await put(pool, name, 0, os.urandom(BLOCK))
+        bad_id = pool.volumes.get(b"bad").volume_id
+        store = pool.processors[0].access.store
+        (bad_log, *_) = store.logs_of(bad_id)
+
+        def fail_for_one(processor: Processor, log_id: LogId, *rest: object) -> object:
+            if log_id == bad_log.log_id:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read_some(processor, log_id, *rest)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sealing, "_read_some", fail_for_one)
+            assert not await pool.sealer.seal_all()
+            assert [bool(pool.snapshots.get(name).root) for name in names] == [True, False, True]
+        assert await pool.sealer.seal_all()
+        await everything_is_proven(pool)
+    world.check_clean()
+
+
+async def test_a_lot_of_logs_whose_checksums_are_lost_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    monkeypatch.setattr(sealing, "_BATCH", 2)
+    async with open_world(world) as pool:
+        async with pool.sealer._turn:
+            for number in range(3):
+                await pool.volumes.create(b"v%d" % number)
+                await put(pool, b"v%d" % number, 0, os.urandom(BLOCK))
+            await pool.snapshots.create(b"s")
+            for number in range(3):
+                await put(pool, b"v%d" % number, 0, os.urandom(BLOCK))
+        (processor,) = pool.processors
+        commit = processor.commit
+        failures = iter([NoSpaceError("the device is full")])
+
+        async def fail_once(portions: object = None, batch: ShardBatch | None = None, *rest: object) -> int:
+            if batch is not None and batch.sums:
+                for failure in failures:
+                    raise failure
+            return await commit(portions, batch, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(processor, "commit", fail_once)
+        # The pool's task may meet it.
+        await pool.sealer.seal_all()
+        assert await pool.sealer.seal_all()
+        assert not list(failures) and b"the device is full" in pool.events.contents
+        await everything_is_proven(pool)
+    world.check_clean()
+
+
+async def test_more_content_hashes_than_are_kept_are_stored_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealer, "_CONTENTS_MAX", 4)
+    whole: list[int] = []
+    look = sealing._whole_content
+
+    async def noting(processor: Processor, digests: ObjectDigests, volume_id: VolumeId, instant: int) -> int:
+        whole.append(volume_id)
+        return await look(processor, digests, volume_id, instant)
+
+    async with open_world(World(processor_count=2)) as pool:
+        for number in range(8):
+            await pool.volumes.create(b"v%d" % number)
+            await put(pool, b"v%d" % number, 0, os.urandom(BLOCK))
+        await pool.snapshots.create(b"first")
+        await put(pool, b"v0", 0, os.urandom(BLOCK))
+        assert await pool.sealer.seal_all() and len(pool.sealer._contents) == 4
+        monkeypatch.setattr(sealing, "_whole_content", noting)
+        for number in range(3):
+            await pool.snapshots.create(b"s%d" % number)
+            await put(pool, b"v0", 0, os.urandom(BLOCK))
+        assert await pool.sealer.seal_all()
+        # Of the half without a block nothing is stored, and a look at it is a look at nothing.
+        stored = {one for processor in pool.processors for one in processor.access.store.content_volume_ids()}
+        assert len(stored) == 8
+        assert all(whole.count(one) <= 3 for one in stored)
+        await everything_is_proven(pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -91,7 +92,9 @@ def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, st
         bar = progress.add_task(words[0], total=None)
         status = os.path.join(mount_point, ".snapfs", "status.json")
         while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
-            with open(status) as file:
+            jobs = []
+            # A daemon that ends meanwhile is told of by the answer.
+            with contextlib.suppress(OSError, ValueError, KeyError), open(status) as file:
                 jobs = [job for job in json.load(file)["jobs"] if job["kind"] == words[0]]
             for job in jobs:
                 progress.update(bar, completed=job["done"], total=job["total"], description=f"{words[0]} {job['what']}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -19,9 +20,28 @@ class KernelNames:
 
     def __init__(self, forget_entry: Callable[[bytes], None]) -> None:
         self._forget_entry = forget_entry
+        self._request_count = 0
+        self._no_request = trio.Event()
         self._is_open = True
         self._under_way_count = 0
         self._one_ended = trio.Event()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """A request on the folder is under way until the block ends. The kernel locks the folder meanwhile.
+
+        Whoever tells it of a name then waits in the kernel, where nothing ends a process: neither its own end nor
+        SIGKILL. So it is told when no request is under way.
+        """
+        self._request_count += 1
+        if self._request_count == 1:
+            self._no_request = trio.Event()
+        try:
+            yield
+        finally:
+            self._request_count -= 1
+            if not self._request_count:
+                self._no_request.set()
 
     async def forget(self, name: bytes) -> None:
         """Have the kernel look a snapshot's name up again. Raises nothing: what the name stood for is gone already.
@@ -35,6 +55,9 @@ class KernelNames:
         self._under_way_count += 1
         try:
             while self._is_open:
+                if self._request_count:
+                    await self._no_request.wait()
+                    continue
                 try:
                     return await in_thread(self._forget_entry, name)
                 except NoMemoryError:
@@ -46,6 +69,7 @@ class KernelNames:
     async def close(self) -> bool:
         """Begin no more, and wait for those under way; whether they have all ended."""
         self._is_open = False
+        self._no_request.set()
         with trio.move_on_after(_CLOSE_WAIT_S, shield=True):
             while self._under_way_count:
                 self._one_ended = trio.Event()

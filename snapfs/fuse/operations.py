@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -23,6 +24,7 @@ from ..units import NAME_MAX_BYTES
 from ..volumes import AttributeChange
 from . import names
 from .handles import ControlHandle, Handle, VolumeHandle
+from .kernelnames import KernelNames
 from .namespace import Caller, Namespace, Node
 
 P = ParamSpec("P")
@@ -78,9 +80,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     enable_acl = False
     supports_dot_lookup = True
 
-    def __init__(self, namespace: Namespace) -> None:
+    def __init__(self, namespace: Namespace, kernel_names: KernelNames) -> None:
         super().__init__()
         self._namespace = namespace
+        self._kernel_names = kernel_names
         self._handles: dict[int, Handle] = {}
         self._folders: dict[int, _Folder] = {}
         self._next_handle = 1
@@ -183,7 +186,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
-        return _attributes(await self._namespace.lookup(parent_inode, name, _caller(ctx)))
+        with self._folder_request(parent_inode):
+            return _attributes(await self._namespace.lookup(parent_inode, name, _caller(ctx)))
+
+    def _folder_request(self, *inodes: int) -> AbstractContextManager[None]:
+        """Around whatever has the kernel lock these folders."""
+        return self._kernel_names.request() if names.SNAPSHOTS in inodes else nullcontext()
 
     @_translated
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -218,13 +226,15 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         """See pyfuse3."""
         self._namespace.pool.hooks.refuse_inside(ctx.pid)
-        return _attributes(await self._namespace.make_folder(parent_inode, name))
+        with self._folder_request(parent_inode):
+            return _attributes(await self._namespace.make_folder(parent_inode, name))
 
     @_translated
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """See pyfuse3."""
         self._namespace.pool.hooks.refuse_inside(ctx.pid)
-        await self._namespace.remove_folder(parent_inode, name)
+        with self._folder_request(parent_inode):
+            await self._namespace.remove_folder(parent_inode, name)
 
     @_translated
     async def rename(
@@ -241,14 +251,15 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             raise FUSEError(errno.EINVAL)
         if parent_inode_old == names.SNAPSHOTS:
             self._namespace.pool.hooks.refuse_inside(ctx.pid)
-        await self._namespace.rename(
-            parent_inode_old,
-            name_old,
-            parent_inode_new,
-            name_new,
-            replace=not flags & pyfuse3.RENAME_NOREPLACE,
-            exchange=bool(flags & pyfuse3.RENAME_EXCHANGE),
-        )
+        with self._folder_request(parent_inode_old, parent_inode_new):
+            await self._namespace.rename(
+                parent_inode_old,
+                name_old,
+                parent_inode_new,
+                name_new,
+                replace=not flags & pyfuse3.RENAME_NOREPLACE,
+                exchange=bool(flags & pyfuse3.RENAME_EXCHANGE),
+            )
 
     @_translated
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -277,15 +288,16 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """See pyfuse3. An entry's place is its place in the listing taken when the reading began."""
         folder = self._folders[fh]
-        if folder.inodes is None or start_id == 0:
-            folder.inodes = await self._namespace.listing(folder.inode)
-        for place in range(start_id, len(folder.inodes)):
-            found = await self._namespace.entry(folder.inodes[place])
-            if found is None:
-                continue
-            name, node = found
-            if not pyfuse3.readdir_reply(token, name, _attributes(node), place + 1):
-                return
+        with self._folder_request(folder.inode):
+            if folder.inodes is None or start_id == 0:
+                folder.inodes = await self._namespace.listing(folder.inode)
+            for place in range(start_id, len(folder.inodes)):
+                found = await self._namespace.entry(folder.inodes[place])
+                if found is None:
+                    continue
+                name, node = found
+                if not pyfuse3.readdir_reply(token, name, _attributes(node), place + 1):
+                    return
 
     @_translated
     async def releasedir(self, fh: int) -> None:
