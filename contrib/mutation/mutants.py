@@ -184,8 +184,17 @@ def main() -> None:
             finally:
                 free.put(folder)
 
+        verdicts: list[Verdict] = []
         with ThreadPoolExecutor(arguments.processes) as pool:
-            verdicts = list(track(pool.map(run, chosen), "changes", total=len(chosen), console=console))
+            running = [pool.submit(run, mutant) for mutant in chosen]
+            try:
+                for one in track(running, "changes", console=console):
+                    verdicts.append(one.result())
+                    if not console.is_terminal and len(verdicts) % 10 == 0:
+                        console.print(f"{len(verdicts)} tried, {sum(one.is_noticed for one in verdicts)} noticed")
+            except KeyboardInterrupt:
+                # What was found so far is told.
+                pool.shutdown(wait=False, cancel_futures=True)
     report(verdicts, len(found), arguments.seed)
     if arguments.json:
         shown = [
