@@ -126,7 +126,13 @@ def test_the_encodings_are_the_documented_bytes() -> None:
     assert blockmap.decode(b"Z" + zlib.compress(planes)) == entries
 
 
-@pytest.mark.parametrize("stored", [-1, 1 << 32, None, "x", b"", b"Z", b"R", b"R12345", b"A123", b"R" + bytes(6)])
+# Runs of 1024 and of one block more.
+TOO_LONG = b"R" + bytes.fromhex("ff03 07000000 0000 08000000")
+
+
+@pytest.mark.parametrize(
+    "stored", [-1, 1 << 32, None, "x", b"", b"Z", b"R", b"R12345", b"A123", b"R" + bytes(6), TOO_LONG]
+)
 def test_a_damaged_map_is_refused(stored: object) -> None:
     with pytest.raises(DamagedError):
         blockmap.decode(stored)

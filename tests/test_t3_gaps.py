@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 
 import pytest
 import trio
+from xxhash import xxh3_64_digest
 
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
+from snapfs.checksums import SumsMaker
+from snapfs.errors import DamagedError
 from snapfs.formats import COPY_ON_WRITE
+from snapfs.geometry import BLOCKS_PER_OBJECT
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.sealedfile import DamagedBlockError
 
 from .harness import WHERE, Running, World, open_world, read_volume
 
@@ -120,3 +126,155 @@ async def test_a_change_log_of_which_nothing_is_left_is_forgotten() -> None:
         (current,) = store.logs_of(volume_id)
         assert current.log_id > new.log_id and not current.block_count
     world.check_clean()
+
+
+async def test_blocks_behind_the_first_are_given_back_by_whoever_named_them_last() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, bytes([1]) * 9 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await pool.clones.clone(b"s", b"v", b"c")
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        # The origin lets go of some in the middle, which the clone still names; then so does the clone.
+        for name in (b"v", b"c"):
+            await put(pool, name, 3 * BLOCK, bytes([2]) * 4 * BLOCK)
+            await pool.volumes.sync_all()
+            await pool.reclaimer.reclaim_all()
+        assert await read_volume(pool, b"c") == b"\1" * 3 * BLOCK + b"\2" * 4 * BLOCK + b"\1" * 2 * BLOCK
+    world.check_clean()
+
+
+async def test_holes_are_counted_also_after_opening() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * 8 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 2 * BLOCK, bytes(3 * BLOCK))
+        assert pool.processors[0].tally.total == 5
+        await pool.volumes.sync_all()
+    async with open_world(world) as pool:
+        assert pool.processors[0].tally.total == 5
+    world.check_clean()
+
+
+async def test_an_intermediate_snapshot_of_some_volumes_counts_those() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        for name, count in ((b"v", 3), (b"w", 5), (b"empty", 0)):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, b"a" * count * BLOCK)
+        (processor,) = pool.processors
+        for names, found in (([b"v"], (3, 1)), ([b"v", b"empty"], (3, 1)), ([b"v", b"w"], (8, 2)), (None, (8, 2))):
+            snapshot = await pool.snapshots.create(b"s", names)
+            row = processor.access.store.intermediate(snapshot.snapshot_id)
+            assert row is not None and (row.block_count, row.portion_count) == found
+            assert await pool.snapshots.referenced_bytes(snapshot) == found[0] * BLOCK
+            await pool.snapshots.delete(b"s")
+
+
+async def test_what_did_not_change_has_not_changed_since_any_snapshot() -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        await pool.volumes.create(b"v")
+        await pool.volumes.create(b"other")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        for number in range(4):
+            await pool.snapshots.create(b"v%d" % number, [b"v"])
+            await pool.snapshots.create(b"all%d" % number)
+            await put(pool, b"other", 0, b"%d" % number)
+        for number in range(4):
+            snapshot = pool.snapshots.get(b"v%d" % number)
+            assert not await pool.snapshots.has_changed_since(snapshot, [b"v"])
+            # Others than it holds.
+            assert await pool.snapshots.has_changed_since(snapshot, [b"v", b"other"])
+            assert await pool.snapshots.has_changed_since(pool.snapshots.get(b"all%d" % number))
+
+
+async def test_a_change_log_whose_file_is_gone_is_told_by_its_reader() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        await pool.volumes.sync_all()
+    (device,) = world.devices.values()
+    (name,) = device.names("logs/0")
+    device.remove(f"logs/0/{name}")
+    device.sync_names("logs/0")
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        with pytest.raises(DamagedError, match="change log"):
+            await read_volume(running.pool, b"v")
+        await running.close()
+
+
+async def test_a_removed_volume_gives_the_room_of_its_change_log_volume_back_also_after_opening() -> None:
+    world = World(processor_count=1)
+    world.devices["/logs"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs"], 100 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", OBJECT, changelog_name=b"logs"))
+        # Into the pool's own logs before the first snapshot, and into those of the change log volume behind it.
+        await put(pool, b"v", 0, b"a" * 3 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"b" * 7 * BLOCK)
+        await pool.volumes.sync_all()
+        assert pool.changelogs.get(b"logs").used_blocks == 7
+    async with open_world(world) as pool:
+        assert pool.changelogs.get(b"logs").used_blocks == 7
+        await pool.snapshots.delete(b"s")
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        assert pool.changelogs.get(b"logs").used_blocks == 0
+    world.check_clean()
+
+
+async def test_content_hashes_of_volumes_that_are_not_there_are_told_and_go() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        store = pool.processors[0].access.store
+        assert store.stray_contents_count() == 0
+        with store.database.transaction():
+            store.database.execute("INSERT INTO contents VALUES (4711, 1, x'00')")
+        assert store.stray_contents_count() == 1
+        store.drop_stray_contents()
+        assert store.stray_contents_count() == 0
+    world.check_clean()
+
+
+def test_a_damaged_block_is_told_by_its_offset_in_the_volume() -> None:
+    error = DamagedBlockError(7, 9, 5)
+    assert f"offset {9 * OBJECT + 5 * BLOCK} " in str(error) and "change log 7)" in str(error)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_of_an_object_with_gaps_match_all_of_it_and_nothing_else(seed: int) -> None:
+    rng = random.Random(seed)
+    contents = bytearray(BLOCKS_PER_OBJECT * BLOCK)
+    maker = SumsMaker()
+    block = rng.choice((0, 1, 31, 32, 33, 200))
+    present = []
+    while block < BLOCKS_PER_OBJECT:
+        for _ in range(rng.choice((1, 31, 32, 33, 64, 90))):
+            if block < BLOCKS_PER_OBJECT:
+                contents[block * BLOCK : (block + 1) * BLOCK] = rng.randbytes(BLOCK)
+                present.append(block)
+                block += 1
+        block += rng.choice((1, 31, 32, 33, 64, 100))
+    for block in present:
+        maker.add(block, memoryview(contents)[block * BLOCK : (block + 1) * BLOCK])
+    sums = maker.made()
+    # A checksum for each 128 KiB, as it reads with its holes.
+    assert sums.ranges == b"".join(
+        xxh3_64_digest(bytes(contents[at : at + 32 * BLOCK])) for at in range(0, len(contents), 32 * BLOCK)
+    )
+    assert sums.matches(0, memoryview(contents)) and sums.first_wrong(0, memoryview(contents)) is None
+    for wrong in rng.sample(range(BLOCKS_PER_OBJECT), 5):
+        contents[wrong * BLOCK + 17] ^= 1
+        assert not sums.matches(0, memoryview(contents))
+        assert sums.first_wrong(0, memoryview(contents)) == wrong
+        contents[wrong * BLOCK + 17] ^= 1

@@ -668,6 +668,9 @@ async def test_a_log_that_cannot_be_read_keeps_those_read_with_it_from_nothing(m
             patch.setattr(sealing, "_read_some", fail_for_one)
             assert not await pool.sealer.seal_all()
             assert [bool(pool.snapshots.get(name).root) for name in names] == [True, False, True]
+            before, behind = pool.snapshots.get(b"before"), pool.snapshots.get(b"behind")
+            assert behind.previous_root == before.root
+            assert b'"event": "snapshot-sealed", "name": "before"' in pool.events.contents
         assert await pool.sealer.seal_all()
         await everything_is_proven(pool)
     world.check_clean()
