@@ -210,6 +210,7 @@ async def test_one_that_can_go_neither_way_stays_closed_until_it_can(monkeypatch
             patch.setattr(restoring._Copying, "_copy_run", fail)
             with pytest.raises(OSError, match="the device is gone"):
                 await pool.clones.rollback(b"old")
+        assert b"rollback-unfinished" in pool.events.contents
         volume = pool.volumes.get(b"v")
         size_bytes = volume.size_bytes
         for refused in (

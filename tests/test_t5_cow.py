@@ -51,6 +51,7 @@ def test_an_adopted_image_stays_a_plain_image(mounted: Mounted, tmp_path: Path) 
     with loop_device(volume) as device, mounted_filesystem(device, tmp_path / "a") as folder:
         assert (folder / "big").read_bytes() == big
     assert mounted.status()["changed_images"] == [str(image)]
+    assert '"event": "image-changed"' in (mounted.path / ".snapfs" / "events").read_text()
     mounted.remount()
     assert mounted.status()["changed_images"] == []
 

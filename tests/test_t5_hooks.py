@@ -114,7 +114,7 @@ def test_a_hook_that_fails_or_takes_too_long_makes_no_snapshot(mounted: Mounted,
     add_hook(mounted, tmp_path, "", "exit 7")
     assert mounted.ask("snapshot s")["ok"]
     events = (mounted.path / ".snapfs" / "events").read_text()
-    assert "after ended with 7" in events
+    assert '"event": "hook-failed"' in events and "after ended with 7" in events
 
 
 @pytest.mark.parametrize("victim", ["daemon", "guard"])
