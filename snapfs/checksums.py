@@ -77,6 +77,12 @@ class ObjectSums:
         guards = _guard(place, mask, self.checksums, self.ranges) + _guard(place, self.digests)
         return mask, self.checksums, self.ranges, guards, self.digests
 
+    def without_digests(self) -> ObjectSums:
+        """As much of it as reads need."""
+        # One number for all, which is known by its identity.
+        mask = FULL_MASK if self.mask == FULL_MASK else self.mask
+        return ObjectSums(mask, self.checksums, self.ranges, b"")
+
     @property
     def size_bytes(self) -> int:
         """What it takes in memory, about."""

@@ -81,7 +81,13 @@ class SumCache:
 
     async def fetch(self, of_log: dict[int, ObjectSums], log_id: int, place: int, old_blocks: OldBlocks) -> None:
         """Bring the checksums of an object in a log into memory."""
-        sums = await self._load(log_id, self.object_index(place))
+        self._keep(of_log, log_id, place, await self._load(log_id, self.object_index(place)))
+
+    def put(self, log_id: int, object_index: int, sums: ObjectSums) -> None:
+        """Keep what was just found of an object in a log that is sealed: what was written last is read soon."""
+        self._keep(self.of_log(log_id), log_id, object_index // self._processor_count, sums.without_digests())
+
+    def _keep(self, of_log: dict[int, ObjectSums], log_id: int, place: int, sums: ObjectSums) -> None:
         if place in of_log:
             return
         of_log[place] = sums

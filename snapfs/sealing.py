@@ -194,10 +194,12 @@ async def _keep_sums(processor: Processor, lot: _Lot) -> None:
             closed = [row.log_id for row in lot.rows if _is_closed(processor, row)]
             lot.batch.summed_logs += closed
             await processor.commit_locked([], lot.batch)
-            for log_id in closed:
-                log = processor.logs.known.get(log_id)
-                if log is not None:
-                    processor.logs.note_summed(log)
+            known = {log_id: processor.logs.known[log_id] for log_id in closed if log_id in processor.logs.known}
+            for log in known.values():
+                processor.logs.note_summed(log)
+            for row in lot.batch.sums:
+                if row.log_id in known:
+                    processor.logs.sums.put(row.log_id, row.object_index, row.sums)
 
 
 def read_sums(file: DeviceFile, base: int, mask: int) -> ObjectSums:
