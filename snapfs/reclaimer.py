@@ -21,7 +21,7 @@ from .reserve import Reserve
 from .snapshot import Snapshot
 from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
-from .tasks import Wakeup, side_by_side
+from .tasks import Wakeup, in_thread, side_by_side
 from .volumes import VolumeTable
 
 RETRY_S = 5.0
@@ -65,18 +65,20 @@ class Reclaimer:
         while True:
             try:
                 await self.reclaim_all(gently=True)
+                self._has_failed = False
+                # Deletions that come meanwhile are worked through together.
+                await self._rest()
             except (SnapfsError, OSError) as error:
                 self._has_failed = True
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
                 await trio.sleep(RETRY_S)
             else:
-                self._has_failed = False
-                # Deletions that come meanwhile are worked through together.
-                await self._rest()
                 await self._wakeup.wait()
 
     async def _rest(self) -> None:
-        await self._pace.rest(is_pressed=self._used_percent() >= _ROOM_SHORT_PERCENT)
+        # In a thread: a device that hangs may not tell.
+        used_percent = await in_thread(self._used_percent)
+        await self._pace.rest(is_pressed=used_percent >= _ROOM_SHORT_PERCENT)
 
     def wake(self) -> None:
         """Have the task look for work now."""

@@ -13,7 +13,7 @@ import subjects
 from fio import DIRECT
 from lanes import Lane, Row, Scale, lane_of, measure, random_io, sequential
 from results import Result
-from subjects import Snapfs, Subject
+from subjects import Keeper, Snapfs, Subject
 
 QEMU_NOTE = (
     "qemu: its FUSE export mixes up requests that run at the same time (seen with 7.2), so above a queue "
@@ -36,7 +36,7 @@ def _lanes(*found: Subject | None) -> tuple[Lane, ...]:
 
 def _main_subjects(
     stack: ExitStack, folder: Path, size_bytes: int
-) -> tuple[Snapfs, Subject, Subject | None, Subject | None]:
+) -> tuple[Snapfs, Subject, Keeper | None, Keeper | None]:
     """snapfs, a file on the native filesystem, qemu's FUSE export and nbdfuse, each with a file that is full."""
     own = stack.enter_context(subjects.snapfs(folder))
     native = stack.enter_context(subjects.native(folder))
@@ -147,12 +147,12 @@ def _read_only(kind: str, block: str, depth: int) -> tuple[str, ...]:
 # -- after a snapshot --------------------------------------------------------------------------
 
 
-def _first_lane(subject: Subject, label: str = "") -> Lane:
+def _first_lane(subject: Keeper, label: str = "") -> Lane:
     return Lane(label or subject.name, lambda: subject.file, lambda: _after_snapshot(subject))
 
 
 @contextlib.contextmanager
-def _after_snapshot(subject: Subject) -> Iterator[None]:
+def _after_snapshot(subject: Keeper) -> Iterator[None]:
     subject.snapshot()
     yield
 

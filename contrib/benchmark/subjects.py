@@ -45,7 +45,7 @@ def wait_for(what: str, is_there: Callable[[], bool], wait_s: float = _WAIT_S) -
         pause_s = min(1.0, 2 * pause_s)
 
 
-class Subject(ABC):
+class Subject:
     """``file`` is what rows read and write; ``fresh`` a name that is free for a new file, if there can be one."""
 
     def __init__(self, name: str, file: Path) -> None:
@@ -56,6 +56,10 @@ class Subject(ABC):
     def fresh(self) -> Path:
         return self.file.with_name("fresh")
 
+
+class Keeper(Subject, ABC):
+    """One that has snapshots."""
+
     @abstractmethod
     def snapshot(self) -> None:
         """Have what is in the file now kept."""
@@ -64,15 +68,12 @@ class Subject(ABC):
 class Native(Subject):
     """A plain file of the filesystem that the others' files lie on."""
 
-    def snapshot(self) -> None:
-        raise NotImplementedError("a plain file has no snapshots")
 
-
-class Null(Native):
+class Null(Subject):
     """A pyfuse3 handler that returns constants."""
 
 
-class Snapfs(Subject):
+class Snapfs(Keeper):
     """A pool, mounted."""
 
     def __init__(self, name: str, mount: Path, pool: Path) -> None:
@@ -116,7 +117,7 @@ class Snapfs(Subject):
         subprocess.run([*SNAPFS, "umount", str(self.mount)], check=True)
 
 
-class Reflink(Subject):
+class Reflink(Keeper):
     """A file on a filesystem of its own, on a loop device; a snapshot is a reflink of it."""
 
     def snapshot(self) -> None:
@@ -130,7 +131,7 @@ class Reflink(Subject):
             fcntl.ioctl(copy, _FICLONE, source.fileno())
 
 
-class Qemu(Subject):
+class Qemu(Keeper):
     """A qcow2 file shown by qemu-storage-daemon: by its own FUSE export, or as NBD under nbdfuse.
 
     Its snapshots are a chain: each freezes the file of before, and what is written goes to a new one over it.

@@ -104,7 +104,7 @@ def look_at_tests(folder: Path, processes: int) -> Knowledge:
     for path in data.measured_files():
         by_line = known.tests_by_line[str(Path(path).relative_to(folder))] = {}
         for line, contexts in data.contexts_by_lineno(path).items():
-            tests = sorted({one.partition("|")[0] for one in contexts if one})
+            tests = sorted({one.rpartition("|")[0] for one in contexts if one})
             by_line[line] = [one for one in tests if known.seconds.get(one, 0) <= TEST_SECONDS_MAX]
     return known
 
@@ -150,6 +150,8 @@ def judge(mutant: places.Mutant, known: Knowledge, folder: Path) -> Verdict:
         done = subprocess.run(
             [*command, *tests], cwd=folder, env=environment(folder), capture_output=True, timeout=HUNG_SECONDS
         )
+        if b"not found: " in done.stderr + done.stdout:
+            sys.exit(f"pytest does not know a test that it ran before:\n{done.stderr.decode()}")
         outcome = "failed" if done.returncode else "survived"
     except subprocess.TimeoutExpired:
         outcome = "hung"

@@ -54,7 +54,7 @@ def _mutants(module: Path, source: str) -> Iterator[Mutant]:
 
 
 def _annotated_lines(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """From where to where annotations and docstrings go, which nothing runs."""
+    """From where to where annotations go, which nothing runs."""
     found: list[ast.AST] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
