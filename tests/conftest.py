@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from snapfs.cli import cli
 
@@ -75,13 +75,18 @@ def snapfs(*words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return run(*SNAPFS, *words, expect=expect)
 
 
-def snapfs_here(*words: object) -> None:
-    """Run the command line in this process, which takes a third of the time; fails with its output."""
+def invoke(*words: object) -> Result:
+    """Run the command line in this process, which takes a third of the time."""
     umask = os.umask(0o022)
     try:
-        done = CliRunner().invoke(cli, [os.fspath(word) if isinstance(word, Path) else str(word) for word in words])
+        return CliRunner().invoke(cli, [os.fspath(word) if isinstance(word, Path) else str(word) for word in words])
     finally:
         os.umask(umask)
+
+
+def snapfs_here(*words: object) -> None:
+    """Run the command line in this process; fails with its output."""
+    done = invoke(*words)
     assert done.exit_code == 0, f"{words} ended with {done.exit_code}:\n{done.output}\n{done.exception!r}"
 
 
@@ -112,7 +117,12 @@ class Mounted:
         snapfs("mount", self.pool, self.path, *options)
 
     def unmount(self) -> None:
-        snapfs_here("umount", self.path)
+        def is_done() -> bool:
+            done = invoke("umount", self.path)
+            assert done.exit_code == 0 or "busy" in done.output, done.output
+            return done.exit_code == 0
+
+        wait_until(is_done, f"{self.path} stays busy")
 
     def remount(self) -> None:
         self.unmount()
@@ -248,6 +258,13 @@ def loop_device(image: Path, *options: str) -> Iterator[str]:
         run("losetup", "--detach", device)
 
 
+def has_unmounted(folder: Path) -> bool:
+    """Unmount; not while busy, as it is for the moment in which the tools of another test look at all mounts."""
+    done = subprocess.run(["umount", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "busy" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
 @contextlib.contextmanager
 def mounted_filesystem(device: object, folder: Path, *options: str) -> Iterator[Path]:
     """A filesystem mounted on a folder."""
@@ -256,4 +273,4 @@ def mounted_filesystem(device: object, folder: Path, *options: str) -> Iterator[
     try:
         yield folder
     finally:
-        run("umount", folder)
+        wait_until(lambda: has_unmounted(folder), f"{folder} stays busy")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, snapfs
+from .conftest import Mounted, snapfs, wait_until_reclaimed
 
 pytestmark = pytest.mark.mount
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
@@ -93,6 +93,7 @@ def test_a_change_log_that_is_lost(mounted: Mounted) -> None:
     undo = mounted.ask("rollback s volume=v force=yes")["undo"]
     assert (mounted.path / "v").read_bytes() == b"v" * 9000
     os.rmdir(mounted.snapshots / undo)
+    wait_until_reclaimed(mounted)
     mounted.remount()
     assert (mounted.path / "v").read_bytes() == b"v" * 9000
 
