@@ -8,9 +8,11 @@ from .base import Buffer, Device, DeviceFile, LockHolder, Space
 from .directory import DirectoryDevice, LocalImage, open_local_image
 from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
+from .readonly import AbsentDevice, ReadOnlyDevice
 from .recording import CrashImages, Journal, PowerCut, RecordingDevice, power_cuts
 
 __all__ = [
+    "AbsentDevice",
     "Buffer",
     "CrashImages",
     "CrashPlan",
@@ -24,6 +26,7 @@ __all__ = [
     "LockHolder",
     "MemoryDevice",
     "PowerCut",
+    "ReadOnlyDevice",
     "RecordingDevice",
     "Space",
     "open_local_image",

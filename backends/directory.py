@@ -195,11 +195,13 @@ class DirectoryDevice(Device):
     """Files below one directory.
 
     The directory must exist. It is held open, and everything is reached through descriptors
-    without following symbolic links, so nothing planted inside can lead out of it.
+    without following symbolic links, so nothing planted inside can lead out of it. One that is not
+    ``writable`` may lie on a filesystem that is not; its files are open for reading alone.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool = True) -> None:
         self.path = os.path.abspath(os.fspath(path))
+        self._writable = writable
         self._folders: dict[str, int] = {"": os.open(self.path, _O_FOLDER & ~os.O_NOFOLLOW)}
         self._lock_fd = -1
 
@@ -219,7 +221,8 @@ class DirectoryDevice(Device):
     def open(self, name: str) -> DirectoryFile:
         """See :meth:`Device.open`."""
         folder, _, last = name.rpartition("/")
-        return DirectoryFile(os.open(last, _O_FILE, dir_fd=self._folder(folder)))
+        flags = _O_FILE if self._writable else _O_FILE & ~os.O_RDWR
+        return DirectoryFile(os.open(last, flags, dir_fd=self._folder(folder)))
 
     def create(self, name: str) -> DirectoryFile:
         """See :meth:`Device.create`."""
@@ -269,8 +272,16 @@ class DirectoryDevice(Device):
         )
 
     def lock(self, name: str, holder: str) -> None:
-        """See :meth:`Device.lock`; flock(2) on a file that is never removed."""
-        fd = os.open(name, _O_FILE | os.O_CREAT, 0o600, dir_fd=self._folders[""])
+        """See :meth:`Device.lock`; flock(2) on a file that is never removed.
+
+        One that is not writable tells nobody who holds it, and has no lock where there is no such file.
+        """
+        flags = _O_FILE | os.O_CREAT if self._writable else _O_FILE & ~os.O_RDWR
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
+        except FileNotFoundError:
+            # Nobody ever opened it to write.
+            return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -281,8 +292,9 @@ class DirectoryDevice(Device):
             os.close(fd)
             raise
         self._lock_fd = fd
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, holder.encode(), 0)
+        if self._writable:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, holder.encode(), 0)
 
     def local_path(self, name: str) -> str:
         """See :meth:`Device.local_path`."""
@@ -295,6 +307,7 @@ class DirectoryDevice(Device):
         self._folders.clear()
         if self._lock_fd >= 0:
             fd, self._lock_fd = self._lock_fd, -1
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)
+            if self._writable:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)
             os.close(fd)

@@ -355,6 +355,15 @@ class Clones:
             else:
                 self._events.note("rollback-finished", volume=show_name(volume.name))
 
+    def give_up_restores(self) -> None:
+        """Of a pool that is only read: volumes whose rollback in place was cut off stay closed."""
+        for row in self._volumes.traits.rows.values():
+            volume = self._volumes.by_id.get(row.volume_id)
+            if row.restore_instant and volume is not None:
+                restorer = self._restorer(volume)
+                restorer.close_now()
+                restorer.give_up(SnapfsError("the pool is only read"))
+
     def _file_id_after(self, target: _Target, row: VolumeRow) -> VolumeId:
         """A file stays itself; one that comes back is again what it was, unless somebody has the removed one open."""
         if target.volume is not None:

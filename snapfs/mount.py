@@ -13,6 +13,7 @@ import resource
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyfuse3
 import trio
@@ -26,6 +27,7 @@ from .fuse.namespace import Namespace
 from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .pool import Pool, open_pool
+from .rescue import open_damaged_pool
 from .tasks import Wakeup, kept_up
 from .volume import Volume
 
@@ -39,7 +41,9 @@ WORKERS_MIN = 8
 WORKERS_MAX = 256
 READ_AHEAD_KIB = 1024
 DIRTY_RATIO_MAX = 40
-KNOWN_OPTIONS = frozenset({"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime"})
+KNOWN_OPTIONS = frozenset(
+    {"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime", "rescue"}
+)
 _CONTROL_GROUP = "control_group="
 # (gid_t)-1, which stands for none.
 _GID_NONE = (1 << 32) - 1
@@ -52,6 +56,11 @@ class MountRequest:
     pool_path: str
     mount_point: str
     options: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def is_rescue(self) -> bool:
+        """Whether what is left of a damaged pool is to be read."""
+        return "rescue" in self.options
 
 
 def check_options(options: frozenset[str]) -> None:
@@ -115,14 +124,19 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         raise failed from error
 
 
-async def serve(request: MountRequest, ready: Callable[[], None]) -> None:
-    """Mount and serve until unmounted or told to stop. ``ready`` is called when the mount answers."""
+async def serve(request: MountRequest, ready: Callable[[Sequence[str]], None]) -> None:
+    """Mount and serve until unmounted or told to stop.
+
+    ``ready`` is called when the mount answers, with what of a damaged pool is lost.
+    """
     check_options(request.options)
     check_mount_point(request)
     _prepare_process()
-    async with open_pool(request.pool_path, f"mounted on {request.mount_point}") as pool:
+    purpose = f"mounted on {request.mount_point}"
+    opened = open_damaged_pool(request.pool_path) if request.is_rescue else open_pool(request.pool_path, purpose)
+    async with opened as pool:
         mount = _Mount(request, pool)
-        await mount.serve(ready)
+        await mount.serve(partial(ready, pool.lost))
 
 
 class _Mount:
@@ -267,7 +281,9 @@ def _tell_line(offset: int, line: bytes) -> None:
 
 def _fuse_options(request: MountRequest) -> set[str]:
     options = {"default_permissions", "fsname=snapfs", "subtype=snapfs", "nosuid", "nodev"}
-    return options | (set(request.options & KNOWN_OPTIONS) - {"rw"})
+    if request.is_rescue:
+        options.add("ro")
+    return options | (set(request.options & KNOWN_OPTIONS) - {"rw", "rescue"})
 
 
 def _prepare_process() -> None:

@@ -138,26 +138,43 @@ def open_devices(
     devices: dict[int, Device] = {}
     try:
         for device_id, path in catalog.device_paths().items():
-            shown = path or EMBEDDED_DEVICE_FOLDER
-            try:
-                devices[device_id] = device = open_device(path)
-                contents = device.read_file(DEVICE_FILE)
-            except OSError as error:
-                raise DeviceMissingError(
-                    f"device {device_id} of the pool is not at {shown}: {error.strerror}",
-                    "Mount or attach it there, then try again; nothing was changed",
-                ) from error
-            found = DeviceDescriptor.from_json(contents, shown)
-            if (found.pool_id, found.device_id) != (descriptor.pool_id, device_id):
-                raise DeviceMissingError(
-                    f"{shown} is device {found.device_id} of pool {found.pool_id}, not device {device_id} of this one",
-                    "Put the right one there",
-                )
+            devices[device_id] = open_device_of(descriptor, device_id, path, open_device)
     except BaseException:
         for device in devices.values():
             device.close()
         raise
     return devices
+
+
+def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_device: OpenDevice) -> Device:
+    """Open one of the pool's devices. Raises DeviceMissingError, or DamagedError when it does not tell which it is."""
+    shown = path or EMBEDDED_DEVICE_FOLDER
+    try:
+        device = open_device(path)
+    except OSError as error:
+        raise _device_missing(device_id, shown, error) from error
+    try:
+        try:
+            contents = device.read_file(DEVICE_FILE)
+        except OSError as error:
+            raise _device_missing(device_id, shown, error) from error
+        found = DeviceDescriptor.from_json(contents, shown)
+        if (found.pool_id, found.device_id) != (descriptor.pool_id, device_id):
+            raise DeviceMissingError(
+                f"{shown} is device {found.device_id} of pool {found.pool_id}, not device {device_id} of this one",
+                "Put the right one there",
+            )
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissingError:
+    return DeviceMissingError(
+        f"device {device_id} of the pool is not at {shown}: {error.strerror}",
+        "Mount or attach it there, then try again; nothing was changed",
+    )
 
 
 def check_generations(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
@@ -181,7 +198,8 @@ def check_generations(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
 class Pool:
     """An open pool.
 
-    ``volumes`` and ``snapshots`` are what users see. Made by :func:`open_pool`; a script under trio
+    ``volumes`` and ``snapshots`` are what users see. ``lost`` says in words what of a damaged one is not there (see
+    rescue.py). Made by :func:`open_pool`; a script under trio
     uses it directly, a mount is one more user of it.
     """
 
@@ -203,6 +221,7 @@ class Pool:
         self.catalog = CatalogAccess(catalog, self.pending)
         self.reserve = Reserve(home)
         self.is_closing = False
+        self.lost: Sequence[str] = ()
         self._is_recovered = False
         self._after_crash = not catalog.meta("clean")
         self._published_instant = catalog.meta("next_instant")
@@ -458,11 +477,11 @@ async def running_pool(home: Device, where: str, open_device: OpenDevice, purpos
         home.close()
 
 
-def embedded_device_opener(home: DirectoryDevice) -> OpenDevice:
+def embedded_device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice:
     """Opens devices by path; the empty path is the one inside the pool."""
 
     def open_device(path: str) -> Device:
-        return DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER))
+        return DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER), writable=writable)
 
     return open_device
 
@@ -482,10 +501,10 @@ async def open_pool(path: str | os.PathLike[str], purpose: str = "script") -> As
         yield pool
 
 
-def open_home(where: str) -> DirectoryDevice:
+def open_home(where: str, *, writable: bool = True) -> DirectoryDevice:
     """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read."""
     try:
-        return DirectoryDevice(where)
+        return DirectoryDevice(where, writable=writable)
     except (FileNotFoundError, NotADirectoryError):
         raise NotAPoolError(f"there is no directory {where}", "Make a pool with snapfs init") from None
     except OSError as error:

@@ -130,7 +130,9 @@ class Processor:
         if portion is None:
             facts = self.facts_of(volume_id)
             is_cow = self.traits.get(volume_id).change_mode == COPY_ON_WRITE
-            portion = self.portions[volume_id] = (CowPortion if is_cow else Portion)(
+            # Of a lost store even its sources are not known; whatever is asked of it is an error.
+            kind = CowPortion if is_cow and not self.access.store.is_lost else Portion
+            portion = self.portions[volume_id] = kind(
                 volume_id,
                 self.access,
                 self.logs,

@@ -41,7 +41,9 @@ _SHORT_SPAN = 16
 
 
 class ShardStore:
-    """An open shard store. ``generation`` grows by one with every commit."""
+    """An open shard store. ``generation`` grows by one with every commit. ``is_lost``: see rescue.py."""
+
+    is_lost = False
 
     def __init__(self, database: Database, processor_index: int) -> None:
         self.database = database

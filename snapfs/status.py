@@ -65,7 +65,10 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         volumes = [volume_status(pool, one, changed or {}) for one in pool.volumes.by_name.values()]
     has_failed = failed or unreadable or any(one["failure"] for one in devices)
     return {
-        "health": "failed" if has_failed else "damaged" if pool.damage.known else "stuck" if stuck else "ok",
+        "health": (
+            "failed" if has_failed else "damaged" if pool.damage.known or pool.lost else "stuck" if stuck else "ok"
+        ),
+        "lost": list(pool.lost),
         "stuck_calls": stuck,
         "failed_volumes": failed,
         "metadata_failure": unreadable,

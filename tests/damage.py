@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import trio
 import trio.testing
 
-from snapfs.backends import CrashPlan, MemoryDevice
+from snapfs.backends import CrashPlan, Device, MemoryDevice
 from snapfs.check import Report, check_pool
 from snapfs.errors import SnapfsError
 from snapfs.pool import Pool
+from snapfs.rescue import rescued_pool
 from snapfs.scrub import verify
 
 from .faults import FaultRunner
@@ -37,6 +38,7 @@ WORKLOAD: list[tuple] = [
     ("seal",),
 ]
 _KEEP_ALL = CrashPlan(0, 1.0, 0.0)
+PROCESSOR_COUNT = 2
 KINDS = ("flip", "zero", "scramble", "truncate", "swap", "remove", "empty", "extend")
 
 
@@ -50,6 +52,9 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     is_told_by_verify: bool = False
+    is_rescued: bool = False
+    # Of live volumes: which of their objects a rescued pool does not give.
+    unread_objects: set[tuple[bytes, int]] = field(default_factory=set)
 
 
 class Damages:
@@ -66,7 +71,7 @@ class Damages:
         ]
 
     async def _make(self, clock: trio.testing.MockClock) -> tuple[dict[str, MemoryDevice], State]:
-        world = World(2, 2)
+        world = World(PROCESSOR_COUNT, 2)
         async with trio.open_nursery() as nursery:
             runner = FaultRunner(nursery, clock, world)
             await runner.start()
@@ -110,6 +115,24 @@ class Damages:
             if others is not None:
                 raise
             outcome.is_told_at_opening = told is not None
+        if outcome.is_told_at_opening:
+            await self._rescue(world, outcome)
+
+    async def _rescue(self, world: World, outcome: Outcome) -> None:
+        """What a pool that does not open any more still gives."""
+        world.home.close()
+        before = {where: device_contents(device) for where, device in world.all_devices().items()}
+        outcome.wrong.clear()
+        outcome.unread.clear()
+        try:
+            async with rescued_pool(world.home, WHERE, world.open_device, world.open_image) as pool:
+                outcome.is_rescued = True
+                assert pool.lost or outcome.is_told_by_check
+                await self._read_all(pool, outcome)
+                await self._read_objects(pool, outcome)
+        except (SnapfsError, OSError):
+            assert not outcome.is_rescued, "a pool that was opened ends without an error"
+        assert before == {where: device_contents(device) for where, device in world.all_devices().items()}
 
     async def _read_all(self, pool: Pool, outcome: Outcome) -> None:
         for name, versions in self._state.volumes.items():
@@ -126,6 +149,17 @@ class Damages:
                 except (SnapfsError, OSError):
                     outcome.unread.append(f"{name!r}/{one!r}")
 
+    async def _read_objects(self, pool: Pool, outcome: Outcome) -> None:
+        for name, versions in self._state.volumes.items():
+            contents = versions[-1]
+            async with pool.volumes.opened(name) as volume:
+                for index, place in enumerate(range(0, len(contents), OBJECT)):
+                    try:
+                        if await volume.read(place, OBJECT) != contents[place : place + OBJECT]:
+                            outcome.wrong.append(f"object {index} of volume {name!r}")
+                    except (SnapfsError, OSError):
+                        outcome.unread_objects.add((name, index))
+
     async def _verify_all(self, pool: Pool, outcome: Outcome) -> None:
         for name in self._state.snapshots:
             try:
@@ -133,6 +167,12 @@ class Damages:
                     outcome.is_told_by_verify = True
             except (SnapfsError, OSError):
                 outcome.is_told_by_verify = True
+
+
+def device_contents(device: Device) -> dict[str, bytes]:
+    """All files of a device but the lock's."""
+    assert isinstance(device, MemoryDevice)
+    return {name: device.read_file(name) for name in all_names(device) if name != "lock"}
 
 
 def all_names(device: MemoryDevice) -> list[str]:
@@ -197,7 +237,10 @@ FAMILIES = ({"a", "c"}, {"b"}, {"d"})
 
 
 def judge_damage(outcome: Outcome) -> None:
-    """Nothing wrong was read but of an image outside of the pool, and what one log holds is all that cannot be read."""
+    """Nothing wrong was read but of an image outside of the pool, and what one log holds is all that cannot be read.
+
+    Of a pool that only opens as a damaged one, what other shard stores know of is read.
+    """
     where, _, name = outcome.what.partition(" of ")[2].partition(":")
     is_outside = where == "outside" or "swap" in outcome.what
     wrong = {one.rstrip("'")[-1] for one in outcome.wrong}
@@ -205,5 +248,10 @@ def judge_damage(outcome: Outcome) -> None:
     unread = {one.rstrip("'")[-1] for one in outcome.unread}
     if unread:
         assert outcome.is_told_by_check or outcome.is_told_by_verify, outcome
+    if outcome.is_rescued and name.startswith("shards/") and "swap" not in outcome.what:
+        lost_index = int(name.removeprefix("shards/")[0])
+        assert all(index % PROCESSOR_COUNT == lost_index for _, index in outcome.unread_objects), outcome
+    if outcome.is_rescued and name == "pool.json" and "swap" not in outcome.what:
+        assert not unread, outcome
     if name.startswith("logs/") and "swap" not in outcome.what and not outcome.is_told_at_opening:
         assert any(unread <= family for family in FAMILIES), outcome

@@ -54,6 +54,10 @@ class World:
         world.home, world.outside = (world.devices.pop(where) for where in ("home", "outside"))
         return world
 
+    def all_devices(self) -> dict[str, Device]:
+        """All of them, by where they are."""
+        return {"home": self.home, "outside": self.outside, **self.devices}
+
     def open_device(self, path: str) -> Device:
         if path not in self.devices:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

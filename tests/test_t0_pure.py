@@ -290,7 +290,7 @@ LAYERS = [
     ["clones", "making", "changelogvolumes"],
     ["freeing", "imagewatch"],
     ["pool"],
-    ["manifest", "status", "repair", "diff", "scrub"],
+    ["manifest", "status", "repair", "rescue", "diff", "scrub"],
     ["check"],
     ["fuse.patience"],
     ["fuse.loop", "fuse.names", "fuse.kernelnames", "fuse.command", "fuse.helper"],

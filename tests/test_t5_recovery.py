@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, snapfs, wait_until_reclaimed
+from .conftest import Mounted, mounted_filesystem, run, snapfs, wait_until_reclaimed
 
 pytestmark = pytest.mark.mount
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
@@ -96,6 +96,50 @@ def test_a_change_log_that_is_lost(mounted: Mounted) -> None:
     wait_until_reclaimed(mounted)
     mounted.remount()
     assert (mounted.path / "v").read_bytes() == b"v" * 9000
+
+
+def test_what_is_left_of_a_damaged_pool(mounted: Mounted, tmp_path: Path) -> None:
+    """The database of one processor is gone, and its filesystem takes no writes: the rest is copied out."""
+    short, long = os.urandom(100_000), os.urandom(9 << 20)
+    (mounted.path / "short").write_bytes(short)
+    (mounted.path / "long").write_bytes(long)
+    mounted.snapshot("s")
+    (mounted.path / "short").write_bytes(b"later")
+    mounted.unmount()
+    (mounted.pool / "shards" / "1.sqlite").unlink()
+    refused = snapfs("mount", mounted.pool, mounted.path, expect=4).stderr
+    assert "processor 1 is missing" in refused and "snapfs mount -o rescue" in refused
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    run("mkfs.ext4", "-q", image)
+    with mounted_filesystem(image, disk, "-o", "loop"):
+        shutil.copytree(mounted.pool, disk / "pool")
+    with mounted_filesystem(image, disk, "-o", "loop,ro"):
+        told = snapfs("mount", disk / "pool", mounted.path, "-o", "rescue").stderr
+        assert told == "lost: shard store 1 is missing; what processor 1 keeps cannot be read\n"
+        try:
+            assert mounted.status()["lost"] == ["shard store 1 is missing; what processor 1 keeps cannot be read"]
+            assert mounted.status()["health"] == "failed"
+            assert (mounted.path / "short").read_bytes() == b"later"
+            assert (mounted.snapshots / "s" / "short").read_bytes() == short
+            assert (mounted.path / "long").stat().st_size == len(long)
+            with open(mounted.path / "long", "rb") as file:
+                assert file.read(4 << 20) == long[: 4 << 20]
+                with pytest.raises(OSError) as caught:
+                    file.read(4 << 20)
+                assert caught.value.errno == errno.EIO
+                file.seek(8 << 20)
+                assert file.read() == long[8 << 20 :]
+            with pytest.raises(OSError) as caught:
+                (mounted.path / "short").write_bytes(b"")
+            assert caught.value.errno == errno.EROFS
+            assert "takes no commands" in snapfs("snapshot", mounted.path, "t", expect=1).stderr
+        finally:
+            mounted.unmount()
+    # Only a copy of the whole of it mends a pool; here there is none, and it is begun anew.
+    shutil.rmtree(mounted.pool)
+    snapfs("init", mounted.pool)
 
 
 def test_an_image_that_is_not_there(mounted: Mounted, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
             ) from error
         if error.errno == errno.EROFS:
             raise ReadOnlyError(
-                f"{mount_point} is mounted read-only, and takes no commands", "Mount it without -o ro; status works"
+                f"{mount_point} is mounted read-only, and takes no commands",
+                "Mount it without -o ro, or rescue; status works",
             ) from error
         raise
     if failed is not None or not answer.get("ok"):

@@ -8,11 +8,13 @@ import logging.handlers
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 
 import click
 import trio
 
-from ..errors import MountError, SnapfsError
+from ..errors import DamagedError, MountError, SnapfsError
 from ..formats import DAEMON_LOG_FILE
 from ..mount import MountRequest, check_mount_point, check_options, serve
 from ..pool import open_home, read_descriptor
@@ -23,7 +25,7 @@ _LOG_BYTES_MAX = 1 << 20
 @click.command()
 @click.argument("pool", type=click.Path())
 @click.argument("mount_point", metavar="MOUNT", type=click.Path())
-@click.option("-o", "option_lists", multiple=True, metavar="OPTION,…", help="allow_other, ro, auto_unmount, …")
+@click.option("-o", "option_lists", multiple=True, metavar="OPTION,…", help="allow_other, ro, rescue, auto_unmount, …")
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to stderr.")
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(pool: str, mount_point: str, option_lists: tuple[str, ...], foreground: bool, ready_fd: int | None) -> None:
@@ -37,26 +39,43 @@ def mount(pool: str, mount_point: str, option_lists: tuple[str, ...], foreground
         _serve_for_parent(request, ready_fd)
     elif foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        trio.run(serve, request, lambda: click.echo(f"mounted on {request.mount_point}", err=True))
+        trio.run(serve, request, partial(_tell_mounted, request.mount_point))
     else:
         _start(request)
+
+
+def _log_path(request: MountRequest) -> str:
+    """Where the daemon logs. A damaged pool may lie on a filesystem that takes no more writes."""
+    path = os.path.join(request.pool_path, DAEMON_LOG_FILE)
+    return os.devnull if request.is_rescue and not os.access(request.pool_path, os.W_OK) else path
+
+
+def _tell_mounted(mount_point: str, lost: Sequence[str]) -> None:
+    _tell_lost(lost)
+    click.echo(f"mounted on {mount_point}", err=True)
+
+
+def _tell_lost(lost: Sequence[str]) -> None:
+    for words in lost:
+        click.echo(f"lost: {words}", err=True)
 
 
 def _start(request: MountRequest) -> None:
     """Start a daemon, and wait until it says that the mount answers, or why not."""
     check_options(request.options)
     check_mount_point(request)
-    home = open_home(request.pool_path)
-    try:
-        read_descriptor(home, request.pool_path)
-    finally:
-        home.close()
+    if not request.is_rescue:
+        home = open_home(request.pool_path)
+        try:
+            read_descriptor(home, request.pool_path)
+        finally:
+            home.close()
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "snapfs", "mount", request.pool_path, request.mount_point]
     if request.options:
         command += ["-o", ",".join(sorted(request.options))]
     os.umask(0o077)
-    with open(os.path.join(request.pool_path, DAEMON_LOG_FILE), "ab") as log:
+    with open(_log_path(request), "ab") as log:
         daemon = subprocess.Popen(
             [*command, "--ready-fd", str(writer)],
             stdin=subprocess.DEVNULL,
@@ -80,13 +99,14 @@ def _start(request: MountRequest) -> None:
         daemon.wait()
         failed = SnapfsError(answer["reason"], answer["fix"])
         failed.exit_code = answer["exit_code"]
+        if failed.exit_code == DamagedError.exit_code and not request.is_rescue:
+            failed.fix += "; or copy out what is left, from snapfs mount -o rescue"
         raise failed
+    _tell_lost(answer["lost"])
 
 
 def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
-    handler = logging.handlers.RotatingFileHandler(
-        os.path.join(request.pool_path, DAEMON_LOG_FILE), maxBytes=_LOG_BYTES_MAX, backupCount=1
-    )
+    handler = logging.handlers.RotatingFileHandler(_log_path(request), maxBytes=_LOG_BYTES_MAX, backupCount=1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     # Not for fusermount3, which may outlive the daemon.
     os.set_inheritable(ready_fd, False)
@@ -96,10 +116,10 @@ def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
         os.write(ready_fd, json.dumps(answer).encode())
         os.close(ready_fd)
 
-    def ready() -> None:
+    def ready(lost: Sequence[str]) -> None:
         nonlocal is_ready
         is_ready = True
-        tell({"ok": True})
+        tell({"ok": True, "lost": list(lost)})
 
     try:
         trio.run(serve, request, ready)

@@ -1,0 +1,202 @@
+"""Opening a damaged pool to copy out what is whole. Nothing of it is changed.
+
+The databases are read from copies. A shard store that is missing, damaged or an old copy counts as lost, as does a
+device that is not there: whatever would be read by their help gives an error, and never zeros. All else reads as
+ever. Without the catalog nothing has a name or a size, so that one must be sound, but for what only commands need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+from .backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice, open_local_image
+from .catalog import Catalog
+from .database import Database, read_copy
+from .errors import DamagedError, DeviceMissingError, NotAPoolError, SnapfsError
+from .formats import CATALOG_FILE, FORMAT_VERSION, LogRow, PoolDescriptor, ScheduleRow, shard_file
+from .geometry import LogId, VolumeId
+from .placement import OpenImage
+from .pool import (
+    OpenDevice,
+    Pool,
+    check_generations,
+    embedded_device_opener,
+    lock_pool,
+    open_device_of,
+    open_home,
+    read_descriptor,
+)
+from .shardstore import ShardStore
+from .tasks import in_thread
+
+_CATALOG_TABLES = (
+    "meta", "devices", "shards", "volumes", "versions", "removed", "snapshots", "members", "holds", "traits",
+    "changelogs",
+)  # fmt: skip
+_SHARD_TABLES = ("meta", "maps", "copies", "logs", "portions")
+
+
+class _Catalog(Catalog):
+    """A catalog of which only names, sizes and what reading needs is asked."""
+
+    def schedules(self) -> list[ScheduleRow]:
+        """None: nothing runs."""
+        return []
+
+    def hooks(self) -> list[tuple[bytes, bytes]]:
+        """None: no snapshot is made."""
+        return []
+
+
+class LostStore:
+    """Stands for a shard store that is lost. It knows of nothing, and every question about something is an error."""
+
+    is_lost = True
+    generation = 0
+    catalog_generation = 0
+    next_log_id = LogId(1)
+
+    def __init__(self, processor_index: int, failure: SnapfsError) -> None:
+        self.processor_index = processor_index
+        self.failure = failure
+
+    def epoch_max(self) -> int:
+        """Of no row."""
+        return 0
+
+    def sources(self) -> dict[VolumeId, LogRow]:
+        """None is known; nobody comes to need one, who has to ask for a map first."""
+        return {}
+
+    def block_counts(self) -> dict[VolumeId, int]:
+        """Counts are for reports, and what is lost counts as nothing there."""
+        return {}
+
+    def block_counts_by_device(self) -> dict[int, int]:
+        """See :meth:`block_counts`."""
+        return {}
+
+    def live_counts_at(self, instant: int) -> dict[VolumeId, int]:
+        """See :meth:`block_counts`."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __getattr__(self, question: str) -> Callable[..., object]:
+        def fail(*_: object) -> object:
+            raise DamagedError(self.failure.reason, self.failure.fix)
+
+        return fail
+
+
+class _Opening:
+    """What is open so far, and what was found to be lost."""
+
+    def __init__(self, stack: contextlib.ExitStack, home: Device, open_device: OpenDevice) -> None:
+        self._stack = stack
+        self._home = home
+        self._open_device = open_device
+        self.lost: list[str] = []
+
+    def database(self, name: str, what: str, tables: tuple[str, ...]) -> Database:
+        """A copy of a database of which these tables are sound. Raises DamagedError, UnreadableError."""
+        try:
+            return self._stack.enter_context(read_copy(self._home, name, what, tables))
+        except FileNotFoundError:
+            raise DamagedError(f"{what} is missing", "Restore the pool from a copy") from None
+        except OSError as error:
+            raise DamagedError(f"{what} cannot be read: {error.strerror}", "Mend its device") from error
+
+    def pool(self, where: str, purpose: str, open_image: OpenImage) -> Pool:
+        """All that can be had. Raises what keeps everything from being had."""
+        lock_pool(self._home, where, purpose)
+        database = self.database(CATALOG_FILE, "the catalog", _CATALOG_TABLES)
+        descriptor = self._descriptor(where, database)
+        catalog = _Catalog.over(database, descriptor.pool_id)
+        stores = [self._store(catalog, index, descriptor.pool_id) for index in range(descriptor.processor_count)]
+        devices = self._devices(catalog, descriptor)
+        return Pool(
+            self._home,
+            dataclasses.replace(descriptor, format_version=FORMAT_VERSION),
+            catalog,
+            cast("list[ShardStore]", stores),
+            devices,
+            self._open_device,
+            open_image,
+        )
+
+    def _descriptor(self, where: str, catalog: Database) -> PoolDescriptor:
+        """The pool's descriptor, or what the catalog knows of it."""
+        try:
+            return read_descriptor(self._home, where)
+        except (NotAPoolError, DamagedError) as error:
+            self.lost.append(error.reason)
+        pool_id = catalog.row("SELECT value FROM meta WHERE key = 'pool_id'")
+        count = catalog.row("SELECT count(*) FROM shards")
+        if pool_id is None or count is None:
+            raise DamagedError("the catalog does not tell which pool it is of", "Restore the pool from a copy")
+        return PoolDescriptor(str(pool_id[0]), int(count[0]), 0)
+
+    def _store(self, catalog: Catalog, index: int, pool_id: str) -> ShardStore | LostStore:
+        try:
+            database = self.database(shard_file(index), f"shard store {index}", _SHARD_TABLES)
+            store = ShardStore.over(database, index, pool_id)
+            check_generations(catalog, [store])
+        except SnapfsError as error:
+            self.lost.append(f"{error.reason}; what processor {index} keeps cannot be read")
+            return LostStore(index, error)
+        return store
+
+    def _devices(self, catalog: Catalog, descriptor: PoolDescriptor) -> dict[int, Device]:
+        devices: dict[int, Device] = {}
+        for device_id, path in catalog.device_paths().items():
+            try:
+                device = open_device_of(descriptor, device_id, path, self._open_device)
+            except (DeviceMissingError, NotAPoolError, DamagedError) as error:
+                self.lost.append(f"{error.reason}; what lies there cannot be read")
+                device = AbsentDevice()
+            devices[device_id] = ReadOnlyDevice(device)
+            self._stack.callback(device.close)
+        return devices
+
+
+def _open_image(path: str, writable: bool) -> DeviceFile:
+    return open_local_image(path, writable=False)
+
+
+@asynccontextmanager
+async def open_damaged_pool(path: str) -> AsyncIterator[Pool]:
+    """The pool in a directory, see :func:`rescued_pool`. Raises NotAPoolError also when it is not there."""
+    home = open_home(path, writable=False)
+    async with rescued_pool(home, path, embedded_device_opener(home, writable=False), _open_image) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def rescued_pool(
+    home: Device, where: str, open_device: OpenDevice, open_image: OpenImage, purpose: str = "rescue"
+) -> AsyncIterator[Pool]:
+    """A pool to be read only, with none of its tasks running. Its ``lost`` says what cannot be read.
+
+    Raises DamagedError when the catalog is lost, InUseError when somebody has the pool open.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(home.close)
+        opening = _Opening(stack, ReadOnlyDevice(home), open_device)
+        pool = await in_thread(opening.pool, where, purpose, open_image)
+        pool.lost = opening.lost
+        for words in opening.lost:
+            pool.events.note("lost", logging.ERROR, what=words)
+        await pool.changelogs.load()
+        pool.clones.give_up_restores()
+        try:
+            yield pool
+        finally:
+            for processor in pool.processors:
+                processor.logs.close()
