@@ -185,11 +185,13 @@ class CowPortion(Portion):
         if log is None or log.sealed or not runs:
             # A snapshot was cut meanwhile, or all is preserved: whoever asked looks again.
             return
-        source = self._logs.known[self._source_id]
+        # Again: the log that was begun may have been one open file too many.
+        source = self._logs.adopt(self._neighbours.sources[self.volume_id])
+        file = self._logs.open_file(source)
         log.pins += 1
         reserved = 0
         try:
-            await self._with_logs([source], partial(_read_runs, source, runs, self._processor_count))
+            await self._with_logs([source], partial(_read_runs, file, runs, self._processor_count))
             if log.quota is not None:
                 wanted_count = sum(_stored_count(run) for run in runs)
                 log.quota.check(wanted_count)
@@ -433,13 +435,12 @@ def _joined(wanted: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]
     return found
 
 
-def _read_runs(source: ChangeLog, runs: list[_Run], processor_count: int) -> None:
+def _read_runs(source: DeviceFile, runs: list[_Run], processor_count: int) -> None:
     """Read what the source holds. It is as long as what was written to it; behind that it holds zeros. Blocks."""
-    assert source.file is not None
     for run in runs:
         offset = log_offset(run.object_index, processor_count) + (run.first << BLOCK_SHIFT)
         run.contents = bytearray(run.count << BLOCK_SHIFT)
-        source.file.read_into(run.contents, offset)
+        source.read_into(run.contents, offset)
 
 
 def _zero_groups(run: _Run) -> Iterator[tuple[bool, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from snapfs import changelog
 from snapfs.backends import CrashPlan, MemoryDevice
 from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
@@ -383,3 +384,20 @@ async def test_a_truncate_during_the_clearing_after_a_crash_loses_nothing_that_a
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == contents
         assert image(world, "/image") == b"1" * 100
     world.check_clean()
+
+
+async def test_the_source_stays_open_while_what_it_holds_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log that is begun for that is one file too many, and the source the one that was unused for longest."""
+    monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 4)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"c", 3 * BLOCK, COPY_ON_WRITE))
+        await put(pool, b"c", 0, b"old" * BLOCK)
+        await pool.volumes.sync_all()
+        for name in (b"x", b"y", b"z"):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, b"other")
+        await pool.snapshots.create(b"s")
+        await put(pool, b"c", 0, b"new")
+        assert (await read_volume(pool, b"c"))[:3] == b"new"
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"c") == b"old" * BLOCK
