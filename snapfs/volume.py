@@ -37,6 +37,8 @@ from .tasks import side_by_side
 from .traits import TraitsTable
 from .units import format_size, show_name
 
+# What the kernel asks for at most; it lies in at most 256 change logs of a processor, which are open then.
+READ_BYTES_MAX = 1 << 20
 _TRIM_BATCH = 256
 _TRIM_COMMIT_OBJECTS = 1024
 _TRIM_NONE, _TRIM_DONE, _TRIM_RUNNING, _TRIM_DUE = 0, 1, 2, 3
@@ -83,6 +85,8 @@ class VolumeView(ABC):
 
     async def read(self, offset: int, length: int) -> bytearray:
         """Read up to ``length`` bytes; fewer at the end."""
+        if length > READ_BYTES_MAX:
+            return await self._read_long(offset, length)
         old_blocks: OldBlocks = {}
         while True:
             # Anew each time: a volume may be another size after a wait.
@@ -112,6 +116,20 @@ class VolumeView(ABC):
                 if await when_resident(lambda _, count=count: self._segments(offset, count)) == plan:  # type: ignore[misc]
                     self.portions[damage.object_index % self.processor_count].report(damage)
                     raise
+
+    async def _read_long(self, offset: int, length: int) -> bytearray:
+        """Read piece by piece: all change logs that a piece lies in are to be open at once."""
+        while True:
+            mark = self.contents_mark()
+            found = bytearray()
+            while len(found) < length:
+                wanted = min(READ_BYTES_MAX, length - len(found))
+                piece = await self.read(offset + len(found), wanted)
+                found += piece
+                if len(piece) < wanted:
+                    break
+            if mark == self.contents_mark():
+                return found
 
     def _segments(self, offset: int, length: int) -> list[tuple[Portion, list[Segment]]]:
         found = []

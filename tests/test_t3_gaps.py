@@ -10,6 +10,7 @@ import pytest
 import trio
 from xxhash import xxh3_64_digest
 
+from snapfs import changelog, volume
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
@@ -17,10 +18,11 @@ from snapfs.errors import DamagedError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.geometry import BLOCKS_PER_OBJECT
 from snapfs.making import VolumeWish
+from snapfs.notresident import NotResidentError, OldBlocks
 from snapfs.pool import Pool
 from snapfs.sealedfile import DamagedBlockError
 
-from .harness import WHERE, Running, World, open_world, read_volume
+from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -278,3 +280,43 @@ def test_sums_of_an_object_with_gaps_match_all_of_it_and_nothing_else(seed: int)
         assert not sums.matches(0, memoryview(contents))
         assert sums.first_wrong(0, memoryview(contents)) == wrong
         contents[wrong * BLOCK + 17] ^= 1
+
+
+async def test_a_long_read_of_very_many_change_logs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 8)
+    monkeypatch.setattr(volume, "READ_BYTES_MAX", 4 * BLOCK)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(12):
+            await put(pool, b"v", number * BLOCK, bytes([number]) * BLOCK)
+            await pool.snapshots.create(b"%d" % number)
+        expected = b"".join(bytes([number]) * BLOCK for number in range(12))
+        assert await read_volume(pool, b"v") == expected
+        assert await read_snapshot(pool, pool.snapshots.get(b"11"), b"v") == expected
+        async with pool.volumes.opened(b"v") as one:
+            assert await one.read(BLOCK - 1, 1 << 30) == expected[BLOCK - 1 :]
+            assert await one.read(12 * BLOCK, 1 << 30) == b""
+
+
+async def test_a_long_read_begins_again_when_the_volume_is_cut_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume, "READ_BYTES_MAX", BLOCK)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * 4 * BLOCK)
+        async with pool.volumes.opened(b"v") as one:
+            read = one.read_now
+
+            def cut_before_the_third(offset: int, buffer: memoryview) -> memoryview:
+                if offset == 2 * BLOCK and one.size_bytes == 4 * BLOCK:
+                    monkeypatch.setattr(one, "read_now", read)
+                    raise NotResidentError(cut_and_write)
+                return read(offset, buffer)
+
+            async def cut_and_write(old_blocks: OldBlocks) -> None:
+                await one.truncate(0)
+                await one.write(0, b"b" * 3 * BLOCK)
+
+            monkeypatch.setattr(one, "read_now", cut_before_the_third)
+            assert await one.read(0, 1 << 30) == b"b" * 3 * BLOCK
