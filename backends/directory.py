@@ -222,7 +222,12 @@ class DirectoryDevice(Device):
         """See :meth:`Device.open`."""
         folder, _, last = name.rpartition("/")
         flags = _O_FILE if self._writable else _O_FILE & ~os.O_RDWR
-        return DirectoryFile(os.open(last, flags, dir_fd=self._folder(folder)))
+        # A named pipe in a file's place would be waited for.
+        fd = os.open(last, flags | os.O_NONBLOCK, dir_fd=self._folder(folder))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return DirectoryFile(fd)
 
     def create(self, name: str) -> DirectoryFile:
         """See :meth:`Device.create`."""
@@ -272,29 +277,38 @@ class DirectoryDevice(Device):
         )
 
     def lock(self, name: str, holder: str) -> None:
-        """See :meth:`Device.lock`; flock(2) on a file that is never removed.
+        """See :meth:`Device.lock`; flock(2) on the directory and on a file, never removed, that tells of the holder.
 
-        One that is not writable tells nobody who holds it, and has no lock where there is no such file.
+        One that is not writable makes no such file, and tells nobody who holds it.
         """
         flags = _O_FILE | os.O_CREAT if self._writable else _O_FILE & ~os.O_RDWR
+        fd = -1
         try:
-            fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
-        except FileNotFoundError:
-            # Nobody ever opened it to write.
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            known = os.pread(fd, 4096, 0).decode("utf-8", "replace")
-            os.close(fd)
-            raise LockHolder(known) from None
-        except BaseException:
-            os.close(fd)
+            with contextlib.nullcontext() if self._writable else contextlib.suppress(FileNotFoundError):
+                fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
+            self._lock_folder()
+            if fd >= 0:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._writable:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, holder.encode(), 0)
+        except BaseException as error:
+            known = os.pread(fd, 4096, 0).decode("utf-8", "replace") if fd >= 0 else ""
+            if fd >= 0:
+                os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise LockHolder(known) from None
             raise
         self._lock_fd = fd
-        if self._writable:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, holder.encode(), 0)
+
+    def _lock_folder(self) -> None:
+        """Keep those out who find no file to lock. Not every filesystem has locks for directories."""
+        try:
+            fcntl.flock(self._folders[""], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return
 
     def local_path(self, name: str) -> str:
         """See :meth:`Device.local_path`."""
@@ -302,12 +316,12 @@ class DirectoryDevice(Device):
 
     def close(self) -> None:
         """See :meth:`Device.close`."""
-        for fd in self._folders.values():
-            os.close(fd)
-        self._folders.clear()
         if self._lock_fd >= 0:
             fd, self._lock_fd = self._lock_fd, -1
             if self._writable:
                 with contextlib.suppress(OSError):
                     os.ftruncate(fd, 0)
             os.close(fd)
+        for fd in self._folders.values():
+            os.close(fd)
+        self._folders.clear()

@@ -144,6 +144,13 @@ class Catalog:
         """Volumes of which attributes are kept."""
         return {row[0] for row in self.database.rows("SELECT DISTINCT volume_id FROM versions")}
 
+    def processor_count(self) -> int:
+        """How many processors the pool has. Raises DamagedError when the rows do not tell."""
+        indexes = sorted(self.shard_generations())
+        if not indexes or indexes != list(range(len(indexes))):
+            raise DamagedError(f"{_WHAT} does not tell how many processors there are", "Restore it from a copy")
+        return len(indexes)
+
     def shard_generations(self) -> dict[int, int]:
         """What each shard store must at least have reached."""
         return dict(cast("list[tuple[int, int]]", self.database.rows("SELECT * FROM shards")))

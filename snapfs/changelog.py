@@ -177,7 +177,7 @@ class ChangeLogs:
             self._note_open(log)
         elif log.file is None:
             try:
-                log.file = self._devices[log.device_id].open(self._name(log.log_id))
+                log.file = self._device_of(log).open(self._name(log.log_id))
                 self._prove(log)
             except FileNotFoundError:
                 raise DamagedError(
@@ -187,6 +187,15 @@ class ChangeLogs:
             self._note_open(log)
         assert log.file is not None
         return log.file
+
+    def _device_of(self, log: ChangeLog) -> Device:
+        try:
+            return self._devices[log.device_id]
+        except KeyError:
+            raise DamagedError(
+                f"change log {log.log_id} lies on device {log.device_id}, which the pool does not have",
+                "Unmount and run snapfs check",
+            ) from None
 
     def note_summed(self, log: ChangeLog) -> None:
         """All blocks of a log have their checksums, durably: from now on its reads are held against them."""

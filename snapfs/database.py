@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -37,8 +38,8 @@ def translated(what: str) -> Iterator[None]:
         raise NoSpaceError(
             f"the device that holds {what} is full", "Delete snapshots or free space on it, then try again"
         ) from error
-    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError) as error:
-        # An SQLError is a table or a column that is not there.
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:
+        # An SQLError is a table or a column that is not there; text that is none passes SQLite's own checks.
         raise DamagedError(f"{what} is damaged: {error}", "Unmount and run snapfs check") from error
     except apsw.Error as error:
         raise UnreadableError(f"{what} cannot be read or written: {error}", "See the system's log") from error
@@ -103,8 +104,13 @@ class Database:
                     self._connection.execute(schema).fetchall()
                 self._connection.execute(f"PRAGMA user_version={len(create_schemas)}").fetchall()
         else:
-            for wanted in ("1",) if tables is None else tables:
+            for wanted in ("1",) if tables is None else self._there(tables):
                 self._look_through(wanted)
+
+    def _there(self, tables: Sequence[str]) -> list[str]:
+        """Those that there are: the database may be of an earlier version."""
+        known = self._connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+        return [one for one in tables if (one,) in known]
 
     def _look_through(self, wanted: str) -> None:
         """Raises DamagedError when it is not sound: what a damaged page no longer tells would be taken for absent.
@@ -217,14 +223,25 @@ class Database:
 def _copy_out(device: Device, name: str, path: str) -> None:
     file = device.open(name)
     try:
-        with open(path, "wb") as copy:
-            offset = 0
-            buffer = bytearray(_COPY_BYTES)
-            while count := file.read_into(buffer, offset):
+        offset = 0
+        buffer = bytearray(_COPY_BYTES)
+        while count := file.read_into(buffer, offset):
+            with _room_for_copies(), open(path, "ab") as copy:
                 copy.write(memoryview(buffer)[:count])
-                offset += count
+            offset += count
     finally:
         file.close()
+
+
+@contextlib.contextmanager
+def _room_for_copies() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NoSpaceError(
+            f"databases cannot be copied to {tempfile.gettempdir()}: {error.strerror}",
+            "Make room there for all databases of the pool, or set TMPDIR to another directory",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -233,7 +250,9 @@ def read_copy(device: Device, name: str, what: str, tables: Sequence[str] | None
 
     ``tables`` are those that must be sound, all (None) else.
     """
-    with tempfile.TemporaryDirectory(prefix="snapfs-check-") as folder:
+    with contextlib.ExitStack() as stack:
+        with _room_for_copies():
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="snapfs-check-"))
         from_device = [name]
         if os.path.basename(name) + "-wal" in device.names(os.path.dirname(name)):
             from_device.append(name + "-wal")
@@ -245,6 +264,8 @@ def read_copy(device: Device, name: str, what: str, tables: Sequence[str] | None
         database: Database | None = None
         try:
             database = Database(inside, os.path.basename(name), what, tables=tables)
+            # Open they stay; so nothing is left behind by a process that is killed.
+            shutil.rmtree(folder)
             yield database
         finally:
             if database is not None:

@@ -31,9 +31,12 @@ EMBEDDED_DEVICE_FOLDER = "device"
 DAEMON_LOG_FILE = "daemon.log"
 
 
+SHARD_FOLDER = "shards"
+
+
 def shard_file(processor_index: int) -> str:
     """Name of a processor's shard store in the pool's directory."""
-    return f"shards/{processor_index}.sqlite"
+    return f"{SHARD_FOLDER}/{processor_index}.sqlite"
 
 
 def log_folder(processor_index: int) -> str:

@@ -75,6 +75,8 @@ async def _intermediate(processor: Processor, snapshot: Snapshot, members: Snaps
     # What is pending goes to the store first, so that its rows tell all.
     await processor.commit([one for one in processor.portions.values() if one.failure is None])
     store = processor.access.store
+    if store.is_lost:
+        return {"processor": processor.index, "state": None, "volumes": [], "lost": True}
     part = await processor.access.ask(store.intermediate, snapshot.snapshot_id)
     portions = []
     for volume_id in members.ordered_ids:

@@ -126,6 +126,9 @@ def lock_pool(home: Device, where: str, purpose: str) -> None:
 def _describe(holder: str) -> str:
     try:
         fields = json.loads(holder)
+        if fields["host"] == socket.gethostname() and not os.path.exists(f"/proc/{int(fields['pid'])}"):
+            # It was killed; who has the pool now only reads it, and leaves no name.
+            return "another process, which does not say which"
         return f"process {fields['pid']} on {fields['host']} ({fields['purpose']}, since {fields['since']})"
     except (ValueError, TypeError, KeyError):
         return "another process"
@@ -179,27 +182,37 @@ def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissing
 
 def check_generations(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
     """Refuse an old copy of one database beside newer others. Raises DamagedError."""
-    at_least = catalog.shard_generations()
     for store in stores:
-        if store.generation < at_least.get(store.processor_index, 0):
-            raise DamagedError(
-                f"the shard store of processor {store.processor_index} is an old copy: it is at"
-                f" {store.generation}, the catalog knows of {at_least[store.processor_index]}",
-                "Restore the whole pool from one copy, not single files",
-            )
-        if catalog.generation < store.catalog_generation:
-            raise DamagedError(
-                f"the catalog is an old copy: it is at {catalog.generation}, processor"
-                f" {store.processor_index} knows of {store.catalog_generation}",
-                "Restore the whole pool from one copy, not single files",
-            )
+        check_store_generation(catalog, store)
+        check_catalog_generation(catalog, store)
+
+
+def check_store_generation(catalog: Catalog, store: ShardStore) -> None:
+    """Raises DamagedError for a store that is older than the catalog knows."""
+    at_least = catalog.shard_generations().get(store.processor_index, 0)
+    if store.generation < at_least:
+        raise DamagedError(
+            f"the shard store of processor {store.processor_index} is an old copy: it is at"
+            f" {store.generation}, the catalog knows of {at_least}",
+            "Restore the whole pool from one copy, not single files",
+        )
+
+
+def check_catalog_generation(catalog: Catalog, store: ShardStore) -> None:
+    """Raises DamagedError for a catalog that is older than a store knows."""
+    if catalog.generation < store.catalog_generation:
+        raise DamagedError(
+            f"the catalog is an old copy: it is at {catalog.generation}, processor"
+            f" {store.processor_index} knows of {store.catalog_generation}",
+            "Restore the whole pool from one copy, not single files",
+        )
 
 
 class Pool:
     """An open pool.
 
     ``volumes`` and ``snapshots`` are what users see. ``lost`` says in words what of a damaged one is not there (see
-    rescue.py). Made by :func:`open_pool`; a script under trio
+    rescue.py). ``after_crash``: it was not closed in order. Made by :func:`open_pool`; a script under trio
     uses it directly, a mount is one more user of it.
     """
 
@@ -223,7 +236,7 @@ class Pool:
         self.is_closing = False
         self.lost: Sequence[str] = ()
         self._is_recovered = False
-        self._after_crash = not catalog.meta("clean")
+        self.after_crash = not catalog.meta("clean")
         self._published_instant = catalog.meta("next_instant")
         seen = max(catalog.epoch_max(), *(store.epoch_max() for store in stores))
         # An unpublished cut may have begun an epoch; then all begin one after it.
@@ -310,7 +323,7 @@ class Pool:
         )
         self.damage_teller = DamageTeller(self.damage, self.volumes, self.snapshots, self.processors, self.events)
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
-        self.volumes.load(catalog.volumes(), after_crash=self._after_crash)
+        self.volumes.load(catalog.volumes(), after_crash=self.after_crash)
         self.snapshots.load(catalog.snapshots())
         for volume_id in self.volumes.removed:
             for processor in self.processors:
@@ -336,6 +349,12 @@ class Pool:
         stores: list[ShardStore] = []
         devices: dict[int, Device] = {}
         try:
+            if catalog.processor_count() != descriptor.processor_count:
+                raise DamagedError(
+                    f"{where}/{POOL_FILE} tells of {descriptor.processor_count} processors, the catalog of another"
+                    " number",
+                    "Restore it from a copy",
+                )
             devices = open_devices(home, catalog, descriptor, open_device)
             for index in range(descriptor.processor_count):
                 stores.append(ShardStore.open(home, index, descriptor.pool_id))
@@ -355,7 +374,7 @@ class Pool:
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
         await self.reserve.helped(self._recover_rows)
         await self.changelogs.load()
-        await self.images.look(after_crash=self._after_crash)
+        await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
         for processor in self.processors:
             count = await processor.remove_strays()
@@ -364,13 +383,13 @@ class Pool:
 
     async def _recover_rows(self) -> None:
         # What lies behind the volumes' sizes is cleared later; that it is due must outlive this run.
-        marks = CatalogBatch(meta={"clean": 0}, trim_all=self._after_crash)
+        marks = CatalogBatch(meta={"clean": 0}, trim_all=self.after_crash)
         await self.catalog.save([], lambda: marks)
         known = {*self.volumes.by_id, *self.volumes.removed, *self.volumes.traits.rows}
         for processor in self.processors:
             await processor.forget_unborn(known)
         await self.reclaimer.drop_unpublished(self._published_instant)
-        if self._after_crash:
+        if self.after_crash:
             for processor in self.processors:
                 await processor.recover_from_crash()
         self._is_recovered = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
@@ -17,14 +18,24 @@ from typing import cast
 from .backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice, open_local_image
 from .catalog import Catalog
 from .database import Database, read_copy
-from .errors import DamagedError, DeviceMissingError, NotAPoolError, SnapfsError
-from .formats import CATALOG_FILE, FORMAT_VERSION, LogRow, PoolDescriptor, ScheduleRow, shard_file
+from .errors import DamagedError, DeviceMissingError, NoSpaceError, NotAPoolError, SnapfsError, UnreadableError
+from .formats import (
+    CATALOG_FILE,
+    FORMAT_VERSION,
+    POOL_FILE,
+    SHARD_FOLDER,
+    LogRow,
+    PoolDescriptor,
+    ScheduleRow,
+    shard_file,
+)
 from .geometry import LogId, VolumeId
 from .placement import OpenImage
 from .pool import (
     OpenDevice,
     Pool,
-    check_generations,
+    check_catalog_generation,
+    check_store_generation,
     embedded_device_opener,
     lock_pool,
     open_device_of,
@@ -38,7 +49,7 @@ _CATALOG_TABLES = (
     "meta", "devices", "shards", "volumes", "versions", "removed", "snapshots", "members", "holds", "traits",
     "changelogs",
 )  # fmt: skip
-_SHARD_TABLES = ("meta", "maps", "copies", "logs", "portions")
+_SHARD_TABLES = ("meta", "maps", "copies", "logs", "portions", "intermediates")
 
 
 class _Catalog(Catalog):
@@ -95,6 +106,13 @@ class LostStore:
         return fail
 
 
+class _Devices(dict[int, Device]):
+    """A pool's devices. One that the catalog does not know any more is not there."""
+
+    def __missing__(self, device_id: int) -> Device:
+        return AbsentDevice()
+
+
 class _Opening:
     """What is open so far, and what was found to be lost."""
 
@@ -105,7 +123,7 @@ class _Opening:
         self.lost: list[str] = []
 
     def database(self, name: str, what: str, tables: tuple[str, ...]) -> Database:
-        """A copy of a database of which these tables are sound. Raises DamagedError, UnreadableError."""
+        """A copy of a database of which these tables are sound. Raises DamagedError, UnreadableError, NoSpaceError."""
         try:
             return self._stack.enter_context(read_copy(self._home, name, what, tables))
         except FileNotFoundError:
@@ -120,46 +138,65 @@ class _Opening:
         descriptor = self._descriptor(where, database)
         catalog = _Catalog.over(database, descriptor.pool_id)
         stores = [self._store(catalog, index, descriptor.pool_id) for index in range(descriptor.processor_count)]
-        devices = self._devices(catalog, descriptor)
         return Pool(
             self._home,
             dataclasses.replace(descriptor, format_version=FORMAT_VERSION),
             catalog,
             cast("list[ShardStore]", stores),
-            devices,
-            self._open_device,
+            self._devices(catalog, descriptor),
+            lambda path: ReadOnlyDevice(self._open_device(path)),
             open_image,
         )
 
-    def _descriptor(self, where: str, catalog: Database) -> PoolDescriptor:
-        """The pool's descriptor, or what the catalog knows of it."""
-        try:
-            return read_descriptor(self._home, where)
-        except (NotAPoolError, DamagedError) as error:
-            self.lost.append(error.reason)
-        pool_id = catalog.row("SELECT value FROM meta WHERE key = 'pool_id'")
-        count = catalog.row("SELECT count(*) FROM shards")
-        if pool_id is None or count is None:
+    def _descriptor(self, where: str, database: Database) -> PoolDescriptor:
+        """The pool's descriptor, where it agrees with the catalog; else what that knows. Raises DamagedError."""
+        row = database.row("SELECT value FROM meta WHERE key = 'pool_id'")
+        if row is None or not isinstance(row[0], str):
             raise DamagedError("the catalog does not tell which pool it is of", "Restore the pool from a copy")
-        return PoolDescriptor(str(pool_id[0]), int(count[0]), 0)
+        catalog = _Catalog.over(database, row[0])
+        known = PoolDescriptor(row[0], catalog.processor_count(), 0)
+        stored = {one for one in self._home.names(SHARD_FOLDER) if not one.endswith(("-wal", "-shm"))}
+        if more := stored - {os.path.basename(shard_file(index)) for index in range(known.processor_count)}:
+            raise DamagedError(
+                f"the catalog tells of {known.processor_count} processors, but there is {SHARD_FOLDER}/{min(more)}",
+                "Restore the pool from a copy",
+            )
+        try:
+            found = read_descriptor(self._home, where)
+        except (NotAPoolError, DamagedError, UnreadableError) as error:
+            self._note_lost(error.reason)
+            return known
+        if (found.pool_id, found.processor_count) != (known.pool_id, known.processor_count):
+            self._note_lost(f"{where}/{POOL_FILE} does not agree with the catalog, which is believed")
+            return known
+        return found
 
     def _store(self, catalog: Catalog, index: int, pool_id: str) -> ShardStore | LostStore:
+        """A shard store, or what stands for a lost one. Raises DamagedError when it tells that the catalog is old."""
         try:
             database = self.database(shard_file(index), f"shard store {index}", _SHARD_TABLES)
             store = ShardStore.over(database, index, pool_id)
-            check_generations(catalog, [store])
+            check_store_generation(catalog, store)
+            # What a pool asks first: a store that does not answer is lost, and not the pool.
+            store.epoch_max(), store.sources(), store.block_counts()
+        except NoSpaceError:
+            raise
         except SnapfsError as error:
-            self.lost.append(f"{error.reason}; what processor {index} keeps cannot be read")
+            self._note_lost(f"{error.reason}; what processor {index} keeps cannot be read")
             return LostStore(index, error)
+        check_catalog_generation(catalog, store)
         return store
 
+    def _note_lost(self, words: str) -> None:
+        self.lost.append(" ".join(words.split()))
+
     def _devices(self, catalog: Catalog, descriptor: PoolDescriptor) -> dict[int, Device]:
-        devices: dict[int, Device] = {}
+        devices = _Devices()
         for device_id, path in catalog.device_paths().items():
             try:
                 device = open_device_of(descriptor, device_id, path, self._open_device)
             except (DeviceMissingError, NotAPoolError, DamagedError) as error:
-                self.lost.append(f"{error.reason}; what lies there cannot be read")
+                self._note_lost(f"{error.reason}; what lies there cannot be read")
                 device = AbsentDevice()
             devices[device_id] = ReadOnlyDevice(device)
             self._stack.callback(device.close)
@@ -194,6 +231,8 @@ async def rescued_pool(
         for words in opening.lost:
             pool.events.note("lost", logging.ERROR, what=words)
         await pool.changelogs.load()
+        # What is to be noted of them goes to the copy of the catalog.
+        await pool.images.look(after_crash=pool.after_crash)
         pool.clones.give_up_restores()
         try:
             yield pool

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, MemoryDevice
+from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.conformance import check_device, check_lock
 from snapfs.database import Database
 from snapfs.errors import NoSpaceError
@@ -23,6 +23,42 @@ def fresh(folder: Path) -> DirectoryDevice:
 def test_a_directory_is_a_device(tmp_path: Path) -> None:
     check_device(lambda: fresh(tmp_path))
     check_lock(lambda: DirectoryDevice(tmp_path))
+
+
+def test_a_directory_that_is_only_read_has_a_lock_without_a_file(tmp_path: Path) -> None:
+    reader = DirectoryDevice(tmp_path, writable=False)
+    reader.lock("lock", "nobody is told")
+    assert os.listdir(tmp_path) == []
+    for writable in (True, False):
+        other = DirectoryDevice(tmp_path, writable=writable)
+        with pytest.raises(LockHolder):
+            other.lock("lock", "the other")
+        other.close()
+    reader.close()
+    writer = DirectoryDevice(tmp_path)
+    writer.lock("lock", "the writer")
+    reader = DirectoryDevice(tmp_path, writable=False)
+    with pytest.raises(LockHolder) as caught:
+        reader.lock("lock", "the reader")
+    assert caught.value.holder == "the writer"
+    writer.create("file").close()
+    writer.close()
+    file = reader.open("file")
+    with pytest.raises(OSError):
+        file.write(b"x", 0)
+    file.close()
+    reader.lock("lock", "the reader")
+    assert (tmp_path / "lock").read_bytes() == b""
+    reader.close()
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    device = DirectoryDevice(tmp_path, writable=False)
+    for name in ("pipe", "."):
+        with pytest.raises(OSError):
+            device.open(name)
+    device.close()
 
 
 def test_memory_is_a_device() -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import random
+import tempfile
 from collections.abc import AsyncIterator
 
 import pytest
+import trio
 
+from snapfs import database as database_module
 from snapfs.backends import AbsentDevice, Device, ReadOnlyDevice
 from snapfs.database import Database
-from snapfs.errors import DamagedError, InUseError, SnapfsError, TooNewError
+from snapfs.errors import DamagedError, InUseError, NoSpaceError, NotAPoolError, SnapfsError, TooNewError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
+from snapfs.manifest import manifest_of
 from snapfs.pool import Pool
 from snapfs.rescue import rescued_pool
 
 from .damage import device_contents
-from .harness import WHERE, World, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -251,3 +256,158 @@ async def test_devices_that_change_nothing() -> None:
     absent.close()
     assert absent.local_path("x") is None and device.local_path("x") is None
     assert device_contents(world.devices["0"]) == before
+
+
+def change(device: Device, name: str, *statements: str) -> None:
+    """Change a database behind the pool's back."""
+    database = Database(device, name, name)
+    with database.transaction():
+        for statement in statements:
+            database.execute(statement)
+    database.close()
+
+
+@pytest.mark.parametrize("field, value", [("processor_count", 1), ("processor_count", 6), ("pool_id", "another")])
+async def test_a_descriptor_that_is_not_the_catalogs_is_not_believed(field: str, value: object) -> None:
+    world = await filled()
+    descriptor = {**json.loads(world.home.read_file("pool.json")), field: value}
+    overwrite(world.home, "pool.json", json.dumps(descriptor).encode())
+    with pytest.raises(DamagedError):
+        Pool.open(world.home, WHERE, world.open_device)
+    world.home.close()
+    async with rescued(world) as pool:
+        assert pool.lost == ["memory/pool.json does not agree with the catalog, which is believed"]
+        assert await read_volume(pool, b"long") == NEW + OLD[BLOCK:]
+
+
+@pytest.mark.parametrize("rows", ["DELETE FROM shards", "DELETE FROM shards WHERE processor_index = 1"])
+async def test_how_many_processors_there_are_is_not_guessed(rows: str) -> None:
+    world = await filled()
+    change(world.home, "catalog.sqlite", rows)
+    for _ in range(2):
+        with pytest.raises(DamagedError, match="processors"):
+            async with rescued(world):
+                pass
+        with pytest.raises((DamagedError, NotAPoolError)):
+            Pool.open(world.home, WHERE, world.open_device)
+        world.home.close()
+        overwrite(world.home, "pool.json", b"")
+
+
+async def test_an_old_catalog_is_not_believed() -> None:
+    world = await filled()
+    before = world.home.read_file("catalog.sqlite")
+    async with open_world(world) as pool:
+        await put(pool, b"short", OBJECT, NEW)
+        for name in (b"t", b"u"):
+            await pool.snapshots.create(name)
+            await put(pool, b"short", 0, NEW)
+    overwrite(world.home, "catalog.sqlite", before)
+    with pytest.raises(DamagedError, match="the catalog is an old copy"):
+        async with rescued(world):
+            pass
+
+
+async def test_text_that_is_none_is_damage() -> None:
+    world = await filled()
+    change(world.home, "shards/1.sqlite", "UPDATE meta SET value = CAST(x'ff' AS TEXT) WHERE key = 'pool_id'")
+    async with rescued(world) as pool:
+        (words,) = pool.lost
+        assert "processor 1" in words
+        assert await read_volume(pool, b"short") == NEW + OLD[BLOCK:OBJECT]
+    world = await filled()
+    change(world.home, "catalog.sqlite", "UPDATE snapshots SET root = CAST(x'ff' AS TEXT)")
+    with pytest.raises(DamagedError, match="the catalog is damaged"):
+        Pool.open(world.home, WHERE, world.open_device)
+    world.home.close()
+    with pytest.raises(DamagedError, match="the catalog is damaged"):
+        async with rescued(world):
+            pass
+
+
+@pytest.mark.parametrize("table", ["intermediates", "sqlite_autoindex_intermediates_1", "logs_by_volume", "portions"])
+async def test_a_store_that_does_not_answer_takes_its_processor_and_not_the_pool(table: str) -> None:
+    world = await filled()
+    spoil(world.home, "shards/1.sqlite", table)
+    async with rescued(world) as pool:
+        (words,) = pool.lost
+        assert "\n" not in words and words.endswith("; what processor 1 keeps cannot be read")
+        assert await read_volume(pool, b"short") == NEW + OLD[BLOCK:OBJECT]
+
+
+@pytest.mark.parametrize("table", ["sums", "contents", "freed", "candidates"])
+async def test_damage_where_no_maps_are_leaves_its_processor_readable(table: str) -> None:
+    world = await filled()
+    spoil(world.home, "shards/1.sqlite", table)
+    with pytest.raises(DamagedError):
+        Pool.open(world.home, WHERE, world.open_device)
+    world.home.close()
+    async with rescued(world) as pool:
+        assert not pool.lost
+        # Nothing was sealed, so nothing has checksums that would be missing.
+        assert await read_volume(pool, b"long") == NEW + OLD[BLOCK:]
+
+
+async def test_no_room_for_copies_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await filled()
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(NoSpaceError, match="cannot be copied to /nowhere"):
+        async with rescued(world):
+            pass
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.undo()
+    copied: list[str] = []
+
+    def copy_one(device: Device, name: str, path: str) -> None:
+        if name.startswith("shards/1"):
+            with database_module._room_for_copies():
+                raise full
+        copied.append(name)
+        original(device, name, path)
+
+    original = database_module._copy_out
+    monkeypatch.setattr(database_module, "_copy_out", copy_one)
+    with pytest.raises(NoSpaceError):
+        async with rescued(world):
+            pass
+    assert "shards/0.sqlite" in copied
+
+
+async def test_devices_that_the_catalog_has_lost() -> None:
+    world = await filled()
+    change(world.home, "catalog.sqlite", "DELETE FROM devices WHERE device_id = 1")
+    async with rescued(world) as pool:
+        with pytest.raises(OSError) as caught:
+            await read_volume(pool, b"long")
+        assert caught.value.errno == errno.ENODEV
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        with pytest.raises(DamagedError, match="which the pool does not have"):
+            await read_volume(running.pool, b"long")
+        await running.close()
+
+
+async def test_the_manifest_of_a_snapshot_says_what_is_lost() -> None:
+    world = await filled()
+    world.home.remove("shards/1.sqlite")
+    async with rescued(world) as pool:
+        told = json.loads(await manifest_of(pool, pool.snapshots.get(b"s")))
+        here, lost = told["intermediate_snapshots"]
+        assert here["volumes"] and "lost" not in here
+        assert lost["lost"] and lost["state"] is None
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_images_that_changed_or_are_gone_are_told(is_there: bool) -> None:
+    world = World(processor_count=2)
+    world.make_image("/image", OLD[:OBJECT])
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        assert await read_volume(pool, b"v") == OLD[:OBJECT]
+    if is_there:
+        world.make_image("/image", OLD)
+    else:
+        world.outside.remove("image")
+    async with rescued(world) as pool:
+        assert (b"image-changed" if is_there else b"image-missing") in pool.events.contents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 import snapfs
 from snapfs.check import Report, check_pool, repair
+from snapfs.errors import DamagedError, DeviceMissingError
 from snapfs.pool import embedded_device_opener, open_home
+from snapfs.rescue import open_damaged_pool
 from snapfs.scrub import verify
 
 from .harness import everything_is_proven, read_snapshot, read_volume
@@ -93,3 +96,22 @@ async def test_a_pool_of_0_3_0_opens(tmp_path: Path) -> None:
         assert (await verify(pool, first)).unsealed == ["w"]
         (hook,) = pool.hooks.entries()
         assert (hook["name"], hook["time_limit_s"], hook["volumes"]) == ("app", 20, ("v",))
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0"])
+async def test_what_is_left_of_a_pool_of_an_earlier_version_is_read_and_nothing_changed(
+    version: str, tmp_path: Path
+) -> None:
+    path = unpacked(version, tmp_path)
+    (path / "shards" / "1.sqlite").unlink()
+    before = {one: one.read_bytes() for one in path.rglob("*") if one.is_file()}
+    async with open_damaged_pool(str(path)) as pool:
+        assert len(pool.lost) == 1
+        read = 0
+        for snapshot in pool.snapshots.by_name.values():
+            for name in (await pool.snapshots.members(snapshot)).by_name:
+                with contextlib.suppress(DamagedError, DeviceMissingError):
+                    await read_snapshot(pool, snapshot, name)
+                    read += 1
+        assert read
+    assert {one: one.read_bytes() for one in path.rglob("*") if one.is_file()} == before

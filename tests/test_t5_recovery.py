@@ -142,6 +142,37 @@ def test_what_is_left_of_a_damaged_pool(mounted: Mounted, tmp_path: Path) -> Non
     snapfs("init", mounted.pool)
 
 
+def test_a_rescue_leaves_nothing_behind(mounted: Mounted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the pool, nor where its databases are copied to, also when the daemon is killed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "copies"))
+    (tmp_path / "copies").mkdir()
+    (mounted.path / "v").write_bytes(b"v" * 9000)
+    mounted.snapshot("s")
+    mounted.unmount()
+
+    def state() -> dict[Path, bytes]:
+        return {one: one.read_bytes() for one in mounted.pool.rglob("*") if one.is_file()}
+
+    before = state()
+    mounted.mount_options = ("rescue",)
+    for end in (mounted.unmount, mounted.kill):
+        mounted.mount()
+        assert (mounted.path / "v").read_bytes() == b"v" * 9000
+        assert b"processor" in (mounted.snapshots / "s" / ".manifest.json").read_bytes()
+        refused = snapfs("mount", mounted.pool, tmp_path / "copies", "-o", "rescue", expect=1).stderr
+        assert "in use by another process" in refused
+        end()
+        assert os.listdir(tmp_path / "copies") == []
+        assert state() == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    snapfs("umount", mounted.path)
+    assert "is missing" in snapfs("mount", empty, mounted.path, "-o", "rescue", expect=4).stderr
+    assert os.listdir(empty) == []
+    mounted.mount_options = ()
+    mounted.mount()
+
+
 def test_an_image_that_is_not_there(mounted: Mounted, tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(b"i" * 20000)

@@ -45,9 +45,8 @@ def mount(pool: str, mount_point: str, option_lists: tuple[str, ...], foreground
 
 
 def _log_path(request: MountRequest) -> str:
-    """Where the daemon logs. A damaged pool may lie on a filesystem that takes no more writes."""
-    path = os.path.join(request.pool_path, DAEMON_LOG_FILE)
-    return os.devnull if request.is_rescue and not os.access(request.pool_path, os.W_OK) else path
+    """Where the daemon logs. Nothing of a damaged pool is changed."""
+    return os.devnull if request.is_rescue else os.path.join(request.pool_path, DAEMON_LOG_FILE)
 
 
 def _tell_mounted(mount_point: str, lost: Sequence[str]) -> None:
@@ -92,7 +91,7 @@ def _start(request: MountRequest) -> None:
         daemon.wait()
         raise MountError(
             f"the daemon ended with {daemon.returncode} before the mount answered",
-            f"See {request.pool_path}/{DAEMON_LOG_FILE}",
+            "Try again with --foreground" if request.is_rescue else f"See {request.pool_path}/{DAEMON_LOG_FILE}",
         )
     answer = json.loads(told)
     if not answer["ok"]:
@@ -106,7 +105,9 @@ def _start(request: MountRequest) -> None:
 
 
 def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
-    handler = logging.handlers.RotatingFileHandler(_log_path(request), maxBytes=_LOG_BYTES_MAX, backupCount=1)
+    handler: logging.Handler = logging.NullHandler()
+    if not request.is_rescue:
+        handler = logging.handlers.RotatingFileHandler(_log_path(request), maxBytes=_LOG_BYTES_MAX, backupCount=1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     # Not for fusermount3, which may outlive the daemon.
     os.set_inheritable(ready_fd, False)

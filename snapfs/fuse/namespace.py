@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..backends import Space
+from ..counting import stands_on_cow
 from ..errors import (
     BadNameError,
     BusyVolumeError,
@@ -261,7 +262,7 @@ class Namespace:
             volume.uid,
             volume.gid,
             volume.size_bytes,
-            volume.block_count * (BLOCK_SIZE // _SECTOR),
+            self._shown_blocks(volume.volume_id, volume.size_bytes, volume.block_count),
             0 if volume.is_removed else 1,
             volume.atime_ns,
             volume.mtime_ns,
@@ -270,30 +271,47 @@ class Namespace:
             FOREVER_S,
         )
 
+    def _shown_blocks(self, volume_id: VolumeId, size_bytes: int, block_count: int | None) -> int:
+        """The blocks of 512 bytes that ``stat`` tells.
+
+        Where they are not known, or not all are counted (of what stands on a copy-on-write volume), as many as the
+        size has in place of none: ``tar --sparse`` takes a file without blocks for a hole, and does not read it.
+        """
+        if block_count:
+            return block_count * (BLOCK_SIZE // _SECTOR)
+        is_counted = block_count is not None and not self.pool.lost
+        if is_counted and not stands_on_cow(self.pool.volumes.traits, volume_id):
+            return 0
+        return -(-size_bytes // _SECTOR)
+
     async def _node_in_snapshot(self, inode: int, volume_id: VolumeId | None) -> Node:
         if inode in self._open_snapshot_files:
-            # Perhaps of a snapshot that is deleted meanwhile; it stays until it is closed.
             view = self._open_snapshot_files[inode][0].snapshot_volume
-            return self._snapshot_file_node(inode, view.attributes, 0)
+            if view.snapshot.snapshot_id not in self.pool.snapshots.by_id:
+                # Deleted meanwhile; it stays until it is closed.
+                return self._snapshot_file_node(inode, view.volume_id, view.attributes, None)
         snapshot = self._snapshot(inode)
         if volume_id is not None:
             members = await self.pool.snapshots.members(snapshot)
             attributes = members.by_id.get(volume_id)
             if attributes is None:
                 raise NoEntryError("the snapshot holds no such volume")
-            return self._snapshot_file_node(inode, attributes, members.block_counts.get(volume_id, 0))
+            block_count = members.block_counts.get(volume_id, 0)
+            return self._snapshot_file_node(inode, volume_id, attributes, block_count)
         if names.is_manifest(inode):
             return self._manifest_node(snapshot, inode)
         return self._snapshot_node(snapshot)._replace(inode=inode)
 
-    def _snapshot_file_node(self, inode: int, attributes: Attributes, block_count: int) -> Node:
+    def _snapshot_file_node(
+        self, inode: int, volume_id: VolumeId, attributes: Attributes, block_count: int | None
+    ) -> Node:
         return Node(
             inode,
             stat.S_IFREG | attributes.mode,
             attributes.uid,
             attributes.gid,
             attributes.size_bytes,
-            block_count * (BLOCK_SIZE // _SECTOR),
+            self._shown_blocks(volume_id, attributes.size_bytes, block_count),
             1,
             attributes.atime_ns,
             attributes.mtime_ns,
