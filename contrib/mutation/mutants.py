@@ -122,18 +122,8 @@ class Verdict:
         return self.outcome in ("failed", "hung")
 
 
-def judge(mutant: places.Mutant, known: Knowledge, folder: Path) -> Verdict:
-    """Make a change, run what may notice it, and take it back."""
-    path = folder / mutant.module
-    source = path.read_text()
-    changed = mutant.code(source)
-    difference = "".join(
-        difflib.unified_diff(source.splitlines(True), changed.splitlines(True), str(mutant.module), "changed", n=1)
-    )
-    tests = known.tests_of(mutant, source)
-    if not tests:
-        return Verdict(mutant, "not run", difference)
-    path.write_text(changed)
+def run_tests(folder: Path, tests: list[str]) -> str:
+    """What comes of tests: survived (the change, for all passed), failed, hung or not found."""
     command = [
         sys.executable,
         "-m",
@@ -150,11 +140,30 @@ def judge(mutant: places.Mutant, known: Knowledge, folder: Path) -> Verdict:
         done = subprocess.run(
             [*command, *tests], cwd=folder, env=environment(folder), capture_output=True, timeout=HUNG_SECONDS
         )
-        if b"not found: " in done.stderr + done.stdout:
-            sys.exit(f"pytest does not know a test that it ran before:\n{done.stderr.decode()}")
-        outcome = "failed" if done.returncode else "survived"
     except subprocess.TimeoutExpired:
-        outcome = "hung"
+        return "hung"
+    if b"ERROR: not found: " in done.stderr + done.stdout:
+        return "not found"
+    return "failed" if done.returncode else "survived"
+
+
+def judge(mutant: places.Mutant, known: Knowledge, folder: Path) -> Verdict:
+    """Make a change, run what may notice it, and take it back."""
+    path = folder / mutant.module
+    source = path.read_text()
+    changed = mutant.code(source)
+    difference = "".join(
+        difflib.unified_diff(source.splitlines(True), changed.splitlines(True), str(mutant.module), "changed", n=1)
+    )
+    tests = known.tests_of(mutant, source)
+    if not tests:
+        return Verdict(mutant, "not run", difference)
+    path.write_text(changed)
+    try:
+        outcome = run_tests(folder, tests)
+        if outcome == "not found":
+            # A changed constant has tests called otherwise that have it as a parameter.
+            outcome = run_tests(folder, sorted({one.partition("[")[0] for one in tests}))
     finally:
         path.write_text(source)
     return Verdict(mutant, outcome, difference)
