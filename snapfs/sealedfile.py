@@ -20,6 +20,8 @@ from .notresident import NotResidentError, OldBlocks
 
 # Of all processors together.
 CACHED_BYTES_MAX = 32 << 20
+# So many stay however large they are: a read of 1 MiB may need one for each of its blocks, all at once.
+_KEPT_MIN = 256
 _BLOCK_MASK = BLOCK_SIZE - 1
 # From a place in an object to that of its block's checksum.
 _CHECKSUM_SHIFT = BLOCK_SHIFT - 3
@@ -96,7 +98,7 @@ class SumCache:
             return
         self._queue.append((log_id, place))
         self._size_bytes += sums.size_bytes
-        while self._size_bytes > self._bytes_max and len(self._queue) > 1:
+        while self._size_bytes > self._bytes_max and len(self._queue) > _KEPT_MIN:
             old_log_id, old_place = self._queue.popleft()
             gone = self.known.get(old_log_id, {}).pop(old_place, None)
             self._size_bytes -= 0 if gone is None else gone.size_bytes

@@ -1,9 +1,10 @@
-"""Any sequence of operations, power cuts among them, agrees with a model of dictionaries: 2,000 examples."""
+"""Any sequence of operations, power cuts among them, agrees with a model of dictionaries: 2,150 examples."""
 
 from __future__ import annotations
 
 import pytest
 
+from .cramped import cramped
 from .model import explore
 
 
@@ -15,3 +16,9 @@ def test_any_operations_agree_with_the_model(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2, 7))
 def test_any_operations_agree_with_the_model_without_threads(seed: int) -> None:
     explore(seed, 380, in_threads=False)
+
+
+def test_any_operations_agree_with_the_model_where_all_bounds_are_small() -> None:
+    """What goes over the bounds of caches and batches in large pools only does so here."""
+    with cramped():
+        explore(7, 150, in_threads=False)
