@@ -72,6 +72,11 @@ class ChangeLog:
         self.held = 0
         self.is_discarded = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody needs it in memory, nor its file to be open."""
+        return not (self.held or self.users or self.pins or self.dirty)
+
     def add_blocks(self, count: int) -> None:
         """Count blocks that came to be named, or are named no more when negative."""
         self.block_count += count
@@ -218,7 +223,7 @@ class ChangeLogs:
         if len(self._open) <= OPEN_FILES_MAX:
             return
         for log_id, other in list(self._open.items())[: OPEN_FILES_MAX // 4]:
-            if other is not log and not other.held and not other.users and not other.dirty:
+            if other is not log and other.is_idle:
                 self._close(other)
                 del self._open[log_id]
             else:
@@ -233,7 +238,7 @@ class ChangeLogs:
         if len(self.known) < KNOWN_LOGS_MAX:
             return
         for log_id, log in list(self.known.items())[: KNOWN_LOGS_MAX // 4]:
-            if not log.held and not log.users and not log.dirty:
+            if log.is_idle:
                 self._close(log)
                 self._open.pop(log_id, None)
                 del self.known[log_id]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from snapfs import changelog
+from snapfs import changelog, cowportion
 from snapfs.backends import CrashPlan, MemoryDevice
 from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
@@ -401,3 +401,37 @@ async def test_the_source_stays_open_while_what_it_holds_is_preserved(monkeypatc
         await put(pool, b"c", 0, b"new")
         assert (await read_volume(pool, b"c"))[:3] == b"new"
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"c") == b"old" * BLOCK
+
+
+async def test_the_log_stays_open_into_which_something_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot is cut meanwhile, and other files are opened: the log takes no more writes but that one."""
+    monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 4)
+    read_runs = cowportion._read_runs
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"c", 3 * BLOCK, COPY_ON_WRITE))
+        await put(pool, b"c", 0, b"old" * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"c", 0, b"new")
+        await pool.volumes.sync_all()
+        for name in (b"u", b"w", b"x", b"y", b"z"):
+            await pool.volumes.create(name)
+
+        async def cut_and_open_others() -> None:
+            await pool.snapshots.create(b"t", [b"c"])
+            for name in (b"u", b"w", b"x", b"y", b"z"):
+                await put(pool, name, 0, b"other")
+
+        def read_and_cut(*args: object) -> None:
+            monkeypatch.setattr(cowportion, "_read_runs", read_runs)
+            read_runs(*args)  # type: ignore[arg-type]
+            trio.from_thread.run(cut_and_open_others)
+
+        monkeypatch.setattr(cowportion, "_read_runs", read_and_cut)
+        await put(pool, b"c", 2 * BLOCK, b"newer")
+        second = bytearray(b"old" * BLOCK)
+        second[:3] = b"new"
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"c") == b"old" * BLOCK
+        assert await read_snapshot(pool, pool.snapshots.get(b"t"), b"c") == second
+        second[2 * BLOCK : 2 * BLOCK + 5] = b"newer"
+        assert await read_volume(pool, b"c") == second
