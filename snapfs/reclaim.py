@@ -11,7 +11,8 @@ Each step is one commit. Cancelled or crashed between two, the work starts again
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -269,20 +270,47 @@ async def _dismantle_some(processor: Processor, volume_id: VolumeId, last_instan
     if not rows:
         return None
     batch = ShardBatch()
-    changed: _Freed = {}
-    for row in rows:
-        batch.dropped_maps.append((volume_id, row.object_index))
-        if processor.snapshots.holds(volume_id, row.epoch, last_instant):
-            batch.copies.append(CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map))
-        else:
-            await _free_map(processor, row, batch, changed)
-    dead = await _commit_freed(processor, batch, changed)
+    with _freeing() as changed:
+        for row in rows:
+            batch.dropped_maps.append((volume_id, row.object_index))
+            if processor.snapshots.holds(volume_id, row.epoch, last_instant):
+                batch.copies.append(CopyRow(volume_id, row.object_index, Epoch(last_instant), row.epoch, row.block_map))
+            else:
+                await _free_map(processor, row, batch, changed)
+        dead = await _commit_freed(processor, batch, changed)
     portion = processor.portions.get(volume_id)
     if portion is not None:
         # A snapshot's reader may have it open; its maps are copies now.
         portion.forget_live_maps(row.object_index for row in rows)
     await processor.remove_logs(dead)
     return rows[-1].object_index + 1
+
+
+@contextlib.contextmanager
+def _kept(log: ChangeLog) -> Iterator[None]:
+    """A log stays known until the block ends."""
+    log.held += 1
+    try:
+        yield
+    finally:
+        log.held -= 1
+
+
+@contextlib.contextmanager
+def _freeing() -> Iterator[_Freed]:
+    """What is noted in it stays known until the block ends: another log of the same row would count for itself."""
+    changed: _Freed = {}
+    try:
+        yield changed
+    finally:
+        for log, _ in changed.values():
+            log.held -= 1
+
+
+def _note_freed(changed: _Freed, log: ChangeLog, count: int) -> None:
+    if log.log_id not in changed:
+        log.held += 1
+    changed[log.log_id] = (log, changed.get(log.log_id, (log, 0))[1] + count)
 
 
 async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed) -> list[ChangeLog]:
@@ -335,20 +363,21 @@ async def _free_some_candidates(processor: Processor) -> int | None:
         key = (row.log_id, row.object_index)
         wanted[key] = wanted.get(key, 0) | ((1 << row.block_count) - 1) << row.block
     batch = ShardBatch(dropped_candidates=[number for number, _ in rows])
-    changed: _Freed = {}
     total = 0
-    for (log_id, object_index), mask in wanted.items():
-        log = await _log(processor, log_id)
-        if log is None:
-            continue
-        family = processor.traits.family_of(log.volume_id)
-        named = await processor.access.ask(named_masks, store, family, object_index, object_index)
-        base = log_offset(object_index, processor.processor_count)
-        for block, count in mask_runs(mask & ~named.get(object_index, {}).get(log_id, 0)):
-            changed[log_id] = (log, changed.get(log_id, (log, 0))[1] + count)
-            batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
-            total += count
-    dead = await _commit_freed(processor, batch, changed)
+    with _freeing() as changed:
+        for (log_id, object_index), mask in wanted.items():
+            log = await _log(processor, log_id)
+            if log is None:
+                continue
+            family = processor.traits.family_of(log.volume_id)
+            with _kept(log):
+                named = await processor.access.ask(named_masks, store, family, object_index, object_index)
+            base = log_offset(object_index, processor.processor_count)
+            for block, count in mask_runs(mask & ~named.get(object_index, {}).get(log_id, 0)):
+                _note_freed(changed, log, count)
+                batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+                total += count
+        dead = await _commit_freed(processor, batch, changed)
     await processor.remove_logs(dead)
     processor.wake()
     return total
@@ -375,7 +404,7 @@ async def _free_map(processor: Processor, row: MapRow, batch: ShardBatch, change
         if log.volume_id != row.volume_id or log.epoch <= processor.traits.shared_until(row.volume_id):
             batch.candidates.append(CandidateRow(log.log_id, row.object_index, block, count))
         else:
-            changed[log_id] = (log, changed.get(log_id, (log, 0))[1] + count)
+            _note_freed(changed, log, count)
             batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
 
 

@@ -8,10 +8,13 @@ import threading
 import pytest
 import trio
 
-from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs import changelog, reclaim
+from snapfs.changelog import ChangeLog
+from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch
 from snapfs.geometry import SnapshotId, VolumeId
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.processor import Processor
 from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 
@@ -121,3 +124,35 @@ async def test_room_is_told_by_the_fullest_device() -> None:
             await volume.write(4 * OBJECT, bytes([1]) * (2 * OBJECT))
             await volume.sync()
         assert 10 <= pool.used_percent() < 60
+
+
+async def test_logs_of_which_blocks_go_stay_known_until_that_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever needs one meanwhile has another of the same row, and each counts for itself."""
+    monkeypatch.setattr(changelog, "KNOWN_LOGS_MAX", 4)
+    commit_freed = reclaim._commit_freed
+    counts = []
+
+    async def look_and_commit(processor: Processor, batch: ShardBatch, changed: reclaim._Freed) -> list[ChangeLog]:
+        for log, _ in changed.values():
+            assert processor.logs.known[log.log_id] is log
+        counts.append(len(changed))
+        return await commit_freed(processor, batch, changed)
+
+    monkeypatch.setattr(reclaim, "_commit_freed", look_and_commit)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(9):
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(number * BLOCK, b"x" * BLOCK)
+            await pool.snapshots.create(b"%d" % number)
+        # The first holds the volume, so that it is taken apart object by object.
+        for number in range(1, 9):
+            await pool.snapshots.delete(b"%d" % number)
+        await pool.reclaimer.reclaim_all()
+    async with open_world(world) as pool:
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        assert not any(log.held for log in pool.processors[0].logs.known.values())
+    assert max(counts) == 8
+    world.check_clean()
