@@ -28,6 +28,10 @@ RETRY_S = 5.0
 # So many are released in one commit of the catalog.
 _RELEASED_AT_ONCE = 64
 _ROOM_SHORT_PERCENT = 90
+# Of deleted snapshots and removed volumes: with more of them it rests less, and with as many as these not at all. What
+# is still to be taken apart costs whoever asks for space, and the work on what comes must not fall behind for good.
+_BEHIND = 256
+_FAR_BEHIND = 2048
 
 
 class Reclaimer:
@@ -76,9 +80,12 @@ class Reclaimer:
                 await self._wakeup.wait()
 
     async def _rest(self) -> None:
+        if self.waiting_count >= _FAR_BEHIND:
+            await trio.lowlevel.checkpoint()
+            return
         # In a thread: a device that hangs may not tell.
-        used_percent = await in_thread(self._used_percent)
-        await self._pace.rest(is_pressed=used_percent >= _ROOM_SHORT_PERCENT)
+        is_room_short = await in_thread(self._used_percent) >= _ROOM_SHORT_PERCENT
+        await self._pace.rest(is_pressed=is_room_short or self.waiting_count >= _BEHIND)
 
     def wake(self) -> None:
         """Have the task look for work now."""

@@ -8,7 +8,7 @@ import threading
 import pytest
 import trio
 
-from snapfs import changelog, reclaim
+from snapfs import changelog, reclaim, reclaimer
 from snapfs.changelog import ChangeLog
 from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch
 from snapfs.geometry import SnapshotId, VolumeId
@@ -112,6 +112,34 @@ async def test_it_rests_between_its_steps_and_less_when_room_is_short(
         await pool.reclaimer.reclaim_all(gently=True)
         # Some steps of two processors, for each of two lots of 64.
         assert len(rests) >= 4 and set(rests) == {is_short}
+    world.check_clean()
+
+
+@pytest.mark.parametrize("behind, far_behind", [(40, 200), (40, 41), (200, 201)])
+async def test_it_rests_less_the_more_there_is_to_do(
+    behind: int, far_behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[tuple[int, bool]] = []
+    monkeypatch.setattr(reclaimer, "_BEHIND", behind)
+    monkeypatch.setattr(reclaimer, "_FAR_BEHIND", far_behind)
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await make_history(pool, 100, random.Random(1))
+
+        async def rest(*, is_pressed: bool = False) -> None:
+            if pool.reclaimer.waiting_count:
+                rests.append((pool.reclaimer.waiting_count, is_pressed))
+            await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(pool.reclaimer._pace, "rest", rest)
+        async with pool.reclaimer._turn:
+            for number in range(80):
+                await pool.snapshots.delete(b"s%d" % number)
+        await pool.reclaimer.reclaim_all(gently=True)
+        # Two lots, of 64 and of what is left.
+        waiting = {80, 16}
+        assert {count for count, _ in rests} == {one for one in waiting if one < far_behind}
+        assert all(is_pressed == (count >= behind) for count, is_pressed in rests)
     world.check_clean()
 
 
