@@ -8,9 +8,10 @@ import random
 
 import pytest
 import trio
+import trio.testing
 from xxhash import xxh3_64_digest
 
-from snapfs import changelog, volume
+from snapfs import changelog, cowportion, snapshots, volume
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
@@ -320,3 +321,125 @@ async def test_a_long_read_begins_again_when_the_volume_is_cut_meanwhile(monkeyp
 
             monkeypatch.setattr(one, "read_now", cut_before_the_third)
             assert await one.read(0, 1 << 30) == b"b" * 3 * BLOCK
+
+
+async def test_files_beyond_the_bound_are_closed_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 8)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(24):
+            await put(pool, b"v", number * BLOCK, bytes([number + 1]) * BLOCK)
+            await pool.snapshots.create(b"%d" % number)
+        logs = list(pool.processors[0].logs.known.values())
+        assert len(logs) == 24 and sum(log.file is not None for log in logs) <= 8
+        async with pool.volumes.opened(b"v") as opened:
+            for number in range(24):
+                assert await opened.read(number * BLOCK, 1) == bytes([number + 1])
+        assert sum(log.file is not None for log in logs) <= 8
+        assert not any(log.users or log.pins for log in logs)
+
+
+async def test_a_reader_is_done_with_the_files_of_a_copy_on_write_volume() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"c", 4 * BLOCK, COPY_ON_WRITE))
+        await put(pool, b"c", 0, b"old" * BLOCK)
+        await pool.snapshots.create(b"s")
+        commit_count = pool.processors[0].commit_count
+        await put(pool, b"c", 0, b"new")
+        assert pool.processors[0].commit_count > commit_count
+        assert not any(log.users or log.pins for log in pool.processors[0].logs.known.values())
+
+
+def test_ranges_to_be_preserved_are_joined_where_they_meet() -> None:
+    wanted = [(2, 0, 1), (1, 5, 6), (1, 0, 2), (1, 1, 5), (1, 8, 9), (2, 3, 4), (2, 3, 9), (2, 4, 5)]
+    assert cowportion._joined(wanted) == [(1, 0, 6), (1, 8, 9), (2, 0, 1), (2, 3, 9)]
+    assert cowportion._joined([]) == []
+
+
+async def test_snapshots_tell_how_much_each_held_also_the_latest() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        for number in range(3):
+            await put(pool, b"v", number * BLOCK, b"x" * BLOCK)
+            await pool.snapshots.create(b"%d" % number)
+        for number in range(3):
+            members = await pool.snapshots.members(pool.snapshots.get(b"%d" % number))
+            assert members.block_counts[volume.volume_id] == number + 1
+
+
+async def test_a_removed_volume_leaves_a_log_of_its_own_number_that_tells_how_much_it_held() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.volumes.create(b"empty")
+        await put(pool, b"v", 0, b"x" * 3 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await pool.volumes.remove(b"v")
+        await pool.volumes.remove(b"empty")
+        await pool.reclaimer.reclaim_all()
+        assert pool.reclaimer.waiting_count == 0
+        store = pool.processors[0].access.store
+        # Of one that held nothing there is nothing to be told.
+        assert [log.volume_id for log in store.all_logs()] == [volume.volume_id] * 2
+        await pool.volumes.create(b"w")
+        await put(pool, b"w", 0, b"y" * BLOCK)
+        await pool.snapshots.create(b"t")
+        members = await pool.snapshots.members(pool.snapshots.get(b"s"))
+        assert members.block_counts[volume.volume_id] == 3
+        assert len({log.log_id for log in store.all_logs()}) == 3
+    async with open_world(world) as pool:
+        members = await pool.snapshots.members(pool.snapshots.get(b"s"))
+        assert members.block_counts[volume.volume_id] == 3
+
+
+async def test_maps_at_an_instant_are_told_by_object() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        for index in (7, 2):
+            await put(pool, b"v", index * OBJECT, b"x" * BLOCK)
+        snapshot = await pool.snapshots.create(b"s")
+        await put(pool, b"v", 7 * OBJECT, b"y" * BLOCK)
+        await pool.volumes.sync_all()
+        found = pool.processors[0].access.store.maps_at(volume.volume_id, snapshot.instant)
+        assert [row.object_index for row in found] == [2, 7]
+
+
+async def test_snapshots_of_one_second_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "utc_name", lambda _: "now")
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        names = [(await pool.snapshots.create()).name for _ in range(3)]
+        assert names == [b"now", b"now-2", b"now-3"]
+
+
+async def test_a_source_that_is_not_there_takes_no_blocks_and_is_no_debt() -> None:
+    world = World(processor_count=2)
+    world.make_image("/image", b"x" * 2 * BLOCK)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+    world.outside.rename("image", "away")
+    async with open_world(world) as pool:
+        assert [one.source_block_count(volume.volume_id) for one in pool.processors] == [0, 0]
+        world.outside.rename("away", "image")
+
+
+async def test_nothing_is_suspect_after_space_was_given_back() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"x" * 4 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"y" * 2 * BLOCK)
+        await pool.clones.clone(b"s", b"v", b"clone")
+        await pool.snapshots.delete(b"s")
+        await pool.volumes.remove(b"clone")
+        await pool.reclaimer.reclaim_all()
+        rows = pool.processors[0].access.store.all_logs()
+        assert rows and all(row.sealed in (0, 1) for row in rows)
+        assert pool.reclaimer.waiting_count == 0
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.reclaimer.is_at_work is False
