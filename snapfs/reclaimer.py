@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
@@ -28,10 +29,11 @@ RETRY_S = 5.0
 # So many are released in one commit of the catalog.
 _RELEASED_AT_ONCE = 64
 _ROOM_SHORT_PERCENT = 90
-# Of deleted snapshots and removed volumes: with more of them it rests less, and with as many as these not at all. What
-# is still to be taken apart costs whoever asks for space, and the work on what comes must not fall behind for good.
+# Of deleted snapshots and removed volumes: with more of them for so long it rests less, with as many as the last not
+# at all. A thousand that go at once may wait; what comes all the time must not be fallen behind for good.
 _BEHIND = 256
-_FAR_BEHIND = 2048
+_BEHIND_S = 30.0
+_FAR_BEHIND = 4096
 
 
 class Reclaimer:
@@ -63,10 +65,13 @@ class Reclaimer:
         self._pace = Pace(demand)
         self._used_percent = used_percent
         self._has_failed = False
+        # When there was last little to do.
+        self._kept_up_s = -math.inf
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
         while True:
+            self._note_keeping_up()
             try:
                 await self.reclaim_all(gently=True)
                 self._has_failed = False
@@ -79,13 +84,19 @@ class Reclaimer:
             else:
                 await self._wakeup.wait()
 
+    def _note_keeping_up(self) -> None:
+        if self.waiting_count < _BEHIND:
+            self._kept_up_s = trio.current_time()
+
     async def _rest(self) -> None:
+        self._note_keeping_up()
         if self.waiting_count >= _FAR_BEHIND:
             await trio.lowlevel.checkpoint()
             return
+        is_behind = trio.current_time() - self._kept_up_s >= _BEHIND_S
         # In a thread: a device that hangs may not tell.
         is_room_short = await in_thread(self._used_percent) >= _ROOM_SHORT_PERCENT
-        await self._pace.rest(is_pressed=is_room_short or self.waiting_count >= _BEHIND)
+        await self._pace.rest(is_pressed=is_room_short or is_behind)
 
     def wake(self) -> None:
         """Have the task look for work now."""

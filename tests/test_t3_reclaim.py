@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import changelog, reclaim, reclaimer
 from snapfs.changelog import ChangeLog
@@ -115,9 +116,9 @@ async def test_it_rests_between_its_steps_and_less_when_room_is_short(
     world.check_clean()
 
 
-@pytest.mark.parametrize("behind, far_behind", [(40, 200), (40, 41), (200, 201)])
-async def test_it_rests_less_the_more_there_is_to_do(
-    behind: int, far_behind: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("behind, far_behind, seconds", [(40, 200, 40), (40, 200, 20), (40, 41, 40), (200, 201, 40)])
+async def test_it_rests_less_when_much_waits_for_long(
+    behind: int, far_behind: int, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rests: list[tuple[int, bool]] = []
     monkeypatch.setattr(reclaimer, "_BEHIND", behind)
@@ -135,11 +136,34 @@ async def test_it_rests_less_the_more_there_is_to_do(
         async with pool.reclaimer._turn:
             for number in range(80):
                 await pool.snapshots.delete(b"s%d" % number)
+        pool.reclaimer._kept_up_s -= seconds
         await pool.reclaimer.reclaim_all(gently=True)
         # Two lots, of 64 and of what is left.
-        waiting = {80, 16}
-        assert {count for count, _ in rests} == {one for one in waiting if one < far_behind}
-        assert all(is_pressed == (count >= behind) for count, is_pressed in rests)
+        assert {count for count, _ in rests} == {one for one in (80, 16) if one < far_behind}
+        assert all(is_pressed == (count >= behind and seconds >= 30) for count, is_pressed in rests)
+    world.check_clean()
+
+
+async def test_a_burst_after_a_long_time_is_not_behind(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[tuple[int, bool]] = []
+
+    async def rest(*, is_pressed: bool = False) -> None:
+        rests.append((pool.reclaimer.waiting_count, is_pressed))
+        await trio.sleep(0.1)
+
+    monkeypatch.setattr(reclaimer, "_BEHIND", 20)
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await make_history(pool, 100, random.Random(1))
+        monkeypatch.setattr(pool.reclaimer._pace, "rest", rest)
+        await trio.sleep(3600)
+        for number in range(80):
+            await pool.snapshots.delete(b"s%d" % number)
+        while pool.reclaimer.waiting_count:
+            await trio.sleep(1.0)
+        assert max(count for count, _ in rests) >= 20 and not any(is_pressed for _, is_pressed in rests)
     world.check_clean()
 
 
