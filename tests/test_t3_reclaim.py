@@ -145,24 +145,25 @@ async def test_it_rests_less_when_much_waits_for_long(
 
 
 async def test_a_burst_after_a_long_time_is_not_behind(
-    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+    mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rests: list[tuple[int, bool]] = []
 
     async def rest(*, is_pressed: bool = False) -> None:
         rests.append((pool.reclaimer.waiting_count, is_pressed))
-        await trio.sleep(0.1)
+        await trio.lowlevel.checkpoint()
 
     monkeypatch.setattr(reclaimer, "_BEHIND", 20)
     world = World(processor_count=2)
     async with open_world(world) as pool:
         await make_history(pool, 100, random.Random(1))
         monkeypatch.setattr(pool.reclaimer._pace, "rest", rest)
-        await trio.sleep(3600)
-        for number in range(80):
-            await pool.snapshots.delete(b"s%d" % number)
+        mock_clock.jump(3600)
+        async with pool.reclaimer._turn:
+            for number in range(80):
+                await pool.snapshots.delete(b"s%d" % number)
         while pool.reclaimer.waiting_count:
-            await trio.sleep(1.0)
+            await trio.lowlevel.checkpoint()
         assert max(count for count, _ in rests) >= 20 and not any(is_pressed for _, is_pressed in rests)
     world.check_clean()
 
