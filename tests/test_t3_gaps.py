@@ -336,7 +336,9 @@ async def test_files_beyond_the_bound_are_closed_and_opened_again(monkeypatch: p
             for number in range(24):
                 assert await opened.read(number * BLOCK, 1) == bytes([number + 1])
         assert sum(log.file is not None for log in logs) <= 8
-        assert not any(log.users or log.pins for log in logs)
+        # No commit is under way.
+        async with pool.processors[0].access.commit_lock:
+            assert not any(log.users or log.pins for log in logs)
 
 
 async def test_a_reader_is_done_with_the_files_of_a_copy_on_write_volume() -> None:
@@ -348,7 +350,8 @@ async def test_a_reader_is_done_with_the_files_of_a_copy_on_write_volume() -> No
         commit_count = pool.processors[0].commit_count
         await put(pool, b"c", 0, b"new")
         assert pool.processors[0].commit_count > commit_count
-        assert not any(log.users or log.pins for log in pool.processors[0].logs.known.values())
+        async with pool.processors[0].access.commit_lock:
+            assert not any(log.users or log.pins for log in pool.processors[0].logs.known.values())
 
 
 def test_ranges_to_be_preserved_are_joined_where_they_meet() -> None:
