@@ -239,8 +239,8 @@ def _room_for_copies() -> Iterator[None]:
         yield
     except OSError as error:
         raise NoSpaceError(
-            f"databases cannot be copied to {tempfile.gettempdir()}: {error.strerror}",
-            "Make room there for all databases of the pool, or set TMPDIR to another directory",
+            f"there is no place for copies of databases: {error}",
+            "Make room for all databases of the pool in TMPDIR (/tmp if it is not set), or set it to another directory",
         ) from error
 
 

@@ -288,7 +288,7 @@ def _add_runs(found: list[tuple[int, int, bool]], before: array[int], after: arr
 
 @dataclass(frozen=True, slots=True)
 class BlockChange:
-    """A block changed between two snapshots; None for the making of the volume, and for now."""
+    """A block changed between two snapshots; None for the making of the volume, and for the present."""
 
     after: Snapshot | None
     before: Snapshot | None

@@ -241,8 +241,10 @@ class _Counting:
 
     def _count_family(self, of_object: dict[VolumeId, list[_Version]]) -> None:
         by_log: dict[int, list[tuple[int, bool, Row | None]]] = {}
+        # Of an origin with many clones, and many copies, once.
+        known: dict[VolumeId, list[_Version]] = {}
         for volume_id in of_object:
-            for log_id, mask, is_live, row in self._stretches(volume_id, self._resolved(of_object, volume_id)):
+            for log_id, mask, is_live, row in self._stretches(volume_id, self._resolved(of_object, volume_id, known)):
                 by_log.setdefault(log_id, []).append((mask, is_live, row))
                 if row is not None and self._logs[log_id].volume_id == volume_id:
                     self._note_written(self._account.instants[row.group][row.first], mask.bit_count())
@@ -250,8 +252,26 @@ class _Counting:
             for holders, mask in _joined(stretches).items():
                 self._account.add(holders, mask.bit_count())
 
-    def _resolved(self, of_object: dict[VolumeId, list[_Version]], volume_id: VolumeId) -> list[_Version]:
-        """The versions of an object in a volume, with what they mean by their source or their origin."""
+    def _resolved(
+        self,
+        of_object: dict[VolumeId, list[_Version]],
+        volume_id: VolumeId,
+        known: dict[VolumeId, list[_Version]],
+    ) -> list[_Version]:
+        """The versions of an object in a volume, with what they mean by their source or their origin.
+
+        ``known`` keeps those that were asked for.
+        """
+        if volume_id not in known:
+            known[volume_id] = self._resolve(of_object, volume_id, known)
+        return known[volume_id]
+
+    def _resolve(
+        self,
+        of_object: dict[VolumeId, list[_Version]],
+        volume_id: VolumeId,
+        known: dict[VolumeId, list[_Version]],
+    ) -> list[_Version]:
         versions = of_object.get(volume_id, [])
         traits = self._traits.get(volume_id)
         if traits.change_mode == COPY_ON_WRITE:
@@ -259,7 +279,7 @@ class _Counting:
         if versions or not traits.inherits:
             return versions
         span = self._span_of(volume_id)
-        for version in self._resolved(of_object, traits.origin_id):
+        for version in self._resolved(of_object, traits.origin_id, known):
             if version.epoch <= traits.origin_instant <= version.instant:
                 return [_Version(span.birth_epoch, span.last_instant, version.block_map)]
         return []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapfs import smallest
+from snapfs import smallest, space
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
@@ -137,3 +137,29 @@ async def test_one_account_serves_many_snapshots(count: int) -> None:
         account = await pool.snapshots.account()
         assert sum(account.written.values()) == count * 3
         assert account.freed_blocks(account.instants[0]) + 9 == count * 3
+
+
+async def test_what_clones_stand_on_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many clones and many copies it would take as many times as long as there are clones."""
+    calls = 0
+    without_source = space._without_source
+
+    def count_calls(versions: list[space._Version], source_id: int) -> list[space._Version]:
+        nonlocal calls
+        calls += 1
+        return without_source(versions, source_id)
+
+    monkeypatch.setattr(space, "_without_source", count_calls)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"c", OBJECT, COPY_ON_WRITE))
+        await put(pool, b"c", 0, b"1" * BLOCK)
+        for number in range(6):
+            name = b"%d" % number
+            await pool.snapshots.create(name)
+            await put(pool, b"c", 0, name * BLOCK)
+            await pool.clones.clone(name, b"c", b"clone-of-" + name)
+        await pool.volumes.sync_all()
+        await pool.snapshots.account()
+        assert calls == 1
+    world.check_clean()
