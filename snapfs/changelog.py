@@ -7,9 +7,10 @@ the object's place in the file (see geometry.py), so there is no allocator.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .backends import Device, DeviceFile
 from .errors import DamagedError
@@ -332,3 +333,16 @@ class ChangeLogs:
             self._close(log)
         self.known.clear()
         self._open.clear()
+
+
+@contextlib.contextmanager
+def in_use(logs: Sequence[ChangeLog]) -> Iterator[None]:
+    """The files of these logs stay open inside."""
+    for log in logs:
+        log.users += 1
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.users -= 1
+            log.close_if_discarded()

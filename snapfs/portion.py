@@ -9,7 +9,7 @@ anything; the caller fetches that and calls again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ import trio
 from . import blockmap
 from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
-from .changelog import ChangeLog, ChangeLogs
+from .changelog import ChangeLog, ChangeLogs, in_use
 from .errors import DamagedError, SnapfsError, SyncFailedError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, CandidateRow, CopyRow, FreedRow, LogRow, MapRow
 from .geometry import (
@@ -42,6 +42,8 @@ Segment = tuple[ChangeLog | None, int, int, int]
 _KeptRun = tuple[int, int, bool]
 
 LOAD_WINDOW = 64
+# A long read may lie in a log for each of its blocks: so many are open for it, with their checksums, at a time.
+_SEGMENTS_AT_ONCE = 32
 _WAS_MISSING = -1
 _BLOCK_MASK = BLOCK_SIZE - 1
 _ZEROS = memoryview(bytes(OBJECT_SIZE))
@@ -188,14 +190,19 @@ class Portion:
             part = view[at : at + length]
             if log is None:
                 part[:] = _ZEROS[:length]
-            else:
-                assert log.file is not None
+                continue
+            if log.file is None:
+                # Not fetched one by one until all are there: so many may not be kept open, nor their checksums.
+                raise BlockingIOError
+            try:
                 log.file.try_read_into(part, offset)
+            except NotResidentError:
+                raise BlockingIOError from None
 
     def segments(self, block_map: BlockMap, object_index: int, inside: int, length: int, at: int) -> list[Segment]:
         """Where a range of an object lies: ``(log or None for zeros, file offset, length, buffer offset)``.
 
-        Raises NotResidentError for a log that is not open.
+        Raises NotResidentError for a log that is not known. Their files need not be open.
         """
         base = log_offset(object_index, self._processor_count)
         found: list[Segment] = []
@@ -206,8 +213,8 @@ class Portion:
             log = None
             if log_id != HOLE:
                 log = self._logs.known.get(log_id)
-                if log is None or log.file is None:
-                    raise NotResidentError(partial(self._open_log, log_id))
+                if log is None:
+                    raise NotResidentError(partial(self._look_at_log, log_id))
             found.append((log, base + low, high - low, at + low - inside))
         return found
 
@@ -754,22 +761,27 @@ class Portion:
         return state is not None and blockmap.entry(state.block_map, damage.block) == damage.log_id
 
     async def read_segments(self, segments: list[Segment], view: memoryview) -> None:
-        """Read segments of this processor's logs in a thread.
+        """Read segments of this processor's logs in threads, a batch at a time.
 
-        Raises NotResidentError when one of them has gone since the segments were worked out.
+        Raises NotResidentError when a log has gone since the segments were worked out; DamagedError, also when a
+        log's file is missing, which may have gone since the first batch: whoever reads what can change looks again.
         """
+        for first in range(0, len(segments), _SEGMENTS_AT_ONCE):
+            await self._read_batch(segments[first : first + _SEGMENTS_AT_ONCE], view)
+
+    async def _read_batch(self, segments: list[Segment], view: memoryview) -> None:
         used = [log for log, _, _, _ in segments if log is not None]
-        if any(log.is_discarded for log in used):
+        if any(log.is_discarded or self._logs.known.get(log.log_id) is not log for log in used):
             raise NotResidentError(_look_again)
-        with _in_use(used):
-            while True:
-                files: list[tuple[DeviceFile, int, memoryview, bool]] = []
-                for log, offset, length, at in segments:
-                    part = view[at : at + length]
-                    if log is None:
-                        part[:] = _ZEROS[:length]
-                    else:
-                        files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
+        with in_use(used):
+            files: list[tuple[DeviceFile, int, memoryview, bool]] = []
+            for log, offset, length, at in segments:
+                part = view[at : at + length]
+                if log is None:
+                    part[:] = _ZEROS[:length]
+                else:
+                    files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
+            while files:
                 try:
                     await self._access.read_in_thread(_read_all, files)
                 except NotResidentError as missing:
@@ -780,7 +792,7 @@ class Portion:
 
     async def _with_logs(self, used: Sequence[ChangeLog], call: Callable[[], None]) -> None:
         """Run a blocking call in a thread; the files of these logs stay open meanwhile."""
-        with _in_use(used):
+        with in_use(used):
             await self._access.in_thread(call)
 
     # -- committing --------------------------------------------------------------------------
@@ -945,19 +957,6 @@ def _runs_besides(zeros: list[int], block_map: BlockMap, first: int, last: int, 
         else:
             runs.append((block, block + 1, is_kept))
     return runs
-
-
-@contextlib.contextmanager
-def _in_use(logs: Sequence[ChangeLog]) -> Iterator[None]:
-    """The files of these logs stay open inside."""
-    for log in logs:
-        log.users += 1
-    try:
-        yield
-    finally:
-        for log in logs:
-            log.users -= 1
-            log.close_if_discarded()
 
 
 def _is_zero(inside: int, data: Buffer) -> bool:

@@ -20,7 +20,7 @@ import trio
 
 from . import blockmap
 from .blockmap import BlockMap
-from .changelog import ChangeLog
+from .changelog import ChangeLog, in_use
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
 from .notresident import when_resident
@@ -287,16 +287,6 @@ async def _dismantle_some(processor: Processor, volume_id: VolumeId, last_instan
 
 
 @contextlib.contextmanager
-def _kept(log: ChangeLog) -> Iterator[None]:
-    """A log stays known until the block ends."""
-    log.held += 1
-    try:
-        yield
-    finally:
-        log.held -= 1
-
-
-@contextlib.contextmanager
 def _freeing() -> Iterator[_Freed]:
     """What is noted in it stays known until the block ends: another log of the same row would count for itself."""
     changed: _Freed = {}
@@ -370,7 +360,7 @@ async def _free_some_candidates(processor: Processor) -> int | None:
             if log is None:
                 continue
             family = processor.traits.family_of(log.volume_id)
-            with _kept(log):
+            with in_use([log]):
                 named = await processor.access.ask(named_masks, store, family, object_index, object_index)
             base = log_offset(object_index, processor.processor_count)
             for block, count in mask_runs(mask & ~named.get(object_index, {}).get(log_id, 0)):

@@ -20,8 +20,8 @@ from .notresident import NotResidentError, OldBlocks
 
 # Of all processors together.
 CACHED_BYTES_MAX = 32 << 20
-# So many stay however large they are: a read of 1 MiB may need one for each of its blocks, all at once.
-_KEPT_MIN = 256
+# So many stay however large they are: each of the reads under way at a time needs those of a batch of its logs.
+_KEPT_MIN = 512
 _BLOCK_MASK = BLOCK_SIZE - 1
 # From a place in an object to that of its block's checksum.
 _CHECKSUM_SHIFT = BLOCK_SHIFT - 3

@@ -13,7 +13,7 @@ import trio
 from .backends import Buffer
 from .blockmap import BlockMap
 from .catalogaccess import CatalogAccess
-from .errors import SnapfsError, TooLargeError
+from .errors import DamagedError, SnapfsError, TooLargeError
 from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
     BLOCK_SHIFT,
@@ -37,7 +37,7 @@ from .tasks import side_by_side
 from .traits import TraitsTable
 from .units import format_size, show_name
 
-# What the kernel asks for at most; it lies in at most 256 change logs of a processor, which are open then.
+# What the kernel asks for at most. A read of more goes piece by piece.
 READ_BYTES_MAX = 1 << 20
 _TRIM_BATCH = 256
 _TRIM_COMMIT_OBJECTS = 1024
@@ -111,14 +111,15 @@ class VolumeView(ABC):
                     return buffer
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
-            except DamagedBlockError as damage:
+            except DamagedError as damage:
                 # What the maps name no more may be freed meanwhile, and is not damaged for that.
                 if await when_resident(lambda _, count=count: self._segments(offset, count)) == plan:  # type: ignore[misc]
-                    self.portions[damage.object_index % self.processor_count].report(damage)
+                    if isinstance(damage, DamagedBlockError):
+                        self.portions[damage.object_index % self.processor_count].report(damage)
                     raise
 
     async def _read_long(self, offset: int, length: int) -> bytearray:
-        """Read piece by piece: all change logs that a piece lies in are to be open at once."""
+        """Read piece by piece: only a piece is read again when its maps change meanwhile."""
         while True:
             mark = self.contents_mark()
             found = bytearray()

@@ -31,16 +31,18 @@ from snapfs import (
     volume,
 )
 
-# So many files a read must find open at once, and the log that takes writes besides.
+# So many files a batch of a read has open at once; a read may need more, and one more as it begins within a block.
+_BATCH_BLOCKS = 2
 _READ_BLOCKS = 4
 _BOUNDS = (
-    (changelog, "OPEN_FILES_MAX", _READ_BLOCKS + 4),
+    (changelog, "OPEN_FILES_MAX", 4),
     (changelog, "KNOWN_LOGS_MAX", 24),
     (clones, "_FLATTEN_BATCH", 1),
     (counting, "_STEP", 1),
     (diff, "_SLICE", 1),
     (diff, "_BATCH", 1),
     (portion, "LOAD_WINDOW", 1),
+    (portion, "_SEGMENTS_AT_ONCE", _BATCH_BLOCKS),
     (processor, "DIRTY_OBJECTS_MAX", 1),
     (processor, "_PUNCH_BATCH", 1),
     (processor, "OBJECTS_A_STEP", 1),
@@ -51,7 +53,7 @@ _BOUNDS = (
     (restoring, "_OBJECTS_A_COMMIT", 1),
     (scrub, "_OBJECTS_A_STEP", 1),
     (scrub, "_RUN_BLOCKS_MAX", 3),
-    (sealedfile, "_KEPT_MIN", _READ_BLOCKS),
+    (sealedfile, "_KEPT_MIN", 2 * _BATCH_BLOCKS),
     (sealer, "_CONTENT_KEPT_INSTANTS", 1),
     (sealer, "_WAITING_MAX", 1),
     (sealer, "_SEALED_AT_ONCE", 1),

@@ -22,6 +22,7 @@ from snapfs.notresident import NotResidentError, OldBlocks
 from snapfs.pool import Pool
 from snapfs.sealedfile import DamagedBlockError
 
+from .cramped import cramped
 from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
@@ -297,6 +298,40 @@ async def test_a_long_read_of_very_many_change_logs_ends(monkeypatch: pytest.Mon
         async with pool.volumes.opened(b"v") as one:
             assert await one.read(BLOCK - 1, 1 << 30) == expected[BLOCK - 1 :]
             assert await one.read(12 * BLOCK, 1 << 30) == b""
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+async def test_reads_of_more_change_logs_than_may_be_open_end(*, is_sealed: bool) -> None:
+    with cramped():
+        world = World(processor_count=1)
+        async with open_world(world) as pool:
+            await pool.volumes.create(b"v")
+            for number in range(12):
+                await put(pool, b"v", number * BLOCK, bytes([number]) * BLOCK)
+                await pool.snapshots.create(b"%d" % number)
+            if is_sealed:
+                await pool.sealer.seal_all()
+            expected = b"".join(bytes([number]) * BLOCK for number in range(12))
+            async with pool.volumes.opened(b"v") as one, trio.open_nursery() as nursery:
+                tries, read_now = 0, one.read_now
+
+                def counted(offset: int, buffer: memoryview) -> memoryview:
+                    nonlocal tries
+                    tries += 1
+                    assert tries < 2000, "reads have each other begin again"
+                    return read_now(offset, buffer)
+
+                one.read_now = counted  # type: ignore[method-assign]
+
+                async def read(offset: int, length: int) -> None:
+                    for _ in range(5):
+                        assert await one.read(offset, length) == expected[offset : offset + length]
+
+                # One that begins within a block lies in a log more; the others are at it at the same time.
+                nursery.start_soon(read, BLOCK // 2, 4 * BLOCK)
+                for start in range(0, 12, 4):
+                    nursery.start_soon(read, start * BLOCK, 4 * BLOCK)
+        world.check_clean()
 
 
 async def test_a_long_read_begins_again_when_the_volume_is_cut_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
