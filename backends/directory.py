@@ -226,7 +226,7 @@ class DirectoryDevice(Device):
         fd = os.open(last, flags | os.O_NONBLOCK, dir_fd=self._folder(folder))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is no regular file", name)
         return DirectoryFile(fd)
 
     def create(self, name: str) -> DirectoryFile:
@@ -282,23 +282,24 @@ class DirectoryDevice(Device):
         One that is not writable makes no such file, and tells nobody who holds it.
         """
         flags = _O_FILE | os.O_CREAT if self._writable else _O_FILE & ~os.O_RDWR
-        fd = -1
-        try:
+        # NFS locks a file to be written for those alone who may write to it.
+        kind = fcntl.LOCK_EX if self._writable else fcntl.LOCK_SH
+        with contextlib.ExitStack() as on_failure:
+            fd = -1
             with contextlib.nullcontext() if self._writable else contextlib.suppress(FileNotFoundError):
                 fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
-            self._lock_folder()
-            if fd >= 0:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                on_failure.callback(os.close, fd)
+            try:
+                self._lock_folder()
+                if fd >= 0:
+                    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                known = os.pread(fd, 4096, 0) if fd >= 0 else b""
+                raise LockHolder(known.decode("utf-8", "replace")) from None
             if self._writable:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, holder.encode(), 0)
-        except BaseException as error:
-            known = os.pread(fd, 4096, 0).decode("utf-8", "replace") if fd >= 0 else ""
-            if fd >= 0:
-                os.close(fd)
-            if isinstance(error, BlockingIOError):
-                raise LockHolder(known) from None
-            raise
+            on_failure.pop_all()
         self._lock_fd = fd
 
     def _lock_folder(self) -> None:

@@ -21,6 +21,7 @@ from .formats import (
     CHANGE_LOG,
     COPY_ON_WRITE,
     IMAGE_LOG,
+    POOL_FILE,
     SOURCE_LOG,
     CopyRow,
     LogRow,
@@ -138,7 +139,10 @@ def check_pool(home: Device, where: str, open_device: OpenDevice, has_image: Has
             return report
         devices = open_devices(home, catalog, descriptor, open_device)
         stack.callback(lambda: [device.close() for device in devices.values()])
-        _check_catalog(catalog, descriptor, devices, report, home, stack, has_image)
+        try:
+            _check_catalog(catalog, descriptor, devices, report, home, stack, has_image)
+        except DamagedError as error:
+            report.add(DAMAGE, CATALOG_FILE, str(error))
     return report
 
 
@@ -153,6 +157,11 @@ def _verified(stack: contextlib.ExitStack, home: Device, name: str, what: str, r
         for (line,) in database.rows("PRAGMA integrity_check(20)"):
             if line != "ok":
                 report.add(DAMAGE, name, f"SQLite says: {line}")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        report.add(DAMAGE, name, f"{what} cannot be read: {error.strerror}")
+        raise _TooDamagedError from error
     except SnapfsError as error:
         report.add(DAMAGE, name, str(error))
         raise _TooDamagedError from error
@@ -200,6 +209,8 @@ def _check_catalog(
         report=report,
     )
     _check_volumes(context, catalog)
+    if sorted(catalog.shard_generations()) != list(range(descriptor.processor_count)):
+        report.add(DAMAGE, CATALOG_FILE, f"it tells of other processors than {POOL_FILE}")
     stores = []
     for processor_index in range(descriptor.processor_count):
         name = shard_file(processor_index)

@@ -221,16 +221,17 @@ class Database:
 
 
 def _copy_out(device: Device, name: str, path: str) -> None:
-    file = device.open(name)
-    try:
+    with contextlib.closing(device.open(name)) as file, contextlib.ExitStack() as stack:
+        with _room_for_copies():
+            copy = stack.enter_context(open(path, "wb", buffering=0))
         offset = 0
         buffer = bytearray(_COPY_BYTES)
         while count := file.read_into(buffer, offset):
-            with _room_for_copies(), open(path, "ab") as copy:
-                copy.write(memoryview(buffer)[:count])
+            with _room_for_copies():
+                rest = memoryview(buffer)[:count]
+                while rest:
+                    rest = rest[copy.write(rest) :]
             offset += count
-    finally:
-        file.close()
 
 
 @contextlib.contextmanager
@@ -250,9 +251,9 @@ def read_copy(device: Device, name: str, what: str, tables: Sequence[str] | None
 
     ``tables`` are those that must be sound, all (None) else.
     """
-    with contextlib.ExitStack() as stack:
-        with _room_for_copies():
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="snapfs-check-"))
+    with _room_for_copies():
+        folder = tempfile.mkdtemp(prefix="snapfs-check-")
+    try:
         from_device = [name]
         if os.path.basename(name) + "-wal" in device.names(os.path.dirname(name)):
             from_device.append(name + "-wal")
@@ -261,16 +262,17 @@ def read_copy(device: Device, name: str, what: str, tables: Sequence[str] | None
         from .backends import DirectoryDevice
 
         inside = DirectoryDevice(folder)
-        database: Database | None = None
         try:
             database = Database(inside, os.path.basename(name), what, tables=tables)
-            # Open they stay; so nothing is left behind by a process that is killed.
-            shutil.rmtree(folder)
-            yield database
         finally:
-            if database is not None:
-                database.abandon()
             inside.close()
+    finally:
+        # Open it stays; so nothing is left behind by a process that is killed. Another may have the name by the end.
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield database
+    finally:
+        database.abandon()
 
 
 class _DeviceVFS(apsw.VFS):

@@ -11,14 +11,14 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import pyfuse3
 import trio
 
-from .errors import MountError
+from .errors import DamagedError, DeviceMissingError, MountError
 from .events import EventLog
 from .fuse import helper, loop
 from .fuse.kernelnames import KernelNames
@@ -45,6 +45,7 @@ KNOWN_OPTIONS = frozenset(
     {"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime", "rescue"}
 )
 _CONTROL_GROUP = "control_group="
+_RESCUE = "copy out what is left, from snapfs mount -o rescue"
 # (gid_t)-1, which stands for none.
 _GID_NONE = (1 << 32) - 1
 
@@ -124,6 +125,17 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         raise failed from error
 
 
+@contextlib.contextmanager
+def offering_rescue(request: MountRequest) -> Iterator[None]:
+    """Whoever learns inside that something of the pool is lost is told how to have the rest of it."""
+    try:
+        yield
+    except (DamagedError, DeviceMissingError) as error:
+        if not request.is_rescue:
+            error.fix = "; or ".join([*filter(None, [error.fix]), _RESCUE])
+        raise
+
+
 async def serve(request: MountRequest, ready: Callable[[Sequence[str]], None]) -> None:
     """Mount and serve until unmounted or told to stop.
 
@@ -134,7 +146,9 @@ async def serve(request: MountRequest, ready: Callable[[Sequence[str]], None]) -
     _prepare_process()
     purpose = f"mounted on {request.mount_point}"
     opened = open_damaged_pool(request.pool_path) if request.is_rescue else open_pool(request.pool_path, purpose)
-    async with opened as pool:
+    async with contextlib.AsyncExitStack() as stack:
+        with offering_rescue(request):
+            pool = await stack.enter_async_context(opened)
         mount = _Mount(request, pool)
         await mount.serve(partial(ready, pool.lost))
 

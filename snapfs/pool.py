@@ -126,12 +126,23 @@ def lock_pool(home: Device, where: str, purpose: str) -> None:
 def _describe(holder: str) -> str:
     try:
         fields = json.loads(holder)
-        if fields["host"] == socket.gethostname() and not os.path.exists(f"/proc/{int(fields['pid'])}"):
+        if fields["host"] == socket.gethostname() and not _is_running(int(fields["pid"])):
             # It was killed; who has the pool now only reads it, and leaves no name.
             return "another process, which does not say which"
         return f"process {fields['pid']} on {fields['host']} ({fields['purpose']}, since {fields['since']})"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return "another process"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        # Asks alone. Not by /proc, which may hide those of others.
+        os.kill(max(1, pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def open_devices(

@@ -65,8 +65,8 @@ class Reclaimer:
         self._pace = Pace(demand)
         self._used_percent = used_percent
         self._has_failed = False
-        # When there was last little to do.
-        self._kept_up_s = -math.inf
+        # When there was last little to do. Before it runs nothing has fallen behind.
+        self._kept_up_s = math.inf
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
@@ -85,18 +85,28 @@ class Reclaimer:
                 await self._wakeup.wait()
 
     def _note_keeping_up(self) -> None:
-        if self.waiting_count < _BEHIND:
+        if not self._has_waiting(_BEHIND):
             self._kept_up_s = trio.current_time()
+
+    def _has_waiting(self, count: int) -> bool:
+        """Whether as many wait that can go now."""
+        return self.waiting_count >= count and self._free_count() >= count
+
+    def _free_count(self) -> int:
+        deleted = sum(self._is_free(one) for one in self._snapshots.deleted.values())
+        return deleted + len(self._snapshots.aborted) + self._volumes.removed_unused_count
 
     async def _rest(self) -> None:
         self._note_keeping_up()
-        if self.waiting_count >= _FAR_BEHIND:
+        if self._has_waiting(_FAR_BEHIND):
             await trio.lowlevel.checkpoint()
+            self._pace.begin()
             return
-        is_behind = trio.current_time() - self._kept_up_s >= _BEHIND_S
-        # In a thread: a device that hangs may not tell.
-        is_room_short = await in_thread(self._used_percent) >= _ROOM_SHORT_PERCENT
-        await self._pace.rest(is_pressed=is_room_short or is_behind)
+        is_pressed = trio.current_time() - self._kept_up_s >= _BEHIND_S
+        if not is_pressed:
+            # In a thread: a device that hangs may not tell.
+            is_pressed = await in_thread(self._used_percent) >= _ROOM_SHORT_PERCENT
+        await self._pace.rest(is_pressed=is_pressed)
 
     def wake(self) -> None:
         """Have the task look for work now."""
@@ -170,12 +180,11 @@ class Reclaimer:
 
     def _to_release(self) -> list[Snapshot]:
         """Some of the deleted snapshots that nobody has open, and that no clone looks into."""
-        free = (
-            one
-            for one in self._snapshots.deleted.values()
-            if one.opens == 0 and not self._traits.inheritors(one.snapshot_id)
-        )
+        free = filter(self._is_free, self._snapshots.deleted.values())
         return list(islice(free, _RELEASED_AT_ONCE))
+
+    def _is_free(self, snapshot: Snapshot) -> bool:
+        return snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id)
 
     async def _release(self, snapshots: Sequence[Snapshot], *, gently: bool) -> None:
         for snapshot in snapshots:

@@ -122,10 +122,13 @@ class _Opening:
         self._open_device = open_device
         self.lost: list[str] = []
 
-    def database(self, name: str, what: str, tables: tuple[str, ...]) -> Database:
-        """A copy of a database of which these tables are sound. Raises DamagedError, UnreadableError, NoSpaceError."""
+    def database(self, name: str, what: str, tables: tuple[str, ...], stack: contextlib.ExitStack) -> Database:
+        """A copy of a database of which these tables are sound, until ``stack`` is closed.
+
+        Raises DamagedError, UnreadableError, NoSpaceError.
+        """
         try:
-            return self._stack.enter_context(read_copy(self._home, name, what, tables))
+            return stack.enter_context(read_copy(self._home, name, what, tables))
         except FileNotFoundError:
             raise DamagedError(f"{what} is missing", "Restore the pool from a copy") from None
         except OSError as error:
@@ -134,7 +137,7 @@ class _Opening:
     def pool(self, where: str, purpose: str, open_image: OpenImage) -> Pool:
         """All that can be had. Raises what keeps everything from being had."""
         lock_pool(self._home, where, purpose)
-        database = self.database(CATALOG_FILE, "the catalog", _CATALOG_TABLES)
+        database = self.database(CATALOG_FILE, "the catalog", _CATALOG_TABLES, self._stack)
         descriptor = self._descriptor(where, database)
         catalog = _Catalog.over(database, descriptor.pool_id)
         stores = [self._store(catalog, index, descriptor.pool_id) for index in range(descriptor.processor_count)]
@@ -173,18 +176,21 @@ class _Opening:
 
     def _store(self, catalog: Catalog, index: int, pool_id: str) -> ShardStore | LostStore:
         """A shard store, or what stands for a lost one. Raises DamagedError when it tells that the catalog is old."""
-        try:
-            database = self.database(shard_file(index), f"shard store {index}", _SHARD_TABLES)
-            store = ShardStore.over(database, index, pool_id)
-            check_store_generation(catalog, store)
-            # What a pool asks first: a store that does not answer is lost, and not the pool.
-            store.epoch_max(), store.sources(), store.block_counts()
-        except NoSpaceError:
-            raise
-        except SnapfsError as error:
-            self._note_lost(f"{error.reason}; what processor {index} keeps cannot be read")
-            return LostStore(index, error)
-        check_catalog_generation(catalog, store)
+        with contextlib.ExitStack() as until_known:
+            try:
+                name, what = shard_file(index), f"shard store {index}"
+                database = self.database(name, what, _SHARD_TABLES, until_known)
+                store = ShardStore.over(database, index, pool_id)
+                check_store_generation(catalog, store)
+                # What a pool asks first: a store that does not answer is lost, and not the pool.
+                store.epoch_max(), store.sources(), store.block_counts()
+            except NoSpaceError:
+                raise
+            except SnapfsError as error:
+                self._note_lost(f"{error.reason}; what processor {index} keeps cannot be read")
+                return LostStore(index, error)
+            check_catalog_generation(catalog, store)
+            self._stack.push(until_known.pop_all())
         return store
 
     def _note_lost(self, words: str) -> None:
@@ -227,6 +233,8 @@ async def rescued_pool(
         stack.callback(home.close)
         opening = _Opening(stack, ReadOnlyDevice(home), open_device)
         pool = await in_thread(opening.pool, where, purpose, open_image)
+        for processor in pool.processors:
+            stack.callback(processor.logs.close)
         pool.lost = opening.lost
         for words in opening.lost:
             pool.events.note("lost", logging.ERROR, what=words)
@@ -234,8 +242,4 @@ async def rescued_pool(
         # What is to be noted of them goes to the copy of the catalog.
         await pool.images.look(after_crash=pool.after_crash)
         pool.clones.give_up_restores()
-        try:
-            yield pool
-        finally:
-            for processor in pool.processors:
-                processor.logs.close()
+        yield pool

@@ -371,6 +371,11 @@ class VolumeTable:
             self._drop(volume)
             self._reclaim_wakeup.set()
 
+    @property
+    def removed_unused_count(self) -> int:
+        """Removed volumes that nobody has open."""
+        return sum((volume := self.by_id.get(one)) is None or volume.opens == 0 for one in self.removed)
+
     def to_dismantle(self) -> list[tuple[VolumeId, Epoch]]:
         """Removed volumes that nobody has open."""
         for volume_id in self.removed:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice
+from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice, directory
 from snapfs.backends.conformance import check_device, check_lock
 from snapfs.database import Database
 from snapfs.errors import NoSpaceError
@@ -52,12 +54,38 @@ def test_a_directory_that_is_only_read_has_a_lock_without_a_file(tmp_path: Path)
     reader.close()
 
 
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK])
+def test_a_lock_of_what_is_only_read_needs_no_writable_file(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS it is refused with EBADF (https://man7.org/linux/man-pages/man2/flock.2.html, "NFS details")."""
+    (tmp_path / "lock").write_bytes(b"")
+
+    def flock(fd: int, kind: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) or code == errno.ENOLCK:
+            raise OSError(code, os.strerror(code))
+        if kind & fcntl.LOCK_EX and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    reader = DirectoryDevice(tmp_path, writable=False)
+    before = len(os.listdir("/proc/self/fd"))
+    if code == errno.ENOLCK:
+        with pytest.raises(OSError) as caught:
+            reader.lock("lock", "the reader")
+        assert caught.value.errno == code and len(os.listdir("/proc/self/fd")) == before
+    else:
+        reader.lock("lock", "the reader")
+    reader.close()
+
+
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     device = DirectoryDevice(tmp_path, writable=False)
     for name in ("pipe", "."):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as caught:
             device.open(name)
+        assert caught.value.filename == name
     device.close()
 
 

@@ -168,6 +168,34 @@ async def test_a_burst_after_a_long_time_is_not_behind(
     world.check_clean()
 
 
+async def test_what_cannot_go_yet_is_not_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[bool] = []
+
+    async def rest(*, is_pressed: bool = False) -> None:
+        rests.append(is_pressed)
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(reclaimer, "_BEHIND", 20)
+    monkeypatch.setattr(reclaimer, "_FAR_BEHIND", 21)
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await make_history(pool, 60, random.Random(1))
+        held = [pool.snapshots.get(b"s%d" % number) for number in range(40)]
+        for one in held:
+            one.opens += 1
+        async with pool.reclaimer._turn:
+            for number in range(50):
+                await pool.snapshots.delete(b"s%d" % number)
+        pool.reclaimer._kept_up_s -= 3600
+        monkeypatch.setattr(pool.reclaimer._pace, "rest", rest)
+        await pool.reclaimer.reclaim_all(gently=True)
+        assert pool.reclaimer.waiting_count == 40
+        assert rests and not any(rests)
+        for one in held:
+            one.opens -= 1
+    world.check_clean()
+
+
 async def test_room_is_told_by_the_fullest_device() -> None:
     world = World(device_count=2, capacity_bytes=64 << 20)
     async with open_world(world) as pool:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
 import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import trio
 
 from snapfs import database as database_module
-from snapfs.backends import AbsentDevice, Device, ReadOnlyDevice
-from snapfs.database import Database
+from snapfs.backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice
+from snapfs.check import check_pool
+from snapfs.database import Database, read_copy
 from snapfs.errors import DamagedError, InUseError, NoSpaceError, NotAPoolError, SnapfsError, TooNewError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
@@ -81,7 +84,7 @@ async def read_part(pool: Pool, name: bytes, offset: int, length: int) -> bytes:
         return bytes(await volume.read(offset, length))
 
 
-@pytest.mark.parametrize("how", ["missing", "damaged", "old copy"])
+@pytest.mark.parametrize("how", ["missing", "damaged", "empty", "old copy"])
 async def test_what_other_processors_keep_is_read(how: str) -> None:
     world = await filled()
     name = "shards/1.sqlite"
@@ -89,6 +92,8 @@ async def test_what_other_processors_keep_is_read(how: str) -> None:
         world.home.remove(name)
     elif how == "damaged":
         spoil(world.home, name, "maps")
+    elif how == "empty":
+        overwrite(world.home, name, b"")
     else:
         before = world.home.read_file(name)
         async with open_world(world) as pool:
@@ -292,6 +297,52 @@ async def test_how_many_processors_there_are_is_not_guessed(rows: str) -> None:
             Pool.open(world.home, WHERE, world.open_device)
         world.home.close()
         overwrite(world.home, "pool.json", b"")
+
+
+@pytest.mark.parametrize(
+    "statement, words",
+    [
+        ("DELETE FROM shards WHERE processor_index = 1", "other processors"),
+        ("INSERT INTO shards VALUES (2, 0)", "other processors"),
+        ("DELETE FROM meta WHERE key = 'clean'", "lacks its clean"),
+        ("DELETE FROM meta WHERE key = 'next_instant'", "lacks its next_instant"),
+    ],
+)
+async def test_the_verifier_finds_what_keeps_a_pool_from_opening(statement: str, words: str) -> None:
+    world = await filled()
+    change(world.home, "catalog.sqlite", statement)
+    with pytest.raises(DamagedError):
+        Pool.open(world.home, WHERE, world.open_device)
+    world.home.close()
+    report = check_pool(world.home, WHERE, world.open_device)
+    assert any(one.severity == "damage" and words in one.what for one in report.findings)
+
+
+async def test_a_database_that_cannot_be_read_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await filled()
+    opened = world.home.open
+
+    def refuse(name: str) -> DeviceFile:
+        if name == "shards/1.sqlite":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(name)
+
+    monkeypatch.setattr(world.home, "open", refuse)
+    report = check_pool(world.home, WHERE, world.open_device)
+    found = [one.what for one in report.findings if one.severity == "damage"]
+    assert found == ["shard store 1 cannot be read: Input/output error"]
+
+
+async def test_a_copys_folder_is_left_alone_once_it_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = await filled()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: itertools.repeat("x"))
+    with read_copy(world.home, "catalog.sqlite", "the catalog") as database:
+        assert os.listdir(tmp_path) == []
+        # Somebody else has the name.
+        (tmp_path / "snapfs-check-x").mkdir()
+        assert database.rows("SELECT value FROM meta WHERE key = 'pool_id'")
+    assert os.listdir(tmp_path) == ["snapfs-check-x"]
 
 
 async def test_an_old_catalog_is_not_believed() -> None:

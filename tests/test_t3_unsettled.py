@@ -15,9 +15,10 @@ from snapfs.errors import BusyVolumeError, SnapfsError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.fuse import names
 from snapfs.fuse.command import nothing_to_forget
-from snapfs.fuse.namespace import Caller, Namespace
+from snapfs.fuse.namespace import Caller, Namespace, NoEntryError
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.snapshot import Snapshot, SnapshotMembers
 from snapfs.status import pool_status, processor_status
 from snapfs.volumes import AttributeChange
 
@@ -146,6 +147,41 @@ async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
         assert len(seen) == 1
         handle = await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
         namespace.close(handle)
+
+
+async def test_a_snapshots_file_stays_while_it_is_open_also_when_asked_for_amid_a_deletion() -> None:
+    world = World(2, 1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"1" * 4096)
+        snapshot = await pool.snapshots.create(b"s")
+        await pool.volumes.change(volume, AttributeChange(mode=0o600))
+        await pool.snapshots.create(b"t")
+        await pool.snapshots.delete(b"t")
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            """Nobody asks for it."""
+
+        namespace = Namespace(pool, "/nowhere", resize, nothing_to_forget)
+        inode = names.of_snapshot_volume(snapshot.snapshot_id, volume.volume_id)
+        handle = await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
+        members = pool.snapshots.members
+
+        async def late(asked: Snapshot) -> SnapshotMembers:
+            await pool.snapshots.delete(b"s")
+            await pool.reclaimer.reclaim_all()
+            return await members(asked)
+
+        pool.snapshots.members = late  # type: ignore[method-assign]
+        for _ in range(2):
+            node = await namespace.node(inode)
+            # Blocks are not counted any more; as many are told as there may be.
+            assert (node.size_bytes, node.block_count_512) == (4096, 8)
+        namespace.close(handle)
+        with pytest.raises(NoEntryError):
+            await namespace.node(inode)
+    world.check_clean()
 
 
 async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,14 @@ def test_what_is_left_of_a_damaged_pool(mounted: Mounted, tmp_path: Path) -> Non
     (mounted.pool / "shards" / "1.sqlite").unlink()
     refused = snapfs("mount", mounted.pool, mounted.path, expect=4).stderr
     assert "processor 1 is missing" in refused and "snapfs mount -o rescue" in refused
+    for name, spoilt in (("pool.json", b"{"), ("catalog.sqlite", b"x" * 4096)):
+        before = (mounted.pool / name).read_bytes()
+        (mounted.pool / name).write_bytes(spoilt)
+        for options in ((), ("--foreground",)):
+            told = snapfs("mount", mounted.pool, mounted.path, *options, expect=4).stderr
+            assert told.count("copy out what is left, from snapfs mount -o rescue") == 1, told
+        (mounted.pool / name).write_bytes(before)
+    assert "rescue" not in snapfs("mount", mounted.pool / "shards", mounted.path, expect=1).stderr
     image, disk = tmp_path / "image", tmp_path / "disk"
     with open(image, "wb") as file:
         file.truncate(64 << 20)

@@ -123,7 +123,7 @@ class Verdict:
 
 
 def run_tests(folder: Path, tests: list[str]) -> str:
-    """What comes of tests: survived (the change, for all passed), failed, hung or not found."""
+    """What comes of tests: survived (the change, for all passed), failed, hung or not found (nothing was run)."""
     command = [
         sys.executable,
         "-m",
@@ -164,6 +164,8 @@ def judge(mutant: places.Mutant, known: Knowledge, folder: Path) -> Verdict:
         if outcome == "not found":
             # A changed constant has tests called otherwise that have it as a parameter.
             outcome = run_tests(folder, sorted({one.partition("[")[0] for one in tests}))
+        if outcome == "not found":
+            outcome = "not run"
     finally:
         path.write_text(source)
     return Verdict(mutant, outcome, difference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
@@ -14,9 +15,9 @@ from functools import partial
 import click
 import trio
 
-from ..errors import DamagedError, MountError, SnapfsError
+from ..errors import MountError, SnapfsError
 from ..formats import DAEMON_LOG_FILE
-from ..mount import MountRequest, check_mount_point, check_options, serve
+from ..mount import MountRequest, check_mount_point, check_options, offering_rescue, serve
 from ..pool import open_home, read_descriptor
 
 _LOG_BYTES_MAX = 1 << 20
@@ -64,11 +65,8 @@ def _start(request: MountRequest) -> None:
     check_options(request.options)
     check_mount_point(request)
     if not request.is_rescue:
-        home = open_home(request.pool_path)
-        try:
+        with contextlib.closing(open_home(request.pool_path)) as home, offering_rescue(request):
             read_descriptor(home, request.pool_path)
-        finally:
-            home.close()
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "snapfs", "mount", request.pool_path, request.mount_point]
     if request.options:
@@ -98,8 +96,6 @@ def _start(request: MountRequest) -> None:
         daemon.wait()
         failed = SnapfsError(answer["reason"], answer["fix"])
         failed.exit_code = answer["exit_code"]
-        if failed.exit_code == DamagedError.exit_code and not request.is_rescue:
-            failed.fix += "; or copy out what is left, from snapfs mount -o rescue"
         raise failed
     _tell_lost(answer["lost"])
 

@@ -285,22 +285,29 @@ class Namespace:
         return -(-size_bytes // _SECTOR)
 
     async def _node_in_snapshot(self, inode: int, volume_id: VolumeId | None) -> Node:
-        if inode in self._open_snapshot_files:
+        if volume_id is None:
+            snapshot = self._snapshot(inode)
+            if names.is_manifest(inode):
+                return self._manifest_node(snapshot, inode)
+            return self._snapshot_node(snapshot)._replace(inode=inode)
+        try:
+            return await self._member_node(inode, volume_id)
+        except NoEntryError:
+            if inode not in self._open_snapshot_files:
+                raise
+            # Deleted; it stays until it is closed.
             view = self._open_snapshot_files[inode][0].snapshot_volume
-            if view.snapshot.snapshot_id not in self.pool.snapshots.by_id:
-                # Deleted meanwhile; it stays until it is closed.
-                return self._snapshot_file_node(inode, view.volume_id, view.attributes, None)
-        snapshot = self._snapshot(inode)
-        if volume_id is not None:
-            members = await self.pool.snapshots.members(snapshot)
-            attributes = members.by_id.get(volume_id)
-            if attributes is None:
-                raise NoEntryError("the snapshot holds no such volume")
-            block_count = members.block_counts.get(volume_id, 0)
-            return self._snapshot_file_node(inode, volume_id, attributes, block_count)
-        if names.is_manifest(inode):
-            return self._manifest_node(snapshot, inode)
-        return self._snapshot_node(snapshot)._replace(inode=inode)
+            return self._snapshot_file_node(inode, view.volume_id, view.attributes, None)
+
+    async def _member_node(self, inode: int, volume_id: VolumeId) -> Node:
+        """The attributes of a volume in a snapshot. Raises NoEntryError, also when it is deleted meanwhile."""
+        members = await self.pool.snapshots.members(self._snapshot(inode))
+        attributes = members.by_id.get(volume_id)
+        if attributes is None:
+            raise NoEntryError("the snapshot holds no such volume")
+        # Of what is deleted the counts may be gone.
+        self._snapshot(inode)
+        return self._snapshot_file_node(inode, volume_id, attributes, members.block_counts.get(volume_id, 0))
 
     def _snapshot_file_node(
         self, inode: int, volume_id: VolumeId, attributes: Attributes, block_count: int | None
