@@ -99,7 +99,18 @@ class DeviceFile(ABC):
 
 
 class Device(ABC):
-    """A store of named sparse files. A name is one or more parts joined by ``/``."""
+    """A store of named sparse files. A name is one or more parts joined by ``/``.
+
+    ``may_hang``: a call may take for ever, and :meth:`probe` finds that out.
+    """
+
+    may_hang = False
+
+    def probe(self) -> None:  # noqa: B027 - one that never hangs has nothing to find out
+        """Return as soon as the device answers: what takes the page cache alone, and what does not. Blocks.
+
+        Raises OSError, which is an answer.
+        """
 
     @abstractmethod
     def open(self, name: str) -> DeviceFile:

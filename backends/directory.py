@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
+import threading
 
 from .base import Buffer, Device, DeviceFile, LockHolder, Space
 
@@ -16,6 +18,7 @@ from .base import Buffer, Device, DeviceFile, LockHolder, Space
 _NEW_WRITE_BYTES_MAX = 128 << 10
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_PROBE_BYTES = 4096
 _O_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _O_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -191,6 +194,53 @@ def open_local_image(path: str, writable: bool) -> LocalImage:
         raise
 
 
+class _Probe:
+    """A file without a name below a directory, to see whether what the directory lies on answers.
+
+    Its first block is written to, which takes the page cache alone if all is well, and waits for a filesystem that is
+    frozen or whose journal is stuck; its second is read past the page cache (open(2), O_TMPFILE and O_DIRECT).
+    """
+
+    def __init__(self, folder_fd: int) -> None:
+        self._folder_fd = folder_fd
+        self._fds: tuple[int, int] | None = None
+        self._buffer = mmap.mmap(-1, _PROBE_BYTES)
+        self._lock = threading.Lock()
+
+    def ask(self) -> None:
+        """Blocks until there is an answer. Raises OSError."""
+        with self._lock:
+            if self._fds is None:
+                self._fds = self._opened()
+            cached, direct = self._fds
+            os.pwrite(cached, b"\0", 0)
+            os.preadv(direct, (self._buffer,), _PROBE_BYTES)
+
+    def _opened(self) -> tuple[int, int]:
+        cached = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._folder_fd)
+        try:
+            os.pwrite(cached, bytes(2 * _PROBE_BYTES), 0)
+            try:
+                direct = os.open(f"/proc/self/fd/{cached}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:
+                # A filesystem in memory, say.
+                direct = os.dup(cached)
+        except BaseException:
+            os.close(cached)
+            raise
+        return cached, direct
+
+    def close(self) -> None:
+        """Close the file. While it is used it stays, so that nobody else's is used in its place."""
+        if self._lock.acquire(blocking=False):
+            try:
+                fds, self._fds = self._fds, None
+            finally:
+                self._lock.release()
+            for fd in fds or ():
+                os.close(fd)
+
+
 class DirectoryDevice(Device):
     """Files below one directory.
 
@@ -204,6 +254,13 @@ class DirectoryDevice(Device):
         self._writable = writable
         self._folders: dict[str, int] = {"": os.open(self.path, _O_FOLDER & ~os.O_NOFOLLOW)}
         self._lock_fd = -1
+        # What is only read is not written to in order to see whether it answers.
+        self.may_hang = writable
+        self._probe = _Probe(self._folders[""])
+
+    def probe(self) -> None:
+        """See :meth:`Device.probe`."""
+        self._probe.ask()
 
     def _folder(self, folder: str, *, create: bool = False) -> int:
         known = self._folders.get(folder)
@@ -317,6 +374,7 @@ class DirectoryDevice(Device):
 
     def close(self) -> None:
         """See :meth:`Device.close`."""
+        self._probe.close()
         if self._lock_fd >= 0:
             fd, self._lock_fd = self._lock_fd, -1
             if self._writable:

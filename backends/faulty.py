@@ -47,6 +47,11 @@ class FaultyDevice(StackedDevice):
         if self.hook is not None:
             self.hook(kind, name)
 
+    def probe(self) -> None:
+        """See :meth:`Device.probe`."""
+        self.ask("probe", "")
+        self.inner.probe()
+
     def open(self, name: str) -> DeviceFile:
         """See :meth:`Device.open`."""
         self.ask("open", name)

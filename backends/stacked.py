@@ -10,6 +10,15 @@ class StackedDevice(Device):
 
     inner: Device
 
+    @property
+    def may_hang(self) -> bool:  # type: ignore[override]
+        """See :class:`Device`."""
+        return self.inner.may_hang
+
+    def probe(self) -> None:
+        """See :meth:`Device.probe`."""
+        self.inner.probe()
+
     def names(self, folder: str) -> list[str]:
         """See :meth:`Device.names`."""
         return self.inner.names(folder)

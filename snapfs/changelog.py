@@ -16,6 +16,7 @@ from .backends import Device, DeviceFile
 from .errors import DamagedError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder
 from .geometry import Epoch, LogId, VolumeId
+from .liveness import DeviceWatch, Liveness
 from .placement import Placement, Quota
 from .sealedfile import SealedFile, SumCache
 
@@ -29,7 +30,7 @@ class ChangeLog:
     ``file`` is None while it is closed. ``users`` counts threads that read from the file; with one
     it is not closed. ``dirty``: written to since its last sync. ``unnamed``: its name on the device
     is not durable yet. ``held``: has state that is not committed, or takes writes. ``pins`` counts
-    those that are about to name blocks of it; with one it does not die.
+    those that are about to name blocks of it; with one it does not die. ``liveness`` is its device's.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class ChangeLog:
         "is_discarded",
         "kind",
         "live_before",
+        "liveness",
         "log_id",
         "pins",
         "quota",
@@ -53,7 +55,8 @@ class ChangeLog:
         "volume_id",
     )
 
-    def __init__(self, row: LogRow, quota: Quota | None = None) -> None:
+    def __init__(self, row: LogRow, liveness: Liveness, quota: Quota | None = None) -> None:
+        self.liveness = liveness
         self.quota = quota
         self.log_id = row.log_id
         self.volume_id = row.volume_id
@@ -120,6 +123,7 @@ class ChangeLogs:
         placement: Placement,
         next_log_id: int,
         sums: SumCache,
+        watch: DeviceWatch,
     ) -> None:
         self.known: dict[int, ChangeLog] = {}
         self.next_log_id = next_log_id
@@ -127,6 +131,7 @@ class ChangeLogs:
         self._processor_index = processor_index
         self._devices = devices
         self._placement = placement
+        self._watch = watch
         self._open: OrderedDict[int, ChangeLog] = OrderedDict()
 
     def adopt(self, row: LogRow) -> ChangeLog:
@@ -134,8 +139,16 @@ class ChangeLogs:
         log = self.known.get(row.log_id)
         if log is None:
             self._forget_idle()
-            log = self.known[row.log_id] = ChangeLog(row, self._quota(row))
+            log = self.known[row.log_id] = self.made_of(row)
         return log
+
+    def made_of(self, row: LogRow) -> ChangeLog:
+        """The log of a stored row, which is not kept."""
+        return ChangeLog(row, self._liveness(row), self._quota(row))
+
+    def _liveness(self, row: LogRow) -> Liveness:
+        # What an image lies on is not known, and not asked.
+        return self._watch.of(None if row.kind == IMAGE_LOG else row.device_id)
 
     def _quota(self, row: LogRow) -> Quota | None:
         return self._placement.quota_of(row.device_id) if row.kind == CHANGE_LOG else None
@@ -143,7 +156,8 @@ class ChangeLogs:
     def begin(self, volume_id: VolumeId, epoch: Epoch, live_before: int, *, is_change: bool) -> ChangeLog:
         """A new log with an empty file; ``is_change``: since a snapshot that is there.
 
-        Raises OSError when the device gives no file, NoSpaceError when its change log volume is full.
+        Raises OSError when the device gives no file, NoSpaceError when its change log volume is full,
+        NotResidentError while the device has to answer first.
         """
         log_id = LogId(self.next_log_id)
         device_id = self._placement.device_for(volume_id, self._processor_index, is_change=is_change)
@@ -151,7 +165,8 @@ class ChangeLogs:
         quota = self._quota(row)
         if quota is not None:
             quota.check(1)
-        log = ChangeLog(row, quota)
+        log = ChangeLog(row, self._liveness(row), quota)
+        log.liveness.check_now()
         log.file = self._devices[device_id].create(self._name(log_id))
         log.unnamed = True
         self.next_log_id += 1

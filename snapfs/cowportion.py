@@ -91,6 +91,7 @@ class CowPortion(Portion):
         source = self._logs.known.get(self._source_id)
         if source is None or source.file is None:
             raise NotResidentError(partial(self._open_log, self._source_id))
+        source.liveness.check_now()
         if self._needs_copy(state) or (state.kept is not None and self._names_source(state.kept, first, last)):
             raise NotResidentError(partial(self._preserve, object_index, first, last))
 
@@ -112,10 +113,14 @@ class CowPortion(Portion):
         return log.volume_id != self.volume_id or self._traits.is_origin(self.volume_id)
 
     def _source_file(self) -> DeviceFile:
-        """The source, about to be written to. Raises SyncFailedError when it must not be."""
+        """The source, about to be written to.
+
+        Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
+        """
         if self.failure is not None:
             raise SyncFailedError(self.failure.reason, self.failure.fix)
         source = self._logs.known[self._source_id]
+        source.liveness.check_now()
         if not source.dirty:
             source.dirty = True
             self._dirty_logs.append(source)

@@ -210,6 +210,12 @@ class InUseError(SnapfsError):
     errno = errno.EBUSY
 
 
+class SilentDaemonError(SnapfsError):
+    """The daemon does not answer. What it does is not known to whoever asks."""
+
+    errno = errno.ETIMEDOUT
+
+
 class DeviceMissingError(SnapfsError):
     """A device of the pool is not there, or another is in its place."""
 

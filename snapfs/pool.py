@@ -48,6 +48,7 @@ from .geometry import PROCESSOR_COUNT_MAX
 from .hooks import HookTable
 from .imagewatch import ImageWatch
 from .jobs import Jobs
+from .liveness import DeviceWatch
 from .making import VolumeMaker
 from .pace import Demand
 from .pending import PendingCalls
@@ -270,6 +271,8 @@ class Pool:
         self.placement = Placement(
             catalog.changelog_ids(), catalog.changelogs(), self.volumes.traits, open_image, len(stores)
         )
+        self.demand = Demand()
+        self.watch = DeviceWatch(devices, self.pending, self.demand)
         self.processors = [
             Processor(
                 store.processor_index,
@@ -282,6 +285,7 @@ class Pool:
                 self.placement,
                 self.damage.note,
                 self.pending,
+                self.watch,
             )
             for store in stores
         ]
@@ -301,7 +305,6 @@ class Pool:
             sealer_wakeup,
         )
         self.snapshots.processors = self.processors
-        self.demand = Demand()
         self.reclaimer = Reclaimer(
             self.catalog,
             self.volumes,
@@ -408,7 +411,14 @@ class Pool:
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
         async with trio.open_nursery() as nursery:
-            own = (self._sync_periodically, self.reclaimer.run, self.freer.run, self.sealer.run, self.damage_teller.run)
+            own = (
+                self._sync_periodically,
+                self.reclaimer.run,
+                self.freer.run,
+                self.sealer.run,
+                self.damage_teller.run,
+                self.watch.run,
+            )
             for task in (*(processor.run for processor in self.processors), *own):
                 nursery.start_soon(kept_up, task, self.note_no_memory)
 
@@ -429,9 +439,9 @@ class Pool:
         await self.volumes.sync_all()
 
     def space(self) -> Space:
-        """Room on all devices together; devices on one filesystem count once."""
+        """Room on all devices together; devices on one filesystem count once. Blocks."""
         seen: dict[object, Space] = {}
-        for device_id, device in self.devices.items():
+        for device_id, device in list(self.devices.items()):
             path = device.local_path("")
             with contextlib.suppress(OSError):
                 # One that is gone has no room.
@@ -442,9 +452,9 @@ class Pool:
         return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
 
     def used_percent(self) -> int:
-        """How full the fullest device or change log volume is."""
+        """How full the fullest device or change log volume is. Blocks."""
         percents = [quota.percent for quota in self.placement.quotas.values()]
-        for device in self.devices.values():
+        for device in list(self.devices.values()):
             with contextlib.suppress(OSError):
                 space = device.space()
                 percents.append(100 - 100 * space.free_bytes // max(1, space.total_bytes))

@@ -332,14 +332,20 @@ class Portion:
         log = self._log
         if log is None or self._epoch < self._clock.epoch:
             log = self._enter_epoch()
+        log.liveness.check_now()
         self._plan(state, object_index, inside, data, log, old_blocks)
         first, last = inside >> BLOCK_SHIFT, (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT
         return blockmap.other_count(state.block_map, first, last, log.log_id)
 
     def _touch(self, log: ChangeLog) -> DeviceFile:
-        """The file of a log that is about to be written to. Raises SyncFailedError when it must not be."""
+        """The file of a log that is about to be written to.
+
+        Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
+        """
         if self.failure is not None:
             raise SyncFailedError(self.failure.reason, self.failure.fix)
+        if log.liveness.is_over:
+            raise NotResidentError(log.liveness.fetch)
         if not log.dirty:
             log.dirty = True
             self._dirty_logs.append(log)
@@ -725,6 +731,9 @@ class Portion:
             log = self._logs.known.get(log_id)
         if log is None:
             return
+        await log.liveness.renew()
+        if self._logs.known.get(log_id) is not log:
+            return
         try:
             self._logs.open_file(log)
         except DamagedError:
@@ -774,6 +783,11 @@ class Portion:
         if any(log.is_discarded or self._logs.known.get(log.log_id) is not log for log in used):
             raise NotResidentError(_look_again)
         with in_use(used):
+            for one in used:
+                if one.file is None:
+                    await one.liveness.renew()
+            if any(one.is_discarded and one.file is None for one in used):
+                raise NotResidentError(_look_again)
             files: list[tuple[DeviceFile, int, memoryview, bool]] = []
             for log, offset, length, at in segments:
                 part = view[at : at + length]

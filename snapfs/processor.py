@@ -20,11 +20,12 @@ from functools import partial
 import trio
 
 from .backends import Device
-from .changelog import ChangeLog, ChangeLogs
+from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
 from .errors import SnapfsError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
+from .liveness import DeviceWatch
 from .pending import PendingCalls
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
@@ -102,11 +103,12 @@ class Processor:
         placement: Placement,
         on_damage: Callable[[int, int, int, int], None],
         pending: PendingCalls,
+        watch: DeviceWatch,
     ) -> None:
         self.index = index
         self.access = ShardAccess(store, pending)
         sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index), index, processor_count)
-        self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums)
+        self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums, watch)
         self.sources = store.sources()
         self.snapshots = SnapshotIndex()
         self.clock = EpochClock(epoch)
@@ -200,13 +202,9 @@ class Processor:
     async def source_extents(self, volume_id: VolumeId) -> list[tuple[int, int]]:
         """Ranges of what a volume is written over that hold data, in the layout of a change log."""
         log = self.logs.adopt(self.sources[volume_id])
-        file = self.logs.open_file(log)
-        log.users += 1
-        try:
-            return await self.access.in_thread(file.data_extents)
-        finally:
-            log.users -= 1
-            log.close_if_discarded()
+        with in_use([log]):
+            await log.liveness.renew()
+            return await self.access.in_thread(self.logs.open_file(log).data_extents)
 
     async def mapped_objects(self, volume_id: VolumeId, from_object: int, limit: int, *, own: bool = True) -> list[int]:
         """Up to ``limit`` objects, from one on, of which the volume or an ancestor may map something, in order.

@@ -416,7 +416,7 @@ async def _forget(processor: Processor, volume_id: VolumeId) -> None:
             await processor.remove_logs(
                 [log for log in known if log.kind != IMAGE_LOG]
                 + [
-                    ChangeLog(row)
+                    processor.logs.made_of(row)
                     for row in logs
                     if row.log_id not in stored and (row.block_count or row.kind == SOURCE_LOG)
                 ]

@@ -35,8 +35,13 @@ class Wakeup:
         self._event = trio.Event()
 
 
-async def in_thread(call: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None) -> T:
-    """Run a blocking call in a thread. It is not cancelled halfway.
+async def in_thread(
+    call: Callable[..., T],
+    *args: object,
+    limiter: trio.CapacityLimiter | None = None,
+    is_abandoned_when_cancelled: bool = False,
+) -> T:
+    """Run a blocking call in a thread. It is not cancelled halfway; it may be left to itself.
 
     Raises:
         NoMemoryError: there is no memory for a thread, or no more are allowed; the call was not begun.
@@ -49,7 +54,7 @@ async def in_thread(call: Callable[..., T], *args: object, limiter: trio.Capacit
         return call(*args)
 
     try:
-        return await trio.to_thread.run_sync(run, limiter=limiter)
+        return await trio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=is_abandoned_when_cancelled)
     except RuntimeError as error:
         if has_begun:
             raise

@@ -277,3 +277,26 @@ def mounted_filesystem(device: object, folder: Path, *options: str) -> Iterator[
         yield folder
     finally:
         wait_until(lambda: has_unmounted(folder), f"{folder} stays busy")
+
+
+@contextlib.contextmanager
+def small_filesystem(folder: Path, size_bytes: int, *options: str) -> Iterator[Path]:
+    """An ext4 of its own, of a size."""
+    image = folder / "image"
+    with open(image, "wb") as file:
+        file.truncate(size_bytes)
+    run("mkfs.ext4", "-q", "-m", "0", *options, image)
+    with mounted_filesystem(image, folder / "disk", "-o", "loop") as disk:
+        yield disk
+
+
+@contextlib.contextmanager
+def pool_on(disk: Path, *init_options: object) -> Iterator[Mounted]:
+    """A mounted pool there; at the end it is unmounted and verified."""
+    mounted = Mounted(disk, *init_options)
+    try:
+        yield mounted
+        mounted.unmount()
+        mounted.check()
+    finally:
+        clear_away(mounted)

@@ -277,7 +277,7 @@ LAYERS = [
     ["formats", "events", "damage", "sealedfile", "pace"],
     ["freeze", "pending"],
     ["database", "traits", "image"],
-    ["placement"],
+    ["placement", "liveness"],
     ["catalog", "shardstore", "changelog", "reserve"],
     ["catalogaccess", "unnamed", "shardstate", "counting", "objectdigests"],
     ["portion"],

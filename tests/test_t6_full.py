@@ -8,39 +8,14 @@ import os
 import random
 import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, clear_away, mounted_filesystem, run, snapfs, wait_for_end
+from .conftest import Mounted, clear_away, pool_on, small_filesystem, snapfs, wait_for_end
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
-
-
-@contextmanager
-def small_filesystem(folder: Path, size_bytes: int, *options: str) -> Iterator[Path]:
-    """An ext4 of its own, of a size."""
-    image = folder / "image"
-    with open(image, "wb") as file:
-        file.truncate(size_bytes)
-    run("mkfs.ext4", "-q", "-m", "0", *options, image)
-    with mounted_filesystem(image, folder / "disk", "-o", "loop") as disk:
-        yield disk
-
-
-@contextmanager
-def pool_on(disk: Path, *init_options: object) -> Iterator[Mounted]:
-    """A mounted pool there; at the end it is unmounted and verified."""
-    mounted = Mounted(disk, *init_options)
-    try:
-        yield mounted
-        mounted.unmount()
-        mounted.check()
-    finally:
-        clear_away(mounted)
 
 
 def direct_buffer(byte: bytes) -> mmap.mmap:

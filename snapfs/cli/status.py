@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from ..units import format_size
 from .control import control_path
 from .output import print_json, print_table
+from .silence import answered_soon
 
 
 @click.command()
@@ -18,10 +20,7 @@ from .output import print_json, print_table
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(mount_point: str, as_json: bool) -> None:
     """Show health, space, devices and processors of MOUNT."""
-    folder = os.path.dirname(control_path(mount_point))
-    pool = _load(os.path.join(folder, "status.json"))
-    names = sorted(os.listdir(os.path.join(folder, "processors")), key=lambda name: int(name.split(".")[0]))
-    processors = [_load(os.path.join(folder, "processors", name)) for name in names]
+    pool, processors = answered_soon(mount_point, partial(_told_by, mount_point))
     if as_json:
         print_json({**pool, "processors": processors})
         return
@@ -37,9 +36,15 @@ def status(mount_point: str, as_json: bool) -> None:
     for failed in pool["failed_volumes"]:
         click.echo(f"volume {failed['volume']}: {failed['reason']}")
     print_table(
-        [" DEVICE", "PATH", " FREE", " OF"],
+        [" DEVICE", "PATH", "STATE", " FREE", " OF"],
         [
-            [str(one["device_id"]), one["path"] or "", _size(one["free_bytes"]), _size(one["total_bytes"])]
+            [
+                str(one["device_id"]),
+                one["path"] or "",
+                one["state"],
+                _size(one["free_bytes"]),
+                _size(one["total_bytes"]),
+            ]
             for one in pool["devices"]
         ],
     )
@@ -58,6 +63,14 @@ def status(mount_point: str, as_json: bool) -> None:
             for one in processors
         ],
     )
+
+
+def _told_by(mount_point: str) -> tuple[Any, list[Any]]:
+    """What the daemon tells of the pool, and of each processor."""
+    folder = os.path.dirname(control_path(mount_point))
+    pool = _load(os.path.join(folder, "status.json"))
+    names = sorted(os.listdir(os.path.join(folder, "processors")), key=lambda name: int(name.split(".")[0]))
+    return pool, [_load(os.path.join(folder, "processors", name)) for name in names]
 
 
 def _size(value: int | None) -> str:

@@ -37,6 +37,7 @@ from ..manifest import manifest_of
 from ..pool import Pool
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
+from ..tasks import in_thread
 from ..units import parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
@@ -575,9 +576,9 @@ class Namespace:
         if names.snapshot_id_of(parent):
             raise ReadOnlyError("a snapshot cannot be changed", "Copy the file, and change the copy")
 
-    def space(self) -> tuple[Space, int]:
-        """Room on the devices, and how many files there are."""
-        return self.pool.space(), len(self.pool.volumes.by_name)
+    async def space(self) -> tuple[Space, int]:
+        """Room on the devices, and how many files there are. It waits for devices that hang."""
+        return await in_thread(self.pool.space), len(self.pool.volumes.by_name)
 
 
 def _json(document: dict[str, object]) -> bytes:

@@ -311,7 +311,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """See pyfuse3."""
-        space, file_count = self._namespace.space()
+        space, file_count = await self._namespace.space()
         data = StatvfsData()
         data.f_bsize = data.f_frsize = _STATFS_BLOCK
         data.f_blocks = space.total_bytes // _STATFS_BLOCK
