@@ -198,7 +198,8 @@ class _Probe:
     """A file without a name below a directory, to see whether what the directory lies on answers.
 
     Its first block is written to, which takes the page cache alone if all is well, and waits for a filesystem that is
-    frozen or whose journal is stuck; its second is read past the page cache (open(2), O_TMPFILE and O_DIRECT).
+    frozen or whose journal is stuck; its second is read past the page cache (open(2), O_TMPFILE and O_DIRECT). Where
+    there are no such files the filesystem is asked for its room: one on another host has to ask there.
     """
 
     def __init__(self, folder_fd: int) -> None:
@@ -206,20 +207,38 @@ class _Probe:
         self._fds: tuple[int, int] | None = None
         self._buffer = mmap.mmap(-1, _PROBE_BYTES)
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def ask(self) -> None:
         """Blocks until there is an answer. Raises OSError."""
         with self._lock:
-            if self._fds is None:
+            try:
+                self._ask()
+            finally:
+                if self._is_closed:
+                    self._let_go()
+
+    def _ask(self) -> None:
+        if self._is_closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self._fds is None:
+            try:
                 self._fds = self._opened()
-            cached, direct = self._fds
-            os.pwrite(cached, b"\0", 0)
-            os.preadv(direct, (self._buffer,), _PROBE_BYTES)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                    raise
+                os.fstatvfs(self._folder_fd)
+                return
+        cached, direct = self._fds
+        os.pwrite(cached, b"\0", 0)
+        os.preadv(direct, (self._buffer,), _PROBE_BYTES)
 
     def _opened(self) -> tuple[int, int]:
         cached = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._folder_fd)
         try:
-            os.pwrite(cached, bytes(2 * _PROBE_BYTES), 0)
+            for offset in (0, _PROBE_BYTES):
+                # One by one: as one folio of the page cache the second could not be read without the first written.
+                os.pwrite(cached, bytes(_PROBE_BYTES), offset)
             try:
                 direct = os.open(f"/proc/self/fd/{cached}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             except OSError:
@@ -232,13 +251,26 @@ class _Probe:
 
     def close(self) -> None:
         """Close the file. While it is used it stays, so that nobody else's is used in its place."""
+        self._is_closed = True
         if self._lock.acquire(blocking=False):
             try:
-                fds, self._fds = self._fds, None
+                self._let_go()
             finally:
                 self._lock.release()
-            for fd in fds or ():
-                os.close(fd)
+
+    def _let_go(self) -> None:
+        fds, self._fds = self._fds, None
+        for fd in fds or ():
+            os.close(fd)
+
+
+def _opened(name: str, flags: int, folder_fd: int) -> int:
+    """An open file, of which reads are not noted: that would be one write more for a device that may hang."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=folder_fd)
+    except PermissionError:
+        # Somebody else's file, in a pool that is only read.
+        return os.open(name, flags, dir_fd=folder_fd)
 
 
 class DirectoryDevice(Device):
@@ -280,7 +312,7 @@ class DirectoryDevice(Device):
         folder, _, last = name.rpartition("/")
         flags = _O_FILE if self._writable else _O_FILE & ~os.O_RDWR
         # A named pipe in a file's place would be waited for.
-        fd = os.open(last, flags | os.O_NONBLOCK, dir_fd=self._folder(folder))
+        fd = _opened(last, flags | os.O_NONBLOCK, self._folder(folder))
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "it is no regular file", name)
@@ -290,7 +322,7 @@ class DirectoryDevice(Device):
         """See :meth:`Device.create`."""
         folder, _, last = name.rpartition("/")
         folder_fd = self._folder(folder, create=True)
-        return DirectoryFile(os.open(last, _O_FILE | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder_fd))
+        return DirectoryFile(os.open(last, _O_FILE | os.O_NOATIME | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder_fd))
 
     def remove(self, name: str) -> None:
         """See :meth:`Device.remove`."""
@@ -325,7 +357,10 @@ class DirectoryDevice(Device):
 
     def space(self) -> Space:
         """See :meth:`Device.space`."""
-        found = os.fstatvfs(self._folders[""])
+        try:
+            found = os.fstatvfs(self._folders[""])
+        except KeyError:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
         return Space(
             total_bytes=found.f_blocks * found.f_frsize,
             free_bytes=found.f_bavail * found.f_frsize,

@@ -146,6 +146,10 @@ class ChangeLogs:
         """The log of a stored row, which is not kept."""
         return ChangeLog(row, self._liveness(row), self._quota(row))
 
+    def liveness_for(self, volume_id: VolumeId, *, is_change: bool) -> Liveness:
+        """Of the device on which a volume's next log would be made."""
+        return self._watch.of(self._placement.device_for(volume_id, self._processor_index, is_change=is_change))
+
     def _liveness(self, row: LogRow) -> Liveness:
         # What an image lies on is not known, and not asked.
         return self._watch.of(None if row.kind == IMAGE_LOG else row.device_id)

@@ -10,26 +10,39 @@ written to.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import trio
 
-from .backends import Device
+from .backends import Device, Space
 from .errors import NoMemoryError
 from .notresident import NotResidentError, OldBlocks
 from .pace import Demand
 from .pending import PendingCalls
-from .tasks import Wakeup, in_thread
+from .tasks import Shared, Wakeup, in_thread
 
 # While volumes are used their devices are asked so often, and for so long after the last request.
 LOOK_S = 0.25
 IDLE_S = 1.0
 # With no answer for so long a device is taken to hang. A disk at its limit takes some tenths of a second.
 HANGS_S = 1.0
-# A slow device is asked less often, so that it is busy with that for 2 % of the time at most.
+# A slow device is asked less often, so that it is not busy with that alone; but not much less.
 _REST_FACTOR = 50
+_REST_S_MAX = 1.0
+# So long somebody who asks for room waits for all devices together.
+_ROOM_WAIT_S = 1.0
 
 ANSWERS, SILENT, IDLE = "answers", "silent", "idle"
+
+
+class Room(NamedTuple):
+    """Room on a device. Devices of one ``filesystem`` have the same; None stands for one of its own."""
+
+    filesystem: int | None
+    space: Space
 
 
 class Liveness:
@@ -41,7 +54,9 @@ class Liveness:
         "_device",
         "_due_s",
         "_expiry_count",
+        "_limiter",
         "_pending",
+        "_room",
         "_wakeup",
         "_where",
         "is_over",
@@ -56,6 +71,9 @@ class Liveness:
         self._answered: trio.Event | None = None
         self._asked_s = 0.0
         self._expiry_count = 0
+        # Its own: calls that hang must not keep the questions to others waiting.
+        self._limiter = trio.CapacityLimiter(1)
+        self._room = None if device is None else Shared(partial(_room_on, device))
         self._due_s = 0.0
 
     @property
@@ -79,6 +97,8 @@ class Liveness:
         while self.is_over:
             if self._answered is None:
                 await self._ask()
+                # Whoever asked takes the answer, though meanwhile nobody used the device.
+                self.is_over = False
                 self._wakeup.set()
             else:
                 await self._answered.wait()
@@ -87,14 +107,12 @@ class Liveness:
         assert self._device is not None
         answered = self._answered = trio.Event()
         self._asked_s = trio.current_time()
-        expiry_count = self._expiry_count
         try:
             with self._pending.running(self._where, self._device.probe), contextlib.suppress(OSError):
                 # An error is an answer as well.
-                await in_thread(self._device.probe, is_abandoned_when_cancelled=True)
-            self._due_s = trio.current_time() + _REST_FACTOR * (trio.current_time() - self._asked_s)
-            # Nobody looks any more at what was last asked when it was still used.
-            self.is_over = self._expiry_count != expiry_count
+                await in_thread(self._device.probe, limiter=self._limiter, is_abandoned_when_cancelled=True)
+            now_s = trio.current_time()
+            self._due_s = now_s + min(_REST_S_MAX, _REST_FACTOR * (now_s - self._asked_s))
         finally:
             self._answered = None
             answered.set()
@@ -109,14 +127,24 @@ class Liveness:
 
     async def _ask_in_background(self) -> None:
         if self._answered is None and not self.is_over:
+            expiry_count = self._expiry_count
             # Whoever writes next is told of missing memory.
-            with contextlib.suppress(NoMemoryError):
+            with contextlib.suppress(NoMemoryError, MemoryError):
                 await self._ask()
+                # Once it is used no more nobody looks whether it still answers.
+                self.is_over = self._expiry_count != expiry_count
 
     def expire(self) -> None:
         """Nobody has used it for long: whoever comes next asks first."""
         self.is_over = True
         self._expiry_count += 1
+
+    async def room(self) -> Room | None:
+        """The room there is, None when the device does not tell soon. Raises OSError."""
+        assert self._device is not None and self._room is not None
+        if not self._device.may_hang:
+            return _room_on(self._device)
+        return None if self.state == SILENT else await self._room.within(_ROOM_WAIT_S)
 
 
 class DeviceWatch:
@@ -131,7 +159,7 @@ class DeviceWatch:
 
     def of(self, device_id: int | None) -> Liveness:
         """Of one device. What the pool does not have, or does not know (None), always answers."""
-        device = None if device_id is None else self._devices.get(device_id)
+        device = self._device(device_id)
         known = self._known.get(device_id)
         if known is None or known[0] is not device:
             known = (device, Liveness(device, f"device {device_id}", self._pending, self._wakeup))
@@ -157,4 +185,33 @@ class DeviceWatch:
             liveness.expire()
 
     def _that_may_hang(self) -> list[Liveness]:
-        return [liveness for device, liveness in self._known.values() if device is not None and device.may_hang]
+        return [
+            liveness
+            for device_id, (device, liveness) in self._known.items()
+            # Others are gone from the pool, and closed.
+            if device is not None and device is self._device(device_id) and device.may_hang
+        ]
+
+    def _device(self, device_id: int | None) -> Device | None:
+        return None if device_id is None else self._devices.get(device_id)
+
+    async def rooms(self) -> dict[int, Room | OSError | None]:
+        """The room on each device, None for one that does not tell soon, or why it cannot."""
+        found: dict[int, Room | OSError | None] = {}
+
+        async def ask(device_id: int) -> None:
+            try:
+                found[device_id] = await self.of(device_id).room()
+            except OSError as error:
+                found[device_id] = error
+
+        device_ids = list(self._devices)
+        async with trio.open_nursery() as nursery:
+            for device_id in device_ids:
+                nursery.start_soon(ask, device_id)
+        return {device_id: found[device_id] for device_id in device_ids}
+
+
+def _room_on(device: Device) -> Room:
+    path = device.local_path("")
+    return Room(None if path is None else os.stat(path).st_dev, device.space())

@@ -48,7 +48,7 @@ from .geometry import PROCESSOR_COUNT_MAX
 from .hooks import HookTable
 from .imagewatch import ImageWatch
 from .jobs import Jobs
-from .liveness import DeviceWatch
+from .liveness import DeviceWatch, Room
 from .making import VolumeMaker
 from .pace import Demand
 from .pending import PendingCalls
@@ -438,26 +438,12 @@ class Pool:
         """Make everything that was written durable. Raises the first error."""
         await self.volumes.sync_all()
 
-    def space(self) -> Space:
-        """Room on all devices together; devices on one filesystem count once. Blocks."""
-        seen: dict[object, Space] = {}
-        for device_id, device in list(self.devices.items()):
-            path = device.local_path("")
-            with contextlib.suppress(OSError):
-                # One that is gone has no room.
-                key: object = device_id if path is None else os.stat(path).st_dev
-                seen[key] = device.space()
-        if not seen:
-            return Space(0, 0, 0, 0)
-        return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
-
-    def used_percent(self) -> int:
-        """How full the fullest device or change log volume is. Blocks."""
+    async def used_percent(self) -> int:
+        """How full the fullest device or change log volume is, of those that tell."""
         percents = [quota.percent for quota in self.placement.quotas.values()]
-        for device in list(self.devices.values()):
-            with contextlib.suppress(OSError):
-                space = device.space()
-                percents.append(100 - 100 * space.free_bytes // max(1, space.total_bytes))
+        for room in (await self.watch.rooms()).values():
+            if isinstance(room, Room):
+                percents.append(100 - 100 * room.space.free_bytes // max(1, room.space.total_bytes))
         return max(percents, default=0)
 
     async def _trim_images(self) -> None:
@@ -488,6 +474,17 @@ class Pool:
                 await self.catalog.close()
                 for device in self.devices.values():
                     device.close()
+
+
+def space_in(rooms: Mapping[int, Room | OSError | None]) -> Space:
+    """Room on all devices that tell, together; devices on one filesystem count once."""
+    seen: dict[object, Space] = {}
+    for device_id, room in rooms.items():
+        if isinstance(room, Room):
+            seen[("device", device_id) if room.filesystem is None else room.filesystem] = room.space
+    if not seen:
+        return Space(0, 0, 0, 0)
+    return Space(*(sum(values) for values in zip(*(_as_tuple(one) for one in seen.values()), strict=True)))
 
 
 def _as_tuple(space: Space) -> tuple[int, int, int, int]:

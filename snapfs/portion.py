@@ -783,8 +783,8 @@ class Portion:
         if any(log.is_discarded or self._logs.known.get(log.log_id) is not log for log in used):
             raise NotResidentError(_look_again)
         with in_use(used):
-            for one in used:
-                if one.file is None:
+            while any(one.liveness.is_over for one in used):
+                for one in used:
                     await one.liveness.renew()
             if any(one.is_discarded and one.file is None for one in used):
                 raise NotResidentError(_look_again)

@@ -25,7 +25,7 @@ from .cowportion import CowPortion
 from .errors import SnapfsError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
-from .liveness import DeviceWatch
+from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
@@ -182,6 +182,16 @@ class Processor:
         else:
             self.logs.discard(log)
 
+    async def until_answering(self, volume_id: VolumeId) -> None:
+        """Wait until the devices answer that a change of a volume here would be written to."""
+        portion = self.portions.get(volume_id)
+        if portion is not None and portion.current_log is not None:
+            await portion.current_log.liveness.renew()
+        if volume_id in self.sources:
+            await self.logs.adopt(self.sources[volume_id]).liveness.renew()
+        for is_change in (False, True):
+            await self.logs.liveness_for(volume_id, is_change=is_change).renew()
+
     async def changed_block_count(self, volume_id: VolumeId, epoch: int) -> int:
         """Blocks in the change logs of a volume's current epoch: changed since its last snapshot."""
         portion = self.portions.get(volume_id)
@@ -194,8 +204,11 @@ class Processor:
         row = self.sources.get(volume_id)
         if row is None:
             return 0
+        log = self.logs.adopt(row)
+        if log.file is None and log.liveness.state == SILENT:
+            return 0
         try:
-            return self.logs.open_file(self.logs.adopt(row)).allocated() >> BLOCK_SHIFT
+            return self.logs.open_file(log).allocated() >> BLOCK_SHIFT
         except (OSError, SnapfsError):
             return 0
 

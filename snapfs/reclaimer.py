@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 
@@ -22,7 +22,7 @@ from .reserve import Reserve
 from .snapshot import Snapshot
 from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
-from .tasks import Wakeup, in_thread, side_by_side
+from .tasks import Wakeup, side_by_side
 from .volumes import VolumeTable
 
 RETRY_S = 5.0
@@ -50,7 +50,7 @@ class Reclaimer:
         events: EventLog,
         wakeup: Wakeup,
         demand: Demand,
-        used_percent: Callable[[], int],
+        used_percent: Callable[[], Awaitable[int]],
     ) -> None:
         self._catalog = catalog
         self._volumes = volumes
@@ -65,11 +65,12 @@ class Reclaimer:
         self._pace = Pace(demand)
         self._used_percent = used_percent
         self._has_failed = False
-        # When there was last little to do. Before it runs nothing has fallen behind.
+        # When there was last little to do. Nothing has fallen behind before it runs.
         self._kept_up_s = math.inf
 
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
+        self._kept_up_s = trio.current_time()
         while True:
             self._note_keeping_up()
             try:
@@ -93,7 +94,7 @@ class Reclaimer:
         return self.waiting_count >= count and self._free_count() >= count
 
     def _free_count(self) -> int:
-        deleted = sum(self._is_free(one) for one in self._snapshots.deleted.values())
+        deleted = sum(1 for _ in self._free())
         return deleted + len(self._snapshots.aborted) + self._volumes.removed_unused_count
 
     async def _rest(self) -> None:
@@ -104,8 +105,7 @@ class Reclaimer:
             return
         is_pressed = trio.current_time() - self._kept_up_s >= _BEHIND_S
         if not is_pressed:
-            # In a thread: a device that hangs may not tell.
-            is_pressed = await in_thread(self._used_percent) >= _ROOM_SHORT_PERCENT
+            is_pressed = await self._used_percent() >= _ROOM_SHORT_PERCENT
         await self._pace.rest(is_pressed=is_pressed)
 
     def wake(self) -> None:
@@ -180,11 +180,13 @@ class Reclaimer:
 
     def _to_release(self) -> list[Snapshot]:
         """Some of the deleted snapshots that nobody has open, and that no clone looks into."""
-        free = filter(self._is_free, self._snapshots.deleted.values())
-        return list(islice(free, _RELEASED_AT_ONCE))
+        return list(islice(self._free(), _RELEASED_AT_ONCE))
 
-    def _is_free(self, snapshot: Snapshot) -> bool:
-        return snapshot.opens == 0 and not self._traits.inheritors(snapshot.snapshot_id)
+    def _free(self) -> Iterator[Snapshot]:
+        looked_into = {row.origin_snapshot_id for row in self._traits.rows.values() if row.inherits}
+        for snapshot in self._snapshots.deleted.values():
+            if snapshot.opens == 0 and snapshot.snapshot_id not in looked_into:
+                yield snapshot
 
     async def _release(self, snapshots: Sequence[Snapshot], *, gently: bool) -> None:
         for snapshot in snapshots:

@@ -8,15 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from .backends import Device, Space
 from .errors import SnapfsError
 from .formats import COPY_ON_WRITE, IntermediateRow
 from .geometry import BLOCK_SIZE, VolumeId
-from .liveness import SILENT
-from .pool import Pool
+from .liveness import SILENT, Room
+from .pool import Pool, space_in
 from .processor import Processor
 from .snapshot import Snapshot
-from .tasks import in_thread, within
+from .tasks import within
 from .units import iso_time, show_name
 from .volume import Volume
 
@@ -27,31 +26,19 @@ _VOLUMES_SHOWN_MAX = 256
 _WAIT_S = 2.0
 
 
-async def _device_entry(pool: Pool, device_id: int, device: Device) -> dict[str, object]:
+def _device_entry(pool: Pool, device_id: int, room: Room | OSError | None) -> dict[str, object]:
     """A device, whether it answers, and its room, or why it cannot tell."""
-    state = pool.watch.of(device_id).state
-    entry: dict[str, object] = {"device_id": device_id, "path": device.local_path(""), "state": state, "failure": None}
-    unknown = {**entry, "total_bytes": None, "free_bytes": None}
-    if state == SILENT:
-        return unknown
-    try:
-        space = await _soon(device.space, may_hang=device.may_hang)
-    except OSError as error:
-        return {**unknown, "failure": error.strerror}
-    if space is None:
-        return {**unknown, "state": SILENT}
-    return {**entry, "total_bytes": space.total_bytes, "free_bytes": space.free_bytes}
-
-
-async def _room(pool: Pool) -> Space:
-    """Room on all devices, as far as they tell soon."""
-    may_hang = any(device.may_hang for device in pool.devices.values())
-    return await _soon(pool.space, may_hang=may_hang) or Space(0, 0, 0, 0)
-
-
-async def _soon(call: Callable[[], T], *, may_hang: bool) -> T | None:
-    """What a call to a device gives, None when it takes long."""
-    return await within(_WAIT_S, partial(in_thread, call)) if may_hang else call()
+    device = pool.devices.get(device_id)
+    entry: dict[str, object] = {
+        "device_id": device_id,
+        "path": None if device is None else device.local_path(""),
+        "state": SILENT if room is None else pool.watch.of(device_id).state,
+    }
+    if not isinstance(room, Room):
+        failure = None if room is None else room.strerror
+        return {**entry, "total_bytes": None, "free_bytes": None, "failure": failure}
+    space = room.space
+    return {**entry, "total_bytes": space.total_bytes, "free_bytes": space.free_bytes, "failure": None}
 
 
 async def _answer(ask: Callable[[], Awaitable[T]]) -> tuple[T | None, str | None]:
@@ -69,14 +56,15 @@ def _moment(when_ns: int) -> str | None:
 async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, object]:
     """Health, devices, space, dirty data, last commit."""
     stuck = pool.pending.stuck()
-    space = await _room(pool)
+    rooms = await pool.watch.rooms()
+    space = space_in(rooms)
     processors = [one.status() for one in pool.processors]
     failed = [
         {"volume": show_name(volume.name), "reason": str(volume.failure)}
         for volume in pool.volumes.by_name.values()
         if volume.failure is not None
     ]
-    devices = [await _device_entry(pool, device_id, device) for device_id, device in list(pool.devices.items())]
+    devices = [_device_entry(pool, device_id, room) for device_id, room in rooms.items()]
     volumes, unreadable = None, None
     if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX:
         changed, unreadable = (None, None) if stuck else await _answer(partial(_changed_block_counts, pool))

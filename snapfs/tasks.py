@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 import outcome
 import trio
@@ -105,3 +106,36 @@ async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T | None:
     with trio.move_on_after(seconds):
         await ended.wait()
     return found[0].unwrap() if found else None
+
+
+class Shared(Generic[T]):
+    """A blocking call in a thread of its own, one at a time: who comes while it is under way waits for that one."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._limiter = trio.CapacityLimiter(1)
+        self._under_way: _UnderWay[T] | None = None
+
+    async def within(self, seconds: float) -> T | None:
+        """What it gives, or None when it takes longer. Raises what it raises."""
+        if self._under_way is None:
+            self._under_way = _UnderWay()
+            trio.lowlevel.spawn_system_task(self._run, self._under_way)
+        one = self._under_way
+        with trio.move_on_after(seconds):
+            await one.ended.wait()
+        return None if one.result is None else one.result.unwrap()
+
+    async def _run(self, one: _UnderWay[T]) -> None:
+        call = partial(in_thread, self._call, limiter=self._limiter, is_abandoned_when_cancelled=True)
+        try:
+            one.result = await outcome.acapture(call)
+        finally:
+            self._under_way = None
+            one.ended.set()
+
+
+class _UnderWay(Generic[T]):
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.result: outcome.Outcome[T] | None = None

@@ -439,13 +439,20 @@ class VolumeTable:
         """The epoch in which a volume is born now."""
         return self._clock.epoch
 
+    async def _until_answering(self, volume: Volume) -> None:
+        """A device that hangs must not be waited for with the lock held, which all other volumes need."""
+        for processor in self.processors:
+            await processor.until_answering(volume.volume_id)
+
     async def fit(self, volume: Volume) -> None:
         """Have a volume that stands on an image of another size be of its own."""
+        await self._until_answering(volume)
         async with self.lock:
             await volume.fit()
 
     async def discard(self, volume: Volume, offset: int, length: int) -> int:
         """Have a range of a volume read as zeros; bytes that take no space any more. Durable at the next sync."""
+        await self._until_answering(volume)
         async with self.lock:
             freed_bytes = await volume.discard(offset, length)
             if not volume.is_removed:
@@ -454,6 +461,7 @@ class VolumeTable:
 
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
         """Set a volume's size; see :meth:`Volume.truncate`."""
+        await self._until_answering(volume)
         async with self.lock:
             await volume.truncate(size_bytes)
             volume.mtime_ns = volume.ctime_ns = time.time_ns()

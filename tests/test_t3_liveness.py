@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from snapfs import liveness
-from snapfs.backends import DirectoryDevice, FaultyDevice, MemoryDevice
+from snapfs.backends import Device, DirectoryDevice, FaultyDevice, MemoryDevice
+from snapfs.backends.base import Space
 from snapfs.events import EventLog
-from snapfs.liveness import ANSWERS, HANGS_S, IDLE, IDLE_S, LOOK_S, SILENT, DeviceWatch
+from snapfs.liveness import ANSWERS, HANGS_S, IDLE, IDLE_S, LOOK_S, SILENT, DeviceWatch, Room
 from snapfs.notresident import NotResidentError
 from snapfs.pace import Demand
 from snapfs.pending import PendingCalls
 from snapfs.status import pool_status
+from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, read_snapshot, read_volume
 
@@ -46,7 +50,9 @@ class Slow(FaultyDevice):
             if self.code:
                 raise OSError(self.code, os.strerror(self.code))
         elif kind in ("open", "create", "write"):
-            assert self.answers.is_set(), "a device that hangs is not waited for in the loop"
+            is_in_loop = threading.current_thread() is threading.main_thread()
+            assert self.answers.is_set() or not is_in_loop, "a device that hangs is not waited for in the loop"
+            self.answers.wait()
 
     def hang(self) -> None:
         self.waits.clear()
@@ -192,6 +198,165 @@ async def test_it_is_silent_when_it_does_not_answer_for_long(
         nursery.cancel_scope.cancel()
 
 
+async def test_a_slow_answer_counts_though_all_else_is_idle(
+    slow: Slow, watch: DeviceWatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """What looks after the devices takes those that nobody uses for idle: not the one that somebody waits for."""
+    one = watch.of(7)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        await one.renew()
+        one.expire()
+        slow.hang()
+        ended = trio.Event()
+
+        async def need() -> None:
+            await one.renew()
+            ended.set()
+
+        nursery.start_soon(need)
+        await until(mock_clock, IDLE_S + 4 * LOOK_S)
+        assert one.state == SILENT
+        asked_count = slow.asked_count
+        slow.answers.set()
+        await ended.wait()
+        assert slow.asked_count == asked_count
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_that_was_slow_once_is_asked_again_soon(
+    slow: Slow, watch: DeviceWatch, demand: Demand, mock_clock: trio.testing.MockClock
+) -> None:
+    one = watch.of(7)
+    requests = itertools.count()
+    demand.count = lambda: next(requests)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        slow.hang()
+        nursery.start_soon(one.renew)
+        await trio.to_thread.run_sync(slow.waits.wait)
+        await until(mock_clock, 100.0)
+        slow.answers.set()
+        await one.renew()
+        asked_count = slow.asked_count
+        await until(mock_clock, 2.0)
+        assert slow.asked_count > asked_count
+        nursery.cancel_scope.cancel()
+
+
+async def test_many_that_hang_keep_nobody_from_being_asked(slow: Slow) -> None:
+    """More than there are threads in trio's own limit."""
+    devices = {number: Slow() for number in range(60)}
+    for one in devices.values():
+        one.hang()
+    watch = DeviceWatch({**devices, 60: slow}, PendingCalls(EventLog()), Demand())
+    async with trio.open_nursery() as nursery:
+        for number in devices:
+            nursery.start_soon(watch.of(number).renew)
+        for one in devices.values():
+            await trio.to_thread.run_sync(one.waits.wait)
+        await watch.of(60).renew()
+        assert watch.of(60).state == ANSWERS
+        for one in devices.values():
+            one.answers.set()
+
+
+async def test_room_is_asked_for_once_at_a_time(
+    slow: Slow, watch: DeviceWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request for it would leave a thread behind."""
+    monkeypatch.setattr(liveness, "_ROOM_WAIT_S", 0.0)
+    begun, go_on, count = threading.Event(), threading.Event(), 0
+    space = slow.inner.space()
+
+    def wait() -> Space:
+        nonlocal count
+        count += 1
+        begun.set()
+        go_on.wait()
+        return space
+
+    slow.space = wait  # type: ignore[method-assign]
+    await watch.of(7).renew()
+    assert (await watch.rooms())[7] is None
+    await trio.to_thread.run_sync(begun.wait)
+    for _ in range(50):
+        rooms = await watch.rooms()
+        assert rooms[7] is None and isinstance(rooms[8], Room)
+    assert count == 1
+    go_on.set()
+    while (found := (await watch.rooms())[7]) is None:
+        await trio.lowlevel.checkpoint()
+    assert found == Room(None, space)
+
+    def fail() -> Space:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    slow.space = fail  # type: ignore[method-assign]
+    while not isinstance(found := (await watch.rooms())[7], OSError):
+        await trio.lowlevel.checkpoint()
+    assert found.errno == errno.EIO
+
+
+async def test_a_device_that_is_gone_is_not_asked(
+    slow: Slow, demand: Demand, mock_clock: trio.testing.MockClock
+) -> None:
+    devices: dict[int, Device] = {7: slow}
+    watch = DeviceWatch(devices, PendingCalls(EventLog()), demand)
+    requests = itertools.count()
+    demand.count = lambda: next(requests)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        await watch.of(7).renew()
+        await until(mock_clock, 1.0)
+        del devices[7]
+        await until(mock_clock, 1.0)
+        asked_count = slow.asked_count
+        await until(mock_clock, 3.0)
+        assert slow.asked_count == asked_count
+        # Another one in its place.
+        devices[7] = Slow()
+        assert watch.of(7).state == IDLE
+        nursery.cancel_scope.cancel()
+
+
+async def test_cutting_a_volume_on_a_silent_device_keeps_no_other_from_changing() -> None:
+    world = World(processor_count=1, device_count=2)
+    hanging = Slow()
+    memory = hanging.inner = world.devices["0"]
+    world.devices["0"] = hanging  # type: ignore[assignment]
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        volumes = {}
+        for name in (b"a", b"b"):
+            volume = await pool.volumes.create(name)
+            async with pool.volumes.opened(name):
+                await volume.write(0, name * BLOCK)
+            volumes[pool.placement.device_for(volume.volume_id, 0, is_change=False)] = volume
+        await pool.snapshots.create(b"s")
+        hanging.hang()
+        pool.watch.of(0).expire()
+        ended = trio.Event()
+
+        async def cut() -> None:
+            await pool.volumes.truncate(volumes[0], 0)
+            ended.set()
+
+        nursery.start_soon(cut)
+        await trio.to_thread.run_sync(hanging.waits.wait)
+        await pool.volumes.change(volumes[1], AttributeChange(mode=0o600))
+        await pool.volumes.truncate(volumes[1], 0)
+        assert volumes[1].size_bytes == 0 < volumes[0].size_bytes
+        hanging.answers.set()
+        await ended.wait()
+        assert volumes[0].size_bytes == 0
+        await running.stop()
+    world.devices["0"] = memory
+    world.check_clean()
+
+
 async def test_what_does_not_need_a_silent_device_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two devices and as many volumes, each with its first object on one of them; one device hangs."""
     monkeypatch.setattr(liveness, "IDLE_S", 0.0)
@@ -244,13 +409,66 @@ async def test_what_does_not_need_a_silent_device_goes_on(monkeypatch: pytest.Mo
     world.check_clean()
 
 
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def test_a_directory_answers(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    reader = DirectoryDevice(tmp_path, writable=False)
+    assert not reader.may_hang
+    reader.close()
+    before = open_files()
     device = DirectoryDevice(tmp_path)
-    assert device.may_hang and not DirectoryDevice(tmp_path, writable=False).may_hang
+    assert device.may_hang
     for _ in range(3):
         device.probe()
     assert os.listdir(tmp_path) == []
     device.close()
     device.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert open_files() == before
+    for call in (device.probe, device.space):
+        with pytest.raises(OSError):
+            call()
+    assert open_files() == before
+
+
+def test_a_directory_that_is_closed_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_files()
+    device = DirectoryDevice(tmp_path)
+    read = os.preadv
+
+    def close_first(*arguments: Any) -> int:
+        device.close()
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", close_first)
+    device.probe()
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EMFILE])
+def test_a_filesystem_without_files_that_have_no_name_is_asked_for_its_room(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = DirectoryDevice(tmp_path)
+    asked: list[int] = []
+    opened, statvfs = os.open, os.fstatvfs
+
+    def refuse(path: str, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(code, os.strerror(code))
+        return opened(path, flags, *arguments, **options)
+
+    def note(fd: int) -> os.statvfs_result:
+        asked.append(fd)
+        return statvfs(fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "fstatvfs", note)
+    if code == errno.EMFILE:
+        with pytest.raises(OSError):
+            device.probe()
+    else:
+        device.probe()
+    assert len(asked) == (code != errno.EMFILE)
+    device.close()

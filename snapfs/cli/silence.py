@@ -1,4 +1,4 @@
-"""Why the daemon of a mount does not answer, as far as the kernel tells (proc(5))."""
+"""Why the daemon of a mount does not answer, as far as the kernel tells (proc(5)), which is more to root."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _main_thread(pid: int) -> _Thread:
     folder = f"/proc/{pid}/task/{pid}"
     state = _contents(f"{folder}/stat").rpartition(") ")[2][:1]
     path = _file_of_call(pid)
-    doing = _STATES.get(state) or (f"waits in a call to the system for {path}" if path else "waits")
+    doing = _STATES.get(state) or (f"waits in a call to the system for {path}" if path else "waits for a request")
     last_ms, now_ms = _last_run_ms(folder), _last_run_ms("/proc/thread-self")
     return _Thread(doing, None if last_ms is None or now_ms is None else max(0.0, now_ms - last_ms) / 1000)
 
@@ -80,9 +80,11 @@ def _file_of_call(pid: int) -> str | None:
     """The file or folder that the main thread's call to the system is about, by its first argument."""
     words = _contents(f"/proc/{pid}/syscall").split()
     try:
-        return os.readlink(f"/proc/{pid}/fd/{int(words[1], 16)}")
+        path = os.readlink(f"/proc/{pid}/fd/{int(words[1], 16)}")
     except (IndexError, ValueError, OSError):
         return None
+    # A socket, say, or what it waits on for requests has no path.
+    return path if path.startswith("/") else None
 
 
 def _last_run_ms(folder: str) -> float | None:

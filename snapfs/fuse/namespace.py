@@ -34,10 +34,9 @@ from ..errors import (
 from ..formats import Attributes
 from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
 from ..manifest import manifest_of
-from ..pool import Pool
+from ..pool import Pool, space_in
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
-from ..tasks import in_thread
 from ..units import parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
@@ -577,8 +576,8 @@ class Namespace:
             raise ReadOnlyError("a snapshot cannot be changed", "Copy the file, and change the copy")
 
     async def space(self) -> tuple[Space, int]:
-        """Room on the devices, and how many files there are. It waits for devices that hang."""
-        return await in_thread(self.pool.space), len(self.pool.volumes.by_name)
+        """Room on the devices that tell soon, and how many files there are."""
+        return space_in(await self.pool.watch.rooms()), len(self.pool.volumes.by_name)
 
 
 def _json(document: dict[str, object]) -> bytes:
