@@ -26,7 +26,6 @@ from .formats import (
     LogRow,
     MapRow,
     ShardBatch,
-    SumsRow,
     shard_file,
 )
 from .geometry import Epoch, LogId, SnapshotId, VolumeId
@@ -163,13 +162,6 @@ class ShardStore:
                 )
                 found.update(row[0] for row in rows)
         return sorted(found)[:limit]
-
-    def has_map(self, volume_id: VolumeId, object_index: int) -> bool:
-        """Whether an object has a live map of its own."""
-        return (
-            self.database.row("SELECT 1 FROM maps WHERE volume_id = ? AND object_index = ?", (volume_id, object_index))
-            is not None
-        )
 
     def has_anything_of(self, volume_id: VolumeId) -> bool:
         """Whether a volume has a map, a copy of one, or a change log here."""
@@ -493,15 +485,6 @@ class ShardStore:
             (log_id, object_index),
         )
         return ObjectSums(0, b"") if row is None else ObjectSums.decode((log_id, object_index), *row)
-
-    def sums_from(self, log_id: int, from_object: int, limit: int) -> list[SumsRow]:
-        """Up to ``limit`` objects' sums in a log from an object on, in order."""
-        rows = self.database.rows(
-            "SELECT log_id, object_index, blocks, checksums, ranges, guards, digests FROM sums"
-            " WHERE log_id = ? AND object_index >= ? ORDER BY object_index LIMIT ?",
-            (log_id, from_object, limit),
-        )
-        return [SumsRow(row[0], row[1], ObjectSums.decode((row[0], row[1]), *row[2:])) for row in rows]
 
     def stray_sums_count(self) -> int:
         """How many objects have checksums in logs of which nothing is named."""

@@ -178,8 +178,3 @@ def enable(is_quiet: Callable[[], bool] = lambda: True) -> SessionLoop:
     loop = SessionLoop(is_quiet)
     pyfuse3.trio = loop  # type: ignore[attr-defined]
     return loop
-
-
-def disable() -> None:
-    """Have pyfuse3 use trio as it is."""
-    pyfuse3.trio = trio  # type: ignore[attr-defined]
