@@ -22,7 +22,7 @@ from .errors import NoMemoryError
 from .notresident import NotResidentError, OldBlocks
 from .pace import Demand
 from .pending import PendingCalls
-from .tasks import Shared, Wakeup, in_thread
+from .tasks import Shared, Wakeup, in_thread, side_by_side
 
 # While volumes are used their devices are asked so often, and for so long after the last request.
 LOOK_S = 0.25
@@ -141,7 +141,8 @@ class Liveness:
 
     async def room(self) -> Room | None:
         """The room there is, None when the device does not tell soon. Raises OSError."""
-        assert self._device is not None and self._room is not None
+        if self._device is None or self._room is None:
+            return None
         if not self._device.may_hang:
             return _room_on(self._device)
         return None if self.state == SILENT else await self._room.within(_ROOM_WAIT_S)
@@ -204,11 +205,12 @@ class DeviceWatch:
                 found[device_id] = await self.of(device_id).room()
             except OSError as error:
                 found[device_id] = error
+            except (NoMemoryError, MemoryError):
+                # Not known, as of one that hangs: whoever asks for it has other things to do as well.
+                found[device_id] = None
 
         device_ids = list(self._devices)
-        async with trio.open_nursery() as nursery:
-            for device_id in device_ids:
-                nursery.start_soon(ask, device_id)
+        await side_by_side([partial(ask, device_id) for device_id in device_ids])
         return {device_id: found[device_id] for device_id in device_ids}
 
 

@@ -296,6 +296,14 @@ async def test_room_is_asked_for_once_at_a_time(
     while not isinstance(found := (await watch.rooms())[7], OSError):
         await trio.lowlevel.checkpoint()
     assert found.errno == errno.EIO
+    slow.space = _no_memory  # type: ignore[method-assign]
+    while (await watch.rooms())[7] is not None:
+        await trio.lowlevel.checkpoint()
+    assert await DeviceWatch({}, PendingCalls(EventLog()), Demand()).of(7).room() is None
+
+
+def _no_memory() -> Space:
+    raise MemoryError
 
 
 async def test_a_device_that_is_gone_is_not_asked(
