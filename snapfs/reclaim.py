@@ -12,6 +12,7 @@ Each step is one commit. Cancelled or crashed between two, the work starts again
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,8 @@ from .snapshotindex import SnapshotIndex
 from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
+# So long one step holds the lock that every sync needs, unless a single object takes longer.
+_HELD_S = 0.02
 # So many copies are dropped while the processor commits nothing else.
 _COPIES_A_STEP = 128
 _Place = tuple[int, int, int]
@@ -326,7 +329,7 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     return dead
 
 
-async def free_candidates(processor: Processor) -> int:
+async def free_candidates(processor: Processor, rest: Rest = trio.lowlevel.checkpoint) -> int:
     """Free the candidates that no volume of their family names any more; how many blocks."""
     freed = 0
     while True:
@@ -336,7 +339,7 @@ async def free_candidates(processor: Processor) -> int:
         if found is None:
             return freed
         freed += found
-        await trio.lowlevel.checkpoint()
+        await rest()
 
 
 async def _free_some_candidates(processor: Processor) -> int | None:
@@ -348,29 +351,58 @@ async def _free_some_candidates(processor: Processor) -> int | None:
     rows = await processor.access.ask(store.candidates, _BATCH)
     if not rows:
         return None
-    wanted: dict[tuple[int, int], int] = {}
-    for _, row in rows:
-        key = (row.log_id, row.object_index)
-        wanted[key] = wanted.get(key, 0) | ((1 << row.block_count) - 1) << row.block
-    batch = ShardBatch(dropped_candidates=[number for number, _ in rows])
+    batch = ShardBatch()
     total = 0
     with _freeing() as changed:
-        for (log_id, object_index), mask in wanted.items():
-            log = await _log(processor, log_id)
-            if log is None:
-                continue
-            family = processor.traits.family_of(log.volume_id)
-            with in_use([log]):
-                named = await processor.access.ask(named_masks, store, family, object_index, object_index)
-            base = log_offset(object_index, processor.processor_count)
-            for block, count in mask_runs(mask & ~named.get(object_index, {}).get(log_id, 0)):
-                _note_freed(changed, log, count)
-                batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
-                total += count
+        began_s = time.perf_counter()
+        for object_index, of_object in _by_object(rows).items():
+            batch.dropped_candidates += [number for number, _ in of_object]
+            for log, mask in await _unnamed_of(processor, object_index, [row for _, row in of_object]):
+                base = log_offset(object_index, processor.processor_count)
+                for block, count in mask_runs(mask):
+                    _note_freed(changed, log, count)
+                    batch.freed.append(FreedRow(log.log_id, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+                    total += count
+            if time.perf_counter() - began_s >= _HELD_S:
+                # Whoever waits for a commit comes first.
+                break
         dead = await _commit_freed(processor, batch, changed)
     await processor.remove_logs(dead)
     processor.wake()
     return total
+
+
+def _by_object(rows: Iterable[tuple[int, CandidateRow]]) -> dict[int, list[tuple[int, CandidateRow]]]:
+    found: dict[int, list[tuple[int, CandidateRow]]] = {}
+    for number, row in rows:
+        found.setdefault(row.object_index, []).append((number, row))
+    return found
+
+
+async def _unnamed_of(
+    processor: Processor, object_index: int, candidates: Iterable[CandidateRow]
+) -> list[tuple[ChangeLog, int]]:
+    """By log: the mask of an object's candidates there that no volume of the log's family names."""
+    wanted: dict[int, int] = {}
+    for row in candidates:
+        wanted[row.log_id] = wanted.get(row.log_id, 0) | ((1 << row.block_count) - 1) << row.block
+    families: dict[tuple[VolumeId, ...], list[ChangeLog]] = {}
+    found = []
+    with contextlib.ExitStack() as stack:
+        for log_id in wanted:
+            log = await _log(processor, log_id)
+            if log is not None:
+                stack.enter_context(in_use([log]))
+                families.setdefault(tuple(processor.traits.family_of(log.volume_id)), []).append(log)
+        for family, logs in families.items():
+            log_ids = {log.log_id for log in logs}
+            # All logs together, for it is looking at all versions of the object that takes long.
+            of_object = await processor.access.ask(
+                named_masks, processor.access.store, family, object_index, object_index, log_ids
+            )
+            named = of_object.get(object_index, {})
+            found += [(log, wanted[log.log_id] & ~named.get(log.log_id, 0)) for log in logs]
+    return found
 
 
 async def _log(processor: Processor, log_id: int) -> ChangeLog | None:

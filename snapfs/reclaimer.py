@@ -142,7 +142,7 @@ class Reclaimer:
         for volume_id, epoch in self._volumes.to_dismantle():
             await self._reserve.helped(partial(self._dismantle, volume_id, epoch, gently=gently))
         for processor in self._processors:
-            await reclaim.free_candidates(processor)
+            await reclaim.free_candidates(processor, self._rest if gently else trio.lowlevel.checkpoint)
         for snapshot in list(self._snapshots.deleted.values()):
             await self._settle_inheritors(snapshot)
         while released := self._to_release():
@@ -156,7 +156,7 @@ class Reclaimer:
                 failed = error
         await self._prune_traits()
         for processor in self._processors:
-            await reclaim.free_candidates(processor)
+            await reclaim.free_candidates(processor, self._rest if gently else trio.lowlevel.checkpoint)
             await processor.scrub_suspect_logs()
             await processor.punch_freed()
         await self._reserve.refill()

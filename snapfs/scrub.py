@@ -142,7 +142,7 @@ async def _named_blocks(processor: Processor, row: LogRow, objects: list[int] | 
     await processor.commit([one for one in processor.portions.values() if one.failure is None])
     family = processor.traits.family_of(row.volume_id)
     low, high = (objects[0], objects[-1]) if objects else (0, 1 << 40)
-    named = await processor.access.ask(named_masks, processor.access.store, family, low, high)
+    named = await processor.access.ask(named_masks, processor.access.store, family, low, high, {row.log_id})
     return {object_index: masks[row.log_id] for object_index, masks in named.items() if row.log_id in masks}
 
 

@@ -6,7 +6,7 @@ All calls block; the processor runs them in a thread, some objects at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from . import blockmap
 from .changelog import ChangeLogs
@@ -35,13 +35,21 @@ def objects_with_data(
     return sorted(masks.items())
 
 
-def named_masks(store: ShardStore, volume_ids: Sequence[VolumeId], first: int, last: int) -> dict[int, dict[int, int]]:
-    """By object and log: the mask of blocks that a live map or a copy of these volumes names there."""
+def named_masks(
+    store: ShardStore, volume_ids: Sequence[VolumeId], first: int, last: int, log_ids: Set[int] | None = None
+) -> dict[int, dict[int, int]]:
+    """By object and log: the mask of blocks that a live map or a copy of these volumes names there.
+
+    ``log_ids``: of these logs alone.
+    """
     named: dict[int, dict[int, int]] = {}
     for object_index, block_map in store.versions_of(volume_ids, first, last):
+        # Of the many versions of an object few name these logs, and a look at the ids alone is fast.
+        if log_ids is not None and log_ids.isdisjoint((block_map,) if isinstance(block_map, int) else block_map):
+            continue
         masks = named.setdefault(object_index, {})
         for block, count, log_id in blockmap.all_runs(block_map):
-            if log_id != blockmap.HOLE:
+            if log_id != blockmap.HOLE and (log_ids is None or log_id in log_ids):
                 masks[log_id] = masks.get(log_id, 0) | ((1 << count) - 1) << block
     return named
 
@@ -70,7 +78,7 @@ def punch_unnamed(
     """Give back the blocks of some objects in a sealed log that no volume of the family names; how many."""
     if not objects:
         return 0
-    named = named_masks(store, family, objects[0][0], objects[-1][0])
+    named = named_masks(store, family, objects[0][0], objects[-1][0], {log.log_id})
     freed = 0
     ranges = []
     for object_index, present in objects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -190,6 +191,51 @@ async def test_what_cannot_go_yet_is_not_behind(monkeypatch: pytest.MonkeyPatch)
         assert rests and not any(rests)
         for one in held:
             one.opens -= 1
+    world.check_clean()
+
+
+@pytest.mark.parametrize("held_s", [-1.0, 3600.0])
+async def test_whose_blocks_they_are_is_looked_up_once_an_object(
+    held_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once a change log, of which hundreds may hold a block of it; and others commit in between."""
+    monkeypatch.setattr(reclaim, "_HELD_S", held_s)
+    steps: list[list[tuple[int, int]]] = []
+    step, look = reclaim._free_some_candidates, reclaim.named_masks
+
+    async def noted_step(processor: Processor) -> int | None:
+        steps.append([])
+        return await step(processor)
+
+    def noted_look(store: Any, family: Any, first: int, last: int, log_ids: set[int]) -> dict[int, dict[int, int]]:
+        assert first == last
+        steps[-1].append((first, len(log_ids)))
+        return look(store, family, first, last, log_ids)
+
+    monkeypatch.setattr(reclaim, "_free_some_candidates", noted_step)
+    monkeypatch.setattr(reclaim, "named_masks", noted_look)
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            for number in range(30):
+                for place in (0, OBJECT):
+                    await volume.write(place + number * BLOCK, bytes([number + 1]) * BLOCK)
+                await pool.snapshots.create(b"s%d" % number)
+            await pool.clones.clone(b"s29", b"v", b"c")
+            await volume.write(0, b"x" * 30 * BLOCK)
+            await volume.write(OBJECT, b"x" * 30 * BLOCK)
+        async with pool.reclaimer._turn:
+            await pool.volumes.remove(b"c")
+            for number in range(30):
+                await pool.snapshots.delete(b"s%d" % number)
+        steps.clear()
+        await pool.reclaimer.reclaim_all()
+        looks = [one for one in steps if one]
+        assert all(len({index for index, _ in one}) == len(one) for one in looks), "each object once a step"
+        assert max(count for one in looks for _, count in one) >= 30
+        assert max(len(one) for one in looks) == (1 if held_s < 0 else 2)
+        assert (await read_volume(pool, b"v"))[: 30 * BLOCK] == b"x" * 30 * BLOCK
     world.check_clean()
 
 
