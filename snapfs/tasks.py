@@ -124,7 +124,10 @@ class Shared(Generic[T]):
         one = self._under_way
         with trio.move_on_after(seconds):
             await one.ended.wait()
-        return None if one.result is None else one.result.unwrap()
+        # Not unwrapped: that may be done once, and others wait as well.
+        if isinstance(one.result, outcome.Error):
+            raise one.result.error
+        return None if one.result is None else one.result.value
 
     async def _run(self, one: _UnderWay[T]) -> None:
         call = partial(in_thread, self._call, limiter=self._limiter, is_abandoned_when_cancelled=True)
@@ -138,4 +141,4 @@ class Shared(Generic[T]):
 class _UnderWay(Generic[T]):
     def __init__(self) -> None:
         self.ended = trio.Event()
-        self.result: outcome.Outcome[T] | None = None
+        self.result: outcome.Value[T] | outcome.Error | None = None

@@ -306,6 +306,38 @@ def _no_memory() -> Space:
     raise MemoryError
 
 
+async def test_many_may_ask_for_room_at_the_same_time(slow: Slow, watch: DeviceWatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    space = slow.inner.space()
+    code = 0
+
+    def wait() -> Space:
+        begun.set()
+        go_on.wait()
+        if code:
+            raise OSError(code, os.strerror(code))
+        return space
+
+    slow.space = wait  # type: ignore[method-assign]
+    await watch.of(7).renew()
+    for code in (0, errno.EIO):
+        begun.clear()
+        go_on.clear()
+        found: list[object] = []
+
+        async def ask(found: list[object] = found) -> None:
+            found.append((await watch.rooms())[7])
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask)
+            await trio.to_thread.run_sync(begun.wait)
+            await settled()
+            go_on.set()
+        assert len(found) == 5
+        assert all(isinstance(one, OSError) for one in found) if code else found == [Room(None, space)] * 5
+
+
 async def test_a_device_that_is_gone_is_not_asked(
     slow: Slow, demand: Demand, mock_clock: trio.testing.MockClock
 ) -> None:
