@@ -211,12 +211,13 @@ class _Probe:
 
     def ask(self) -> None:
         """Blocks until there is an answer. Raises OSError."""
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 self._ask()
-            finally:
-                if self._is_closed:
-                    self._let_go()
+        finally:
+            # Only now: whoever closed it just before the lock was free has left this to us.
+            if self._is_closed:
+                self.close()
 
     def _ask(self) -> None:
         if self._is_closed:

@@ -753,6 +753,9 @@ class Portion:
         buffer = bytearray(BLOCK_SIZE)
         try:
             await self.read_segments([(log, offset, BLOCK_SIZE, 0)], memoryview(buffer))
+        except NotResidentError:
+            # The log has gone: whoever writes finds where the block lies now.
+            return
         except DamagedBlockError as damage:
             if self.names_now(damage):
                 self.report(damage)

@@ -283,16 +283,38 @@ def test_sums_of_an_object_with_gaps_match_all_of_it_and_nothing_else(seed: int)
         contents[wrong * BLOCK + 17] ^= 1
 
 
+async def twelve_logs_of_a_block(pool: Pool) -> bytes:
+    """What the volume ``v`` then has: each of its blocks in a change log of its own. There is a snapshot of each."""
+    for number in range(12):
+        await put(pool, b"v", number * BLOCK, bytes([number]) * BLOCK)
+        await pool.snapshots.create(b"%d" % number)
+    return b"".join(bytes([number]) * BLOCK for number in range(12))
+
+
+async def test_old_contents_in_a_change_log_that_has_gone_are_looked_for_again() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        (log,) = pool.processors[0].logs.known.values()
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"b" * BLOCK)
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert log.log_id not in pool.processors[0].logs.known
+        old_blocks: OldBlocks = {}
+        await pool.processors[0].portion(volume.volume_id)._fetch_block(log, 0, old_blocks)
+        assert old_blocks == {}
+    world.check_clean()
+
+
 async def test_a_long_read_of_very_many_change_logs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 8)
     monkeypatch.setattr(volume, "READ_BYTES_MAX", 4 * BLOCK)
     world = World(processor_count=1)
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
-        for number in range(12):
-            await put(pool, b"v", number * BLOCK, bytes([number]) * BLOCK)
-            await pool.snapshots.create(b"%d" % number)
-        expected = b"".join(bytes([number]) * BLOCK for number in range(12))
+        expected = await twelve_logs_of_a_block(pool)
         assert await read_volume(pool, b"v") == expected
         assert await read_snapshot(pool, pool.snapshots.get(b"11"), b"v") == expected
         async with pool.volumes.opened(b"v") as one:
@@ -306,12 +328,9 @@ async def test_reads_of_more_change_logs_than_may_be_open_end(*, is_sealed: bool
         world = World(processor_count=1)
         async with open_world(world) as pool:
             await pool.volumes.create(b"v")
-            for number in range(12):
-                await put(pool, b"v", number * BLOCK, bytes([number]) * BLOCK)
-                await pool.snapshots.create(b"%d" % number)
+            expected = await twelve_logs_of_a_block(pool)
             if is_sealed:
                 await pool.sealer.seal_all()
-            expected = b"".join(bytes([number]) * BLOCK for number in range(12))
             async with pool.volumes.opened(b"v") as one, trio.open_nursery() as nursery:
                 tries, read_now = 0, one.read_now
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -21,7 +23,10 @@ from snapfs.liveness import ANSWERS, HANGS_S, IDLE, IDLE_S, LOOK_S, SILENT, Devi
 from snapfs.notresident import NotResidentError
 from snapfs.pace import Demand
 from snapfs.pending import PendingCalls
+from snapfs.pool import Pool
+from snapfs.snapshot import Snapshot
 from snapfs.status import pool_status
+from snapfs.volume import Volume
 from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, read_snapshot, read_volume
@@ -364,7 +369,18 @@ async def test_a_device_that_is_gone_is_not_asked(
         nursery.cancel_scope.cancel()
 
 
-async def test_cutting_a_volume_on_a_silent_device_keeps_no_other_from_changing() -> None:
+class TwoDevices(NamedTuple):
+    """A pool of two devices, the first of which hangs, and the volume with data on each."""
+
+    pool: Pool
+    hanging: Slow
+    volumes: tuple[Volume, Volume]
+    snapshot: Snapshot
+
+
+@contextlib.asynccontextmanager
+async def two_devices() -> AsyncIterator[TwoDevices]:
+    """Whoever uses it has the first device answer again before the end; the pool is checked there."""
     world = World(processor_count=1, device_count=2)
     hanging = Slow()
     memory = hanging.inner = world.devices["0"]
@@ -379,78 +395,55 @@ async def test_cutting_a_volume_on_a_silent_device_keeps_no_other_from_changing(
             async with pool.volumes.opened(name):
                 await volume.write(0, name * BLOCK)
             volumes[pool.placement.device_for(volume.volume_id, 0, is_change=False)] = volume
-        await pool.snapshots.create(b"s")
-        hanging.hang()
-        pool.watch.of(0).expire()
-        ended = trio.Event()
-
-        async def cut() -> None:
-            await pool.volumes.truncate(volumes[0], 0)
-            ended.set()
-
-        nursery.start_soon(cut)
-        await trio.to_thread.run_sync(hanging.waits.wait)
-        await pool.volumes.change(volumes[1], AttributeChange(mode=0o600))
-        await pool.volumes.truncate(volumes[1], 0)
-        assert volumes[1].size_bytes == 0 < volumes[0].size_bytes
-        hanging.answers.set()
-        await ended.wait()
-        assert volumes[0].size_bytes == 0
-        await running.stop()
-    world.devices["0"] = memory
-    world.check_clean()
-
-
-async def test_what_does_not_need_a_silent_device_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two devices and as many volumes, each with its first object on one of them; one device hangs."""
-    monkeypatch.setattr(liveness, "IDLE_S", 0.0)
-    world = World(processor_count=1, device_count=2)
-    hanging = Slow()
-    memory = hanging.inner = world.devices["0"]
-    world.devices["0"] = hanging  # type: ignore[assignment]
-    running = Running(world)
-    async with trio.open_nursery() as nursery:
-        await running.start(nursery)
-        pool = running.pool
-        where = {}
-        for name in (b"a", b"b"):
-            volume = await pool.volumes.create(name)
-            async with pool.volumes.opened(name):
-                await volume.write(0, name * BLOCK)
-            where[pool.placement.device_for(volume.volume_id, 0, is_change=False)] = name
-        first, second = where[0], where[1]
         snapshot = await pool.snapshots.create(b"s")
         hanging.hang()
         pool.watch.of(0).expire()
-        ended = trio.Event()
-
-        async def write() -> None:
-            async with pool.volumes.opened(first) as volume:
-                await volume.write(0, b"new" * BLOCK)
-                ended.set()
-
-        nursery.start_soon(write)
-        await trio.to_thread.run_sync(hanging.waits.wait)
-        assert pool.watch.of(0).state == SILENT
-        pool.pending.now_s = lambda now_s=pool.pending.now_s: now_s() + 60  # type: ignore[misc]
-        status = await pool_status(pool)
-        assert status["health"] == "stuck"
-        assert [one["state"] for one in status["devices"]] == [SILENT, ANSWERS]  # type: ignore[attr-defined]
-        calls = [(one["where"], one["what"]) for one in status["stuck_calls"]]  # type: ignore[attr-defined]
-        assert ("device 0", "probe") in calls
-        assert await read_volume(pool, second) == second * BLOCK
-        # Its file is open.
-        assert await read_snapshot(pool, snapshot, first) == first * BLOCK
-        async with pool.volumes.opened(second) as other:
-            await other.write(10, b"B")
-            await other.sync()
-        assert not ended.is_set()
-        hanging.answers.set()
-        await ended.wait()
-        assert (await read_volume(pool, first))[:BLOCK] == (b"new" * BLOCK)[:BLOCK]
+        yield TwoDevices(pool, hanging, (volumes[0], volumes[1]), snapshot)
         await running.stop()
     world.devices["0"] = memory
     world.check_clean()
+
+
+async def test_cutting_a_volume_on_a_silent_device_keeps_no_other_from_changing() -> None:
+    async with two_devices() as (pool, hanging, (first, second), _), trio.open_nursery() as nursery:
+        nursery.start_soon(pool.volumes.truncate, first, 0)
+        await trio.to_thread.run_sync(hanging.waits.wait)
+        await pool.volumes.change(second, AttributeChange(mode=0o600))
+        await pool.volumes.truncate(second, 0)
+        assert second.size_bytes == 0 < first.size_bytes
+        hanging.answers.set()
+    assert first.size_bytes == 0
+
+
+async def test_what_does_not_need_a_silent_device_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "IDLE_S", 0.0)
+    async with two_devices() as (pool, hanging, (first, second), snapshot):
+        async with trio.open_nursery() as nursery:
+            ended = trio.Event()
+
+            async def write() -> None:
+                async with pool.volumes.opened(first.name) as volume:
+                    await volume.write(0, b"new" * BLOCK)
+                    ended.set()
+
+            nursery.start_soon(write)
+            await trio.to_thread.run_sync(hanging.waits.wait)
+            assert pool.watch.of(0).state == SILENT
+            pool.pending.now_s = lambda now_s=pool.pending.now_s: now_s() + 60  # type: ignore[misc]
+            status = await pool_status(pool)
+            assert status["health"] == "stuck"
+            assert [one["state"] for one in status["devices"]] == [SILENT, ANSWERS]  # type: ignore[attr-defined]
+            calls = [(one["where"], one["what"]) for one in status["stuck_calls"]]  # type: ignore[attr-defined]
+            assert ("device 0", "probe") in calls
+            assert await read_volume(pool, second.name) == second.name * BLOCK
+            # Its file is open.
+            assert await read_snapshot(pool, snapshot, first.name) == first.name * BLOCK
+            async with pool.volumes.opened(second.name) as other:
+                await other.write(10, b"B")
+                await other.sync()
+            assert not ended.is_set()
+            hanging.answers.set()
+        assert (await read_volume(pool, first.name))[:BLOCK] == (b"new" * BLOCK)[:BLOCK]
 
 
 def open_files() -> int:
@@ -486,6 +479,28 @@ def test_a_directory_that_is_closed_while_it_is_asked(tmp_path: Path, monkeypatc
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", close_first)
+    device.probe()
+    assert open_files() == before
+
+
+def test_a_directory_that_is_closed_just_after_it_was_asked(tmp_path: Path) -> None:
+    before = open_files()
+    device = DirectoryDevice(tmp_path)
+    inner = device._probe._lock
+
+    class Lock:
+        """Whoever closes comes when all is done but to let go of the lock."""
+
+        acquire, release = inner.acquire, inner.release
+
+        def __enter__(self) -> None:
+            inner.acquire()
+
+        def __exit__(self, *args: object) -> None:
+            device.close()
+            inner.release()
+
+    device._probe._lock = Lock()  # type: ignore[assignment]
     device.probe()
     assert open_files() == before
 
