@@ -15,6 +15,7 @@ from .backends import Device, open_local_image
 from .catalog import Catalog
 from .counting import inherited_count, stands_on_cow
 from .database import Database, read_copy
+from .descriptor import lock_pool, read_descriptor
 from .errors import DamagedError, SnapfsError
 from .formats import (
     CATALOG_FILE,
@@ -33,7 +34,7 @@ from .formats import (
     shard_file,
 )
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset
-from .pool import OpenDevice, check_generations, lock_pool, open_devices, read_descriptor, running_pool
+from .pool import OpenDevice, check_generations, open_devices, running_pool
 from .repair import repair_running
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex

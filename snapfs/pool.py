@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -16,28 +14,25 @@ from contextlib import asynccontextmanager
 import trio
 
 from .affected import DamageTeller
-from .backends import Device, DirectoryDevice, LockHolder, Space, open_local_image
+from .backends import Device, DirectoryDevice, Space, open_local_image
 from .catalog import Catalog
 from .catalogaccess import CatalogAccess
 from .changelogvolumes import ChangeLogVolumes
 from .clones import Clones
 from .damage import DamageLedger
+from .descriptor import lock_pool, open_home, read_descriptor
 from .errors import (
     ClosedError,
     DamagedError,
     DeviceMissingError,
     ExistsError,
-    InUseError,
-    NotAPoolError,
     SnapfsError,
-    UnreadableError,
 )
 from .events import EventLog
 from .formats import (
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
     FORMAT_VERSION,
-    LOCK_FILE,
     POOL_FILE,
     CatalogBatch,
     DeviceDescriptor,
@@ -64,7 +59,6 @@ from .snapshotindex import SnapshotIndex
 from .snapshots import SnapshotTable
 from .tasks import Wakeup, in_thread, kept_up, side_by_side
 from .traits import TraitsTable
-from .units import iso_time
 from .volumes import VolumeTable
 
 PROCESSOR_COUNT_DEFAULT = 4
@@ -100,50 +94,6 @@ def create_pool(
     home.write_file(POOL_FILE, descriptor.to_json())
     home.remove(_STARTED)
     return descriptor
-
-
-def read_descriptor(home: Device, where: str) -> PoolDescriptor:
-    """The pool's descriptor. Raises NotAPoolError, TooNewError, DamagedError or UnreadableError."""
-    try:
-        contents = home.read_file(POOL_FILE)
-    except FileNotFoundError:
-        raise NotAPoolError(f"{where} holds no pool", "Make one with snapfs init") from None
-    except OSError as error:
-        raise UnreadableError(f"{where}/{POOL_FILE} cannot be read: {error}") from error
-    return PoolDescriptor.from_json(contents, where)
-
-
-def lock_pool(home: Device, where: str, purpose: str) -> None:
-    """Take the pool's lock. Raises InUseError, which names the process that has it."""
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "purpose": purpose, "since": iso_time(time.time_ns())}
-    try:
-        home.lock(LOCK_FILE, json.dumps(holder))
-    except LockHolder as busy:
-        raise InUseError(
-            f"{where} is in use by {_describe(busy.holder)}", "Unmount it there first, with snapfs umount"
-        ) from None
-
-
-def _describe(holder: str) -> str:
-    try:
-        fields = json.loads(holder)
-        if fields["host"] == socket.gethostname() and not _is_running(int(fields["pid"])):
-            # It was killed; who has the pool now only reads it, and leaves no name.
-            return "another process, which does not say which"
-        return f"process {fields['pid']} on {fields['host']} ({fields['purpose']}, since {fields['since']})"
-    except (ValueError, TypeError, KeyError, OverflowError):
-        return "another process"
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        # Asks alone. Not by /proc, which may hide those of others.
-        os.kill(max(1, pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def open_devices(
@@ -536,13 +486,3 @@ async def open_pool(path: str | os.PathLike[str], purpose: str = "script") -> As
     home = open_home(where)
     async with running_pool(home, where, embedded_device_opener(home), purpose) as pool:
         yield pool
-
-
-def open_home(where: str, *, writable: bool = True) -> DirectoryDevice:
-    """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read."""
-    try:
-        return DirectoryDevice(where, writable=writable)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotAPoolError(f"there is no directory {where}", "Make a pool with snapfs init") from None
-    except OSError as error:
-        raise UnreadableError(f"{where} cannot be opened: {error.strerror}") from error

@@ -18,6 +18,7 @@ from typing import cast
 from .backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice, open_local_image
 from .catalog import Catalog
 from .database import Database, read_copy
+from .descriptor import lock_pool, open_home, read_descriptor
 from .errors import DamagedError, DeviceMissingError, NoSpaceError, NotAPoolError, SnapfsError, UnreadableError
 from .formats import (
     CATALOG_FILE,
@@ -37,10 +38,7 @@ from .pool import (
     check_catalog_generation,
     check_store_generation,
     embedded_device_opener,
-    lock_pool,
     open_device_of,
-    open_home,
-    read_descriptor,
 )
 from .shardstore import ShardStore
 from .tasks import in_thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -13,12 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import hypothesis
 import pytest
 from click.testing import CliRunner, Result
 
-from snapfs.cli import cli
+from snapfs.cli import cli, main
 from snapfs.errors import SnapfsError
 
 # How long an example takes says nothing on a machine that is busy with other tests.
@@ -28,6 +30,8 @@ hypothesis.settings.load_profile("snapfs")
 # Where pools lie in tests that are not about what syncs do: kill -9 loses nothing that was written to a file.
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 SNAPFS = [sys.executable, "-m", "snapfs"]
+# mallopt(3)
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def can_mount() -> str:
@@ -54,6 +58,14 @@ def in_turn(items: list[pytest.Item], worker_count: int) -> list[pytest.Item]:
     return [item for worker in range(worker_count) for item in ordered[worker::worker_count]]
 
 
+def pytest_configure() -> None:
+    """Volumes of some megabytes are read thousands of times: their memory is kept, and not asked for anew each time."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for what, size_bytes in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 64 << 20)):
+            mallopt(what, size_bytes)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = in_turn(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     reason = can_mount()
@@ -63,10 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def run(*command: object, expect: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*command: object, expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command; fails with its output when it ends otherwise than expected."""
-    words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    words = as_words(*command)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, capture_output=True, text=True, check=False, **options
+    )
     assert done.returncode == expect, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -77,13 +91,36 @@ def snapfs(*words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return run(*SNAPFS, *words, expect=expect)
 
 
-def invoke(*words: object) -> Result:
-    """Run the command line in this process, which takes a third of the time."""
+def as_words(*words: object) -> list[str]:
+    """As a shell hands them over."""
+    return [os.fspath(word) if isinstance(word, Path) else str(word) for word in words]
+
+
+@contextlib.contextmanager
+def ordinary_umask() -> Iterator[None]:
+    """That of a shell, which commands may change."""
     umask = os.umask(0o022)
     try:
-        return CliRunner().invoke(cli, [os.fspath(word) if isinstance(word, Path) else str(word) for word in words])
+        yield
     finally:
         os.umask(umask)
+
+
+def invoke(*words: object) -> Result:
+    """Run the command line in this process, which takes a third of the time."""
+    with ordinary_umask():
+        return CliRunner().invoke(cli, as_words(*words))
+
+
+def main_here(*words: object) -> int:
+    """Run the command line in this process as ``snapfs`` does, which ends with a code; what it tells goes to capsys."""
+    with ordinary_umask(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["snapfs", *as_words(*words)])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
 
 
 def snapfs_here(*words: object) -> None:
@@ -111,8 +148,8 @@ class Mounted:
     def control_path(self) -> Path:
         return self.path / ".snapfs" / "control"
 
-    def status(self) -> dict:
-        return json.loads((self.path / ".snapfs" / "status.json").read_text())
+    def status(self) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads((self.path / ".snapfs" / "status.json").read_text()))
 
     def mount(self) -> None:
         options = ["-o", ",".join(self.mount_options)] if self.mount_options else []
@@ -138,13 +175,13 @@ class Mounted:
         os.kill(pid, signal.SIGKILL)
         wait_for_end(fd)
 
-    def ask(self, line: str) -> dict:
+    def ask(self, line: str) -> dict[str, Any]:
         """A command to the control file; its answer, also when it failed."""
         fd = os.open(self.control_path, os.O_RDWR)
         try:
             with contextlib.suppress(OSError):
                 os.write(fd, line.encode("utf-8", "surrogateescape") + b"\n")
-            return json.loads(os.read(fd, 1 << 20))
+            return cast(dict[str, Any], json.loads(os.read(fd, 1 << 20)))
         finally:
             os.close(fd)
 

@@ -18,9 +18,10 @@ from snapfs.scrub import verify
 
 from .faults import FaultRunner
 from .harness import WHERE, Running, World, read_snapshot, read_volume, without_threads
+from .model import Operation
 from .powercut import OBJECT, PAGE, State
 
-WORKLOAD: list[tuple] = [
+WORKLOAD: list[Operation] = [
     ("create", b"a"),
     ("write", b"a", 0, 3 * PAGE, 1),
     ("write", b"a", OBJECT - 10, 5000, 2),

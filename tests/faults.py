@@ -22,10 +22,10 @@ from snapfs.pool import Pool
 from snapfs.status import pool_status
 
 from .harness import Running, World, without_threads
-from .model import Runner
+from .model import Operation, Runner
 from .powercut import OBJECT, PAGE, Mark, State, found_in
 
-WORKLOAD: list[tuple] = [
+WORKLOAD: list[Operation] = [
     ("create", b"a"),
     ("write", b"a", 0, 3 * PAGE, 1),
     ("write", b"a", OBJECT - 10, 5000, 2),

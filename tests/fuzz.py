@@ -21,7 +21,7 @@ from snapfs.formats import DeviceDescriptor, PoolDescriptor
 from snapfs.fuse.command import CommandContext, parse
 from snapfs.fuse.control import ControlSession
 from snapfs.hook import Hook, make_hook
-from snapfs.mount import check_options
+from snapfs.mountpoint import check_options
 from snapfs.pool import Pool
 from snapfs.receive import ReceiveState, parse_head
 from snapfs.schedule import Schedule, make_schedule

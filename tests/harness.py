@@ -104,6 +104,12 @@ class World:
         assert report.is_clean, [finding for finding in report.findings if finding.severity != "note"]
 
 
+def in_memory(device: Device) -> MemoryDevice:
+    """A device of a world's own making, to fill it or to have it lose power."""
+    assert isinstance(device, MemoryDevice)
+    return device
+
+
 class Running:
     """An open pool and its tasks, that can be closed, or left as by a crash."""
 
@@ -198,12 +204,13 @@ def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None 
             for _ in range(rng.randrange(4)):
                 await trio.lowlevel.checkpoint()
             try:
-                return call(*args)
+                answer = call(*args)
             finally:
                 for _ in range(rng.randrange(3)):
                     await trio.lowlevel.checkpoint()
                 if after_each is not None:
                     await after_each()
+        return answer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trio.to_thread, "run_sync", run_sync)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snapfs.check import check_pool
-from snapfs.pool import embedded_device_opener, open_home
+from snapfs.descriptor import open_home
+from snapfs.pool import embedded_device_opener
 
 from .conftest import MEMORY, Mounted, clear_away, run, snapfs, wait_for_end
 

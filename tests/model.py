@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import trio
@@ -25,6 +26,8 @@ SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
 NAMES = [b"a", b"b", b"c"]
 IMAGE = bytes(index * 7 & 0xFF for index in range(9000)) + bytes(5 << 20) + b"end" * 3000
 SNAPSHOT_NAMES = [b"s0", b"s1", b"s2", b"s3"]
+# A kind and its arguments.
+Operation = tuple[Any, ...]
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Runner:
         self.running = Running(self.world)
         await self.running.start(self.nursery)
 
-    async def step(self, operation: tuple) -> None:
+    async def step(self, operation: Operation) -> None:
         kind, *arguments = operation
         await getattr(self, "do_" + kind.replace("-", "_"))(*arguments)
 
@@ -370,7 +373,7 @@ class Runner:
         self.world.check_clean()
 
 
-async def run_operations(ops: list[tuple], clock: trio.testing.MockClock) -> None:
+async def run_operations(ops: list[Operation], clock: trio.testing.MockClock) -> None:
     async with trio.open_nursery() as nursery:
         runner = Runner(nursery, clock)
         await runner.start()
@@ -394,7 +397,7 @@ def explore(seed: int, example_count: int, *, in_threads: bool) -> None:
     @hypothesis_seed(seed)
     @settings(max_examples=example_count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(beginnings, st.lists(operations, min_size=4, max_size=26))
-    def agree(beginning: list[tuple], ops: list[tuple]) -> None:
+    def agree(beginning: list[Operation], ops: list[Operation]) -> None:
         clock = trio.testing.MockClock()
         with contextlib.nullcontext() if in_threads else without_threads(seed):
             trio.run(run_operations, [*beginning, *ops], clock, clock=clock)

@@ -21,7 +21,7 @@ from snapfs.errors import NoSpaceError
 from snapfs.pool import Pool
 
 from .harness import Running, World, read_snapshot, read_volume, without_threads
-from .model import SECTOR, Model, Runner
+from .model import SECTOR, Model, Operation, Runner
 
 PAGE = 4096
 OBJECT = 4 << 20
@@ -85,7 +85,7 @@ def first_of_no_version(found: bytes, versions: tuple[bytes, ...]) -> str | None
 class Mark:
     """An operation: from the first call to a device during it to the last, and what holds before and after."""
 
-    what: tuple
+    what: Operation
     start: int
     end: int
     before: State
@@ -120,11 +120,11 @@ class Recording:
         return next(mark for mark in self.marks if place <= mark.end)
 
 
-def random_operation(rng: random.Random) -> tuple:
+def random_operation(rng: random.Random) -> Operation:
     """One operation of the model, on few and small volumes."""
     name, snapshot = rng.choice(NAMES), rng.choice(SNAPSHOTS)
     place, length = rng.choice(PLACES), rng.choice(LENGTHS)
-    kinds: list[tuple[int, Callable[[], tuple]]] = [
+    kinds: list[tuple[int, Callable[[], Operation]]] = [
         (10, lambda: ("write", name, place, length, rng.randrange(1, 256))),
         (4, lambda: ("sync", name)),
         (5, lambda: ("snapshot", snapshot, rng.choice([None, None, [name]]))),
@@ -149,10 +149,10 @@ def random_operation(rng: random.Random) -> tuple:
     return rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()
 
 
-def random_workload(seed: int, length: int) -> list[tuple]:
+def random_workload(seed: int, length: int) -> list[Operation]:
     """Operations that a seed stands for."""
     rng = random.Random(seed)
-    beginning: list[tuple] = [
+    beginning: list[Operation] = [
         rng.choice([("create", b"a"), ("create-special", b"a", "cow"), ("create-special", b"a", "image-cow")]),
         ("write", b"a", 0, 2 * PAGE, 1),
         ("write", b"a", OBJECT - 10, 100, 2),
@@ -176,7 +176,7 @@ class FullRunner(Runner):
     # Reclaiming tells, at its end, of a volume that found no room to be trimmed.
     FREEING = ("delete", "remove", "release", "seal", "pass-time", "sync", "hold")
 
-    async def step(self, operation: tuple) -> None:
+    async def step(self, operation: Operation) -> None:
         before = copy.deepcopy(self.model)
         try:
             await super().step(operation)
@@ -204,7 +204,7 @@ class FullRunner(Runner):
 
 
 async def record(
-    operations: list[tuple], clock: trio.testing.MockClock, capacity_bytes: int | None = None
+    operations: list[Operation], clock: trio.testing.MockClock, capacity_bytes: int | None = None
 ) -> Recording:
     """Run a workload on devices that are recorded."""
     recording = Recording()

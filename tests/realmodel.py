@@ -16,7 +16,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from .conftest import MEMORY, Mounted, clear_away, run
-from .model import NAMES, SNAPSHOT_NAMES, Model, ModelVolume
+from .model import NAMES, SNAPSHOT_NAMES, Model, ModelVolume, Operation
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -57,7 +57,7 @@ class RealRunner:
         self.mounted = mounted
         self.model = Model()
 
-    def step(self, operation: tuple) -> None:
+    def step(self, operation: Operation) -> None:
         """Do one operation."""
         kind, *arguments = operation
         getattr(self, "do_" + kind)(*arguments)
@@ -255,7 +255,7 @@ def explore_a_mount(seed: int, example_count: int) -> int:
             suppress_health_check=list(HealthCheck),
         )
         @given(st.lists(operations, min_size=4, max_size=30))
-        def agree(ops: list[tuple]) -> None:
+        def agree(ops: list[Operation]) -> None:
             runner = RealRunner(mounted)
             runner.start()
             for operation in [("create", "a", "redirect"), ("create", "b", "cow"), *ops]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice, directory
+from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.conformance import check_device, check_lock
 from snapfs.database import Database
 from snapfs.errors import NoSpaceError
@@ -67,7 +67,7 @@ def test_a_lock_of_what_is_only_read_needs_no_writable_file(
         if kind & fcntl.LOCK_EX and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_RDWR:
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(directory.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     reader = DirectoryDevice(tmp_path, writable=False)
     before = len(os.listdir("/proc/self/fd"))
     if code == errno.ENOLCK:
@@ -199,7 +199,7 @@ def test_what_is_written_while_a_device_in_memory_syncs_is_for_the_next_sync() -
             if page == 0:
                 file.write(b"b" * 4096, 8 * 4096)
 
-    node = file._node  # type: ignore[attr-defined]
+    node = file._node
     node.durable_pages = Interrupting()
     file.sync()
     assert 0 in node.durable_pages and 8 not in node.durable_pages and 8 in node.unsynced

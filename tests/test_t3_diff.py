@@ -11,6 +11,7 @@ from snapfs import shardstore
 from snapfs.diff import VolumeChange, blame, content_of, diff, differing_runs
 from snapfs.errors import BadCommandError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE
+from snapfs.geometry import VolumeId
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 
@@ -105,7 +106,7 @@ async def test_a_volume_is_followed_through_rollbacks_and_clones_settling() -> N
 
 async def names(pool: Pool, offset: int) -> list[tuple[bytes | None, bytes | None]]:
     found = await blame(pool, b"v", offset)
-    return [(one.after and one.after.name, one.before and one.before.name) for one in found]
+    return [(one.after.name if one.after else None, one.before.name if one.before else None) for one in found]
 
 
 async def test_blame_tells_between_which_snapshots_a_block_changed() -> None:
@@ -201,7 +202,7 @@ async def test_long_and_short_spans_are_looked_up_alike(monkeypatch: pytest.Monk
         ids = [pool.volumes.get(name).volume_id for name in (b"v", b"w")]
         for first, one in enumerate(made):
             for other in made[first:]:
-                found = {}
+                found: dict[VolumeId, list[int]] = {}
                 for span in (0, 1000):
                     monkeypatch.setattr(shardstore, "_SHORT_SPAN", span)
                     for volume_id in ids:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, MemoryDevice
-from snapfs.database import Database
+from snapfs.database import Database, Row
 from snapfs.errors import UnreadableError
 
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, Switch, countdown, countdown_of_delays
@@ -45,7 +45,7 @@ def test_calls_that_take_ten_seconds_only_hold_things_up(faults: Faults, kind: s
 # -- a commit that failed --------------------------------------------------------------------
 
 
-def crashed_database(kind: str, nth: int, keep: float) -> list[tuple]:
+def crashed_database(kind: str, nth: int, keep: float) -> list[Row]:
     """Rows are inserted with a fault each, power is lost with what was written last there; the rows found."""
     memory = MemoryDevice()
     device = FaultyDevice(memory)

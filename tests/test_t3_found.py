@@ -56,7 +56,7 @@ def stalled_preservation() -> Iterator[Gate]:
         gate.pass_through()
         before(*arguments)
 
-    cowportion._write_runs = stalled
+    cowportion._write_runs = stalled  # type: ignore[assignment]
     try:
         yield gate
     finally:
@@ -210,7 +210,7 @@ async def test_what_recovery_frees_is_counted_once() -> None:
                 world.lose_power(CrashPlan(1, 1.0, 0.0))
                 raise NoSpaceError("the power is gone")
 
-            pool.snapshots._publish = cut_off  # type: ignore[method-assign,assignment]
+            pool.snapshots._publish = cut_off  # type: ignore[method-assign]
             with pytest.raises(NoSpaceError):
                 await pool.snapshots.create(b"s1")
         await running.crash(CrashPlan(1, 1.0, 0.0))
@@ -362,7 +362,7 @@ async def test_flatten_stops_when_its_volume_is_rolled_back() -> None:
                 reached.set()
                 await go.wait()
 
-            portion.read_segments = late  # type: ignore[method-assign]
+            portion.read_segments = late  # type: ignore[method-assign,assignment]
             async with trio.open_nursery() as nursery:
 
                 async def flatten() -> None:
@@ -426,7 +426,7 @@ async def test_attributes_kept_for_a_snapshot_that_failed_are_dropped() -> None:
             await pool.volumes.remove(b"v")
             raise NoSpaceError("full")
 
-        processor.prepare = failing  # type: ignore[method-assign]
+        processor.prepare = failing  # type: ignore[method-assign,assignment]
         with pytest.raises(NoSpaceError):
             await pool.snapshots.create(b"s")
         processor.prepare = before  # type: ignore[method-assign]

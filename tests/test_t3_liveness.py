@@ -384,7 +384,7 @@ async def two_devices() -> AsyncIterator[TwoDevices]:
     world = World(processor_count=1, device_count=2)
     hanging = Slow()
     memory = hanging.inner = world.devices["0"]
-    world.devices["0"] = hanging  # type: ignore[assignment]
+    world.devices["0"] = hanging
     running = Running(world)
     async with trio.open_nursery() as nursery:
         await running.start(nursery)

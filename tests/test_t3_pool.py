@@ -31,7 +31,7 @@ from snapfs.pool import Pool, create_pool
 from snapfs.snapshots import _Wish
 from snapfs.status import pool_status, processor_status
 
-from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, in_memory, open_world, read_snapshot, read_volume
 
 MIB = 1 << 20
 OBJECT = 4 * MIB
@@ -260,7 +260,7 @@ async def test_a_snapshot_cut_off_before_its_publication_leaves_nothing() -> Non
 async def test_a_failed_data_sync_stops_the_volume_and_no_other() -> None:
     world = World(processor_count=1)
     hook = FailNth("sync", 1, errno.EIO, only="logs/0/00000001")
-    world.devices["0"] = FaultyDevice(world.devices["0"])  # type: ignore[assignment]
+    world.devices["0"] = FaultyDevice(world.devices["0"])
     async with trio.open_nursery() as nursery:
         running = Running(world)
         await running.start(nursery)
@@ -319,7 +319,7 @@ async def test_a_snapshot_without_room_for_its_rows_does_not_exist() -> None:
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
         await put(pool, b"v", 0, b"1" * 4096)
-        home = world.home
+        home = in_memory(world.home)
         used = home._used_pages
         home.capacity_bytes = used * 4096
         with pytest.raises(NoSpaceError):
@@ -343,12 +343,13 @@ async def test_deleting_works_when_the_pools_own_device_is_full() -> None:
         for number in range(30):
             await put(pool, b"v", 0, b"%d" % number * 9000)
             await pool.snapshots.create(b"s%d" % number)
-        world.home.capacity_bytes = world.home._used_pages * 4096
+        home = in_memory(world.home)
+        home.capacity_bytes = home._used_pages * 4096
         for number in range(30):
             await pool.snapshots.delete(b"s%d" % number)
             await pool.reclaimer.reclaim_all()
         assert not pool.snapshots.by_name and not pool.snapshots.deleted
-        world.home.capacity_bytes = None
+        home.capacity_bytes = None
     world.check_clean()
 
 
@@ -681,12 +682,13 @@ async def test_an_instant_is_not_used_twice_after_a_failed_snapshot() -> None:
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
         await put(pool, b"v", 0, b"1" * 4096)
-        used = world.home._used_pages
+        home = in_memory(world.home)
+        used = home._used_pages
         with pytest.raises(NoSpaceError):
-            world.home.capacity_bytes = used * 4096
+            home.capacity_bytes = used * 4096
             for number in range(2000):
                 await pool.snapshots.create(b"s%d" % number, [b"v"])
-        world.home.capacity_bytes = None
+        home.capacity_bytes = None
         for name in list(pool.snapshots.by_name):
             await pool.snapshots.delete(name)
         await pool.reclaimer.reclaim_all()
@@ -771,14 +773,15 @@ async def test_a_pool_on_a_full_device_opens_and_its_reserve_is_known() -> None:
         for number in range(10):
             await put(pool, b"v", 0, b"%d" % number * 9000)
             await pool.snapshots.create(b"s%d" % number)
-    world.home.capacity_bytes = world.home._used_pages * 4096
+    home = in_memory(world.home)
+    home.capacity_bytes = home._used_pages * 4096
     async with open_world(world) as pool:
         assert pool.reserve.is_spent
         for number in range(10):
             await pool.snapshots.delete(b"s%d" % number)
         await pool.reclaimer.reclaim_all()
         assert not pool.snapshots.deleted
-    world.home.capacity_bytes = None
+    home.capacity_bytes = None
     async with open_world(world) as pool:
         assert pool.reserve.is_spent
         await pool.reclaimer.reclaim_all()
@@ -854,7 +857,7 @@ async def test_a_log_that_dies_under_a_reader_is_closed_and_read_around() -> Non
 async def test_a_failed_volume_that_is_removed_holds_nobody_up() -> None:
     world = World(processor_count=1)
     faulty = FaultyDevice(world.devices["0"])
-    world.devices["0"] = faulty  # type: ignore[assignment]
+    world.devices["0"] = faulty
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
         await put(pool, b"v", 0, b"1" * 4096)

@@ -30,7 +30,7 @@ def test_what_was_synced_is_in_every_image_and_of_the_rest_any_part() -> None:
     file.write(b"c" * 4096, 4096)
     device.create("g").write(b"g", 0)
     images = CrashImages(journal, start)
-    found = {}
+    found: dict[tuple[bytes, bytes], set[bool]] = {}
     for cut in power_cuts(journal, len(journal.operations), 1):
         after = images.after(cut)["x"]
         contents = after.read_file("f")

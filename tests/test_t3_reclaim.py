@@ -18,6 +18,7 @@ from snapfs.pool import Pool
 from snapfs.processor import Processor
 from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
+from snapfs.unnamed import named_masks
 
 from .harness import World, open_world, read_snapshot, read_volume
 
@@ -201,7 +202,7 @@ async def test_whose_blocks_they_are_is_looked_up_once_an_object(
     """Not once a change log, of which hundreds may hold a block of it; and others commit in between."""
     monkeypatch.setattr(reclaim, "_HELD_S", held_s)
     steps: list[list[tuple[int, int]]] = []
-    step, look = reclaim._free_some_candidates, reclaim.named_masks
+    step, look = reclaim._free_some_candidates, named_masks
 
     async def noted_step(processor: Processor) -> int | None:
         steps.append([])

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -228,7 +228,7 @@ async def test_devices_that_change_nothing() -> None:
     buffer = bytearray(BLOCK)
     assert file.try_read_into(buffer, 0) == file.read_into(bytearray(BLOCK), 0) == BLOCK
     assert buffer == before[name][:BLOCK]
-    refused = [
+    refused: list[Callable[[], object]] = [
         lambda: file.write(b"x", 0),
         lambda: file.write_new(b"x", 0),
         file.sync,
@@ -242,7 +242,7 @@ async def test_devices_that_change_nothing() -> None:
         lambda: device.write_file("x", b""),
     ]
     absent = AbsentDevice()
-    missing = [
+    missing: list[Callable[[], object]] = [
         lambda: absent.open("x"),
         lambda: absent.create("x"),
         lambda: absent.remove("x"),

@@ -277,7 +277,7 @@ async def test_schedules_on_a_real_pool_survive_a_restart() -> None:
 )
 def test_bad_schedules(arguments: tuple[str, ...]) -> None:
     with pytest.raises(BadCommandError):
-        make_schedule(*arguments)  # type: ignore[arg-type]
+        make_schedule(*arguments)
 
 
 def test_bad_names_and_damaged_rules() -> None:

@@ -31,7 +31,7 @@ from snapfs.shardstore import ShardStore
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
-from .harness import WHERE, Running, World, everything_is_proven, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, everything_is_proven, in_memory, open_world, read_snapshot, read_volume
 
 OBJECT = 4 << 20
 BLOCK = 4096
@@ -508,9 +508,9 @@ async def test_damaged_checksums_are_told_and_a_damaged_content_hash_is_worked_o
 def check_of(world: World) -> Report:
     """What the verifier says of a pool that is open, of which all is durable."""
     copy = World.__new__(World)
-    copy.home = world.home.crash(CrashPlan(0, 0.0))
+    copy.home = in_memory(world.home).crash(CrashPlan(0, 0.0))
     copy.outside = world.outside
-    copy.devices = {path: device.crash(CrashPlan(0, 0.0)) for path, device in world.devices.items()}
+    copy.devices = {path: in_memory(device).crash(CrashPlan(0, 0.0)) for path, device in world.devices.items()}
     return check_pool(copy.home, WHERE, copy.open_device, copy.has_image)
 
 

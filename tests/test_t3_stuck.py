@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import trio
 
@@ -57,14 +58,14 @@ async def test_a_sync_that_hangs_holds_up_neither_status_nor_reads() -> None:
         await trio.to_thread.run_sync(hook.begun.wait)
         try:
             with trio.fail_after(30):
-                status = await pool_status(pool)
+                status: dict[str, Any] = await pool_status(pool)
                 assert status["health"] == "ok" and status["stuck_calls"] == []
                 # A minute passes.
                 pool.pending.now_s = lambda: time.monotonic() + 60
                 # Calls of the background that were under way then seem old as well, until they end.
                 while len((status := await pool_status(pool))["stuck_calls"]) > 1:  # type: ignore[arg-type]
                     await trio.lowlevel.checkpoint()
-                (call,) = status["stuck_calls"]  # type: ignore[misc]
+                (call,) = status["stuck_calls"]
                 assert status["health"] == "stuck"
                 assert (call["where"], call["what"]) == ("processor 0", "sync data") and 60 <= call["age_s"] < 90
                 assert (await processor_status(pool.processors[0]))["is_stuck"]

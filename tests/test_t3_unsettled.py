@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -173,7 +174,7 @@ async def test_a_snapshots_file_stays_while_it_is_open_also_when_asked_for_amid_
             await pool.reclaimer.reclaim_all()
             return await members(asked)
 
-        pool.snapshots.members = late  # type: ignore[method-assign]
+        pool.snapshots.members = late  # type: ignore[method-assign,assignment]
         for _ in range(2):
             node = await namespace.node(inode)
             # Blocks are not counted any more; as many are told as there may be.
@@ -192,9 +193,9 @@ async def test_status_tells_of_a_device_that_is_gone(monkeypatch: pytest.MonkeyP
 
         with monkeypatch.context() as patch:
             patch.setattr(pool.devices[next(iter(pool.devices))], "space", gone)
-            status = await pool_status(pool)
-        (device,) = status["devices"]  # type: ignore[misc]
-        assert device["free_bytes"] is None and status["space"]["free_bytes"] == 0  # type: ignore[index]
+            status: dict[str, Any] = await pool_status(pool)
+        (device,) = status["devices"]
+        assert device["free_bytes"] is None and status["space"]["free_bytes"] == 0
 
 
 async def test_status_tells_of_a_pool_of_which_nothing_can_be_read() -> None:
@@ -215,10 +216,10 @@ async def test_status_tells_of_a_pool_of_which_nothing_can_be_read() -> None:
             # What SQLite still has in its cache would hide the failure.
             await processor.access.ask(lambda store=processor.access.store: store.database.rows("PRAGMA shrink_memory"))
         is_down.append(True)
-        status = await pool_status(pool)
+        status: dict[str, Any] = await pool_status(pool)
         assert status["health"] == "failed"
-        (device,) = status["devices"]  # type: ignore[misc]
-        assert device["failure"] == "Input/output error"  # type: ignore[index]
+        (device,) = status["devices"]
+        assert device["failure"] == "Input/output error"
         for processor in pool.processors:
             assert "processor" in await processor_status(processor)
         is_down.clear()

@@ -10,8 +10,9 @@ import pytest
 
 import snapfs
 from snapfs.check import Report, check_pool, repair
+from snapfs.descriptor import open_home
 from snapfs.errors import DamagedError, DeviceMissingError
-from snapfs.pool import embedded_device_opener, open_home
+from snapfs.pool import embedded_device_opener
 from snapfs.rescue import open_damaged_pool
 from snapfs.scrub import verify
 

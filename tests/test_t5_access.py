@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ from .conftest import Mounted, run, snapfs
 pytestmark = pytest.mark.mount
 
 GROUP = 23456
-STRANGER: dict[str, object] = {"user": 12345, "group": 12345, "extra_groups": [], "cwd": "/"}
-OPERATOR: dict[str, object] = {"user": 12346, "group": 12346, "extra_groups": [GROUP], "cwd": "/"}
+STRANGER: dict[str, Any] = {"user": 12345, "group": 12345, "extra_groups": [], "cwd": "/"}
+OPERATOR: dict[str, Any] = {"user": 12346, "group": 12346, "extra_groups": [GROUP], "cwd": "/"}
 
 ASK = 'exec 3<>"$1" && { echo "$2" >&3; cat <&3; }'
 
@@ -29,7 +30,7 @@ def open_folders(folder: Path) -> None:
             one.chmod(0o755)
 
 
-def ask_as(who: dict[str, object], mounted: Mounted, line: str, expect: int = 0) -> str:
+def ask_as(who: dict[str, Any], mounted: Mounted, line: str, expect: int = 0) -> str:
     """What the control file answers to a user; a Python of root's own is not to be had by others."""
     return run("sh", "-c", ASK, "ask", mounted.control_path, line, expect=expect, **who).stdout
 

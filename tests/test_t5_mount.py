@@ -11,10 +11,11 @@ import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import SNAPFS, Mounted, run, snapfs, wait_for_end, wait_until
+from .conftest import SNAPFS, Mounted, main_here, run, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
@@ -289,7 +290,7 @@ def test_modes_are_enforced(mounts: Callable[..., Mounted], tmp_path: Path) -> N
     os.chmod(path, 0o600)
     mounted.snapshot("then")
     os.chmod(path, 0o644)
-    as_other: dict[str, object] = {"user": 12345, "group": 12345, "extra_groups": [], "cwd": "/"}
+    as_other: dict[str, Any] = {"user": 12345, "group": 12345, "extra_groups": [], "cwd": "/"}
     run("cat", path, **as_other)
     for command in (
         ["cat", mounted.snapshots / "then" / "private"],
@@ -319,8 +320,8 @@ def test_status_and_events(mounted: Mounted) -> None:
     tail = subprocess.Popen(
         ["tail", "-n", "+1", "-f", mounted.path / ".snapfs" / "events"], stdout=subprocess.PIPE, text=True
     )
+    assert tail.stdout is not None
     try:
-        assert tail.stdout is not None
         assert [json.loads(tail.stdout.readline())["event"] for _ in range(3)] == [
             "mounted",
             "snapshot",
@@ -452,7 +453,9 @@ def test_bad_names_are_refused(shared_mount: Mounted) -> None:
     os.unlink(odd)
 
 
-def test_bad_uses_of_the_command_line(shared_mount: Mounted, tmp_path: Path) -> None:
+def test_bad_uses_of_the_command_line(
+    shared_mount: Mounted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("x")
@@ -496,12 +499,16 @@ def test_bad_uses_of_the_command_line(shared_mount: Mounted, tmp_path: Path) -> 
         (("check", empty), 1, "holds no pool"),
         (("check", pool), 1, "is in use by process"),
     ):
-        done = snapfs(*words, expect=code)
-        assert text in done.stderr, (words, done.stderr)
+        assert main_here(*words) == code
+        told = capsys.readouterr().err
+        assert text in told and "Traceback" not in told, (words, told)
     assert not (tmp_path / "p").exists() and os.listdir(empty) == [] and os.listdir(full) == ["file"]
     assert not (shared_mount.path / "w").exists()
     for command in ("init", "mount", "umount", "create", "snapshot", "list", "delete", "rename", "status", "check"):
-        assert "Usage:" in snapfs(command, "--help").stdout
+        assert main_here(command, "--help") == 0
+        assert "Usage:" in capsys.readouterr().out
+    # And one as a process of its own.
+    assert "is not a size" in snapfs("create", shared_mount.path / "w", "--size", "1X", expect=2).stderr
 
 
 def test_a_killed_daemon_leaves_a_mount_that_can_be_used_again(mounted: Mounted) -> None:
@@ -603,13 +610,13 @@ def test_damage_is_refused_and_found(mounted: Mounted) -> None:
     kept = shard.read_bytes()
     shard.write_bytes(b"garbage" * 1000)
     for command in (("mount", mounted.pool, mounted.path), ("check", mounted.pool)):
-        assert snapfs(*command, expect=4)
+        snapfs(*command, expect=4)
     for name in ("shards/1.sqlite", "catalog.sqlite"):
         whole_file = (mounted.pool / name).read_bytes()
         (mounted.pool / name).write_bytes(b"")
         shard.write_bytes(kept)
         for command in (("mount", mounted.pool, mounted.path), ("check", mounted.pool)):
-            assert snapfs(*command, expect=4)
+            snapfs(*command, expect=4)
         assert (mounted.pool / name).read_bytes() == b"", "what is damaged was left as it is"
         (mounted.pool / name).write_bytes(whole_file)
     assert "clean" in snapfs("check", mounted.pool, "--repair").stdout

@@ -434,8 +434,8 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
     mounted.snapshot("base")
     guid = mounted.ask("list space=no")["snapshots"][0]["guid"]
     base = {"guid": guid, "name": "base", "note": ""}
-    head = {"snapshot": snapshot, "base": None, "resume": None, "gone": []}
-    body = ((END_VOLUME, {}), (END, {}))
+    head: dict[str, object] = {"snapshot": snapshot, "base": None, "resume": None, "gone": []}
+    body: tuple[tuple[int, object], ...] = ((END_VOLUME, {}), (END, {}))
     names = (str(outside), "../../outside", "..", ".", "", ".snapshots", ".snapfs/control", "a/b", "x\0y", "n" * 300)
     heads: list[dict[str, object]] = [{**head, "volumes": [{**volume, "name": name}]} for name in names]
     heads += [
@@ -461,6 +461,7 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
             with pytest.raises(DamagedError):
                 Receiver(ask, str(mounted.path), force=False, is_resumable=is_resumable).receive(stream)
     good = {**head, "volumes": [{**volume, "name": "w"}]}
+    frames: tuple[tuple[int, object], ...]
     for frames in (
         ((VOLUME, {"place": 7}),),
         ((VOLUME, {}),),

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def copy_of(mounted: Mounted, snapshot: str, name: str, folder: Path) -> Path:
     return copy
 
 
-def snapshots_during(mounted: Mounted, process: subprocess.Popen) -> int:
+def snapshots_during(mounted: Mounted, process: subprocess.Popen[Any]) -> int:
     """Make snapshots s0, s1 and so on while a process runs; how many."""
     count = 0
     while process.poll() is None:

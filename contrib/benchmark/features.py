@@ -17,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SNAPFS = [sys.executable, "-m", "snapfs"]
 MIB = 1 << 20
 
 
-def ask(mount: Path, line: str) -> tuple[dict, float]:
+def ask(mount: Path, line: str) -> tuple[dict[str, Any], float]:
     """A command to the control file, and how long the write took."""
     fd = os.open(mount / ".snapfs" / "control", os.O_RDWR)
     try:
@@ -56,13 +57,17 @@ def median_ms(call: Callable[[int], float], count: int = 9) -> float:
 
 def clones_and_rollbacks(mount: Path, found: dict[str, object]) -> None:
     for name, size, data in (("small", "64M", 16), ("large", "1T", 1024)):
-        path = make(mount, name, size)
-        fill(path, 0, data * MIB)
-        ask(mount, f"snapshot {name}-0 volume={name}")
-        clone = median_ms(lambda number, name=name: ask(mount, f"clone {name}-0/{name} {name}-c{number}")[1])
-        found[f"clone, {size} volume with {data} MiB of data, ms"] = clone
-        back = median_ms(lambda number, name=name: ask(mount, f"rollback {name}-0 volume={name}")[1])
-        found["rollback of it, ms" + f" ({size})"] = back
+        clones_and_rollbacks_of(mount, found, name, size, data)
+
+
+def clones_and_rollbacks_of(mount: Path, found: dict[str, object], name: str, size: str, data: int) -> None:
+    path = make(mount, name, size)
+    fill(path, 0, data * MIB)
+    ask(mount, f"snapshot {name}-0 volume={name}")
+    clone = median_ms(lambda number: ask(mount, f"clone {name}-0/{name} {name}-c{number}")[1])
+    found[f"clone, {size} volume with {data} MiB of data, ms"] = clone
+    back = median_ms(lambda number: ask(mount, f"rollback {name}-0 volume={name}")[1])
+    found["rollback of it, ms" + f" ({size})"] = back
 
 
 def changes(mount: Path, found: dict[str, object]) -> None:
@@ -94,7 +99,8 @@ def sending(mount: Path, found: dict[str, object]) -> None:
     kept = mount / ".snapshots" / "sent" / "sent"
     wait_until_sealed(mount)
     for level in (0, 3):
-        speeds, natives = [], []
+        speeds: list[float] = []
+        natives: list[float] = []
         for _ in range(3):
             for command, into in (
                 ([*SNAPFS, "send", str(mount), "sent", "--level", str(level)], speeds),

@@ -12,6 +12,7 @@ import sys
 
 import pyfuse3
 import trio
+from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields
 
 FILE_INODE = 2
 BUFFER = memoryview(bytes(1 << 20))
@@ -24,8 +25,8 @@ class NullOperations(pyfuse3.Operations):
         super().__init__()
         self.size_bytes = size_bytes
 
-    def _entry(self, inode: int) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
+    def _entry(self, inode: int) -> EntryAttributes:
+        entry = EntryAttributes()
         entry.st_ino = inode
         is_root = inode == pyfuse3.ROOT_INODE
         entry.st_mode = stat.S_IFDIR | 0o755 if is_root else stat.S_IFREG | 0o644
@@ -33,33 +34,35 @@ class NullOperations(pyfuse3.Operations):
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         return entry
 
-    async def lookup(self, parent_inode, name, ctx):
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if name == b"file":
             return self._entry(FILE_INODE)
         raise pyfuse3.FUSEError(errno.ENOENT)
 
-    async def getattr(self, inode, ctx):
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         return self._entry(inode)
 
-    async def setattr(self, inode, attr, fields, fh, ctx):
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
         return self._entry(inode)
 
-    async def open(self, inode, flags, ctx):
-        return pyfuse3.FileInfo(fh=1)
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=1)
 
-    async def read(self, fh, off, size):
-        return BUFFER[:size]
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return BUFFER[:size]  # type: ignore[return-value]
 
-    async def write(self, fh, off, buf):
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
         return len(buf)
 
-    async def flush(self, fh):
+    async def flush(self, fh: int) -> None:
         pass
 
-    async def fsync(self, fh, datasync):
+    async def fsync(self, fh: int, datasync: bool) -> None:
         pass
 
-    async def release(self, fh):
+    async def release(self, fh: int) -> None:
         pass
 
 

@@ -11,7 +11,8 @@ import trio
 
 from ..backends import DirectoryDevice
 from ..check import Report, check_pool, repair
-from ..pool import embedded_device_opener, open_home
+from ..descriptor import open_home
+from ..pool import embedded_device_opener
 from .output import print_json
 
 _EXIT_DAMAGE = 4

@@ -9,16 +9,15 @@ import logging.handlers
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import click
-import trio
 
+from ..descriptor import open_home, read_descriptor
 from ..errors import MountError, SnapfsError
 from ..formats import DAEMON_LOG_FILE
-from ..mount import MountRequest, check_mount_point, check_options, offering_rescue, serve
-from ..pool import open_home, read_descriptor
+from ..mountpoint import MountRequest, check_mount_point, check_options, offering_rescue
 
 _LOG_BYTES_MAX = 1 << 20
 
@@ -40,9 +39,18 @@ def mount(pool: str, mount_point: str, option_lists: tuple[str, ...], foreground
         _serve_for_parent(request, ready_fd)
     elif foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        trio.run(serve, request, partial(_tell_mounted, request.mount_point))
+        _serve(request, partial(_tell_mounted, request.mount_point))
     else:
         _start(request)
+
+
+def _serve(request: MountRequest, ready: Callable[[Sequence[str]], None]) -> None:
+    # Imported in the daemon only: whoever starts one needs nothing of it.
+    import trio
+
+    from ..mount import serve
+
+    trio.run(serve, request, ready)
 
 
 def _log_path(request: MountRequest) -> str:
@@ -119,7 +127,7 @@ def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
         tell({"ok": True, "lost": list(lost)})
 
     try:
-        trio.run(serve, request, ready)
+        _serve(request, ready)
     except SnapfsError as error:
         logging.error("%s", error)
         if not is_ready:

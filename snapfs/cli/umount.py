@@ -10,7 +10,7 @@ import select
 import click
 
 from ..errors import MountError
-from ..mount import unmount
+from ..mountpoint import unmount
 
 
 @click.command()
