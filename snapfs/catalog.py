@@ -88,12 +88,11 @@ class Catalog:
 
     def epoch_max(self) -> int:
         """The largest epoch, or instant and one, that any row but a snapshot's speaks of."""
-        row = self.database.row(
+        return self.database.number(
             "SELECT max(coalesce((SELECT max(max(birth_epoch, epoch, named_epoch)) FROM volumes), 0),"
             " coalesce((SELECT max(epoch) FROM removed), 0),"
             " coalesce((SELECT max(instant) + 1 FROM versions), 0))"
         )
-        return 0 if row is None else int(row[0])
 
     def device_paths(self) -> dict[int, str]:
         """Path of each device by its id; empty for the one inside the pool."""

@@ -129,8 +129,7 @@ class Database:
 
         Those of version 1 carried no number.
         """
-        row = self.row("PRAGMA user_version")
-        version = max(1, 0 if row is None else int(row[0]))
+        version = max(1, self.number("PRAGMA user_version"))
         if version >= len(schemas):
             return
         with self.transaction():
@@ -148,6 +147,15 @@ class Database:
         with translated(self.what):
             found: Row | None = self._connection.execute(sql, bindings).fetchone()
             return found
+
+    def number(self, sql: str, bindings: Sequence[SqlValue] = ()) -> int:
+        """The one number that a query always has, a count, say. Raises DamagedError when it is none."""
+        row = self.row(sql, bindings)
+        if row is None or not isinstance(row[0], int):
+            raise DamagedError(
+                f"{self.what} is damaged: it holds no number where one must be", "Restore it from a copy"
+            )
+        return row[0]
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Database]:

@@ -375,11 +375,10 @@ class ShardStore:
 
     def block_count_of(self, volume_id: VolumeId, epoch: int) -> int:
         """Blocks in a volume's change logs of one epoch."""
-        row = self.database.row(
+        return self.database.number(
             "SELECT coalesce(sum(block_count), 0) FROM logs WHERE volume_id = ? AND epoch = ? AND kind = 0",
             (volume_id, epoch),
         )
-        return 0 if row is None else int(row[0])
 
     def copies_from(self, volume_id: VolumeId, object_index: int, instant: int) -> list[CopyRow]:
         """The copies of an object with instants from one on, in order."""
@@ -405,13 +404,11 @@ class ShardStore:
 
     def object_count(self) -> int:
         """How many objects have a live map."""
-        row = self.database.row("SELECT count(*) FROM maps")
-        return 0 if row is None else int(row[0])
+        return self.database.number("SELECT count(*) FROM maps")
 
     def log_count(self) -> int:
         """How many change logs there are."""
-        row = self.database.row("SELECT count(*) FROM logs")
-        return 0 if row is None else int(row[0])
+        return self.database.number("SELECT count(*) FROM logs")
 
     def log_after(self, volume_id: VolumeId, instant: int) -> LogRow | None:
         """The change log that belongs to a snapshot: the first begun after its instant."""
@@ -488,8 +485,7 @@ class ShardStore:
 
     def stray_sums_count(self) -> int:
         """How many objects have checksums in logs of which nothing is named."""
-        row = self.database.row(f"SELECT count(*) FROM sums {_STRAY_SUMS}")
-        return 0 if row is None else int(row[0])
+        return self.database.number(f"SELECT count(*) FROM sums {_STRAY_SUMS}")
 
     def drop_stray_sums(self) -> None:
         """Forget checksums in logs of which nothing is named."""
@@ -498,8 +494,7 @@ class ShardStore:
 
     def stray_contents_count(self) -> int:
         """How many content hashes are of volumes that are not counted here."""
-        row = self.database.row(f"SELECT count(*) FROM contents {_STRAY_CONTENTS}")
-        return 0 if row is None else int(row[0])
+        return self.database.number(f"SELECT count(*) FROM contents {_STRAY_CONTENTS}")
 
     def drop_stray_contents(self) -> None:
         """Forget content hashes of volumes that are not counted here."""
@@ -531,12 +526,11 @@ class ShardStore:
 
     def epoch_max(self) -> int:
         """The largest epoch or instant that any row speaks of."""
-        row = self.database.row(
+        return self.database.number(
             "SELECT max(coalesce((SELECT max(epoch) FROM logs), 0),"
             " coalesce((SELECT max(instant) + 1 FROM copies), 0),"
             " coalesce((SELECT max(instant) + 1 FROM intermediates), 0))"
         )
-        return 0 if row is None else int(row[0])
 
     def freed(self, limit: int) -> list[tuple[int, FreedRow]]:
         """Ranges still to be punched, each with the number of its row."""

@@ -13,6 +13,8 @@ from .conftest import MEMORY, Mounted, clear_away, wait_until, wait_until_reclai
 MIB = 1 << 20
 LOG_BYTES_MAX = 2 * MIB + 65536
 SNAPSHOTS_KEPT = 6
+# Of a long soak one sees now and then how it is.
+TOLD_ROUNDS = 1000
 OBJECT = 4 * MIB
 OBJECT_COUNT = 4
 
@@ -128,6 +130,8 @@ def work_for_long(seed: int, cycle_count: int) -> int:
             before = Size.of(mounted)
             for _ in range(cycle_count - cycle_count // 4):
                 work.cycle()
+                if work.number % TOLD_ROUNDS == 0:
+                    print(f"round {work.number}: {Size.of(mounted)}", flush=True)
             after = Size.of(mounted)
             grown = after.has_grown_from(before)
             assert not grown, f"seed {seed}, {cycle_count} cycles: {grown}"

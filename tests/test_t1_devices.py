@@ -13,7 +13,7 @@ import pytest
 from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.conformance import check_device, check_lock
 from snapfs.database import Database
-from snapfs.errors import NoSpaceError
+from snapfs.errors import DamagedError, NoSpaceError
 
 
 def fresh(folder: Path) -> DirectoryDevice:
@@ -184,7 +184,15 @@ def test_a_full_device_is_said_to_be_full() -> None:
     database = Database(device, "db", "a test", create_schemas=["CREATE TABLE t (y BLOB)"])
     with pytest.raises(NoSpaceError), database.transaction():
         database.each("INSERT INTO t VALUES (?)", [(bytes(100000),)] * 4)
-    assert database.row("SELECT count(*) FROM t") == (0,)
+    assert database.number("SELECT count(*) FROM t") == 0
+    database.close()
+
+
+def test_a_number_that_is_none_is_damage() -> None:
+    database = Database(MemoryDevice(), "db", "a test", create_schemas=["CREATE TABLE t (y BLOB)"])
+    for query in ("SELECT y FROM t", "SELECT max(y) FROM t", "SELECT 'x'"):
+        with pytest.raises(DamagedError, match="a test is damaged"):
+            database.number(query)
     database.close()
 
 

@@ -10,16 +10,17 @@ import pytest
 import trio
 from xxhash import xxh3_64_digest
 
-from snapfs import changelog, cowportion, snapshots, volume
+from snapfs import changelog, cowportion, shardstate, snapshots, volume
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
 from snapfs.errors import DamagedError
 from snapfs.formats import COPY_ON_WRITE
-from snapfs.geometry import BLOCKS_PER_OBJECT
+from snapfs.geometry import BLOCKS_PER_OBJECT, volume_size_bytes_max
 from snapfs.making import VolumeWish
 from snapfs.notresident import NotResidentError, OldBlocks
 from snapfs.pool import Pool
+from snapfs.reclaimer import RETRY_S
 from snapfs.sealedfile import DamagedBlockError
 
 from .cramped import cramped
@@ -497,3 +498,96 @@ async def test_nothing_is_suspect_after_space_was_given_back() -> None:
         rows = pool.processors[0].access.store.all_logs()
         assert rows and all(row.sealed in (0, 1) for row in rows)
         assert pool.reclaimer.waiting_count == 0
+
+
+class Borrower:
+    """Keeps objects, and lets go of those that are clean."""
+
+    def __init__(self) -> None:
+        self.kept: set[int] = set()
+        self.dirty: set[int] = set()
+
+    def let_go(self, object_index: int) -> bool:
+        if object_index in self.dirty:
+            return False
+        self.kept.discard(object_index)
+        return True
+
+
+def test_no_more_objects_are_in_memory_than_may_be_once_they_are_clean() -> None:
+    residency, borrower = shardstate.Residency(8), Borrower()
+
+    def admit(object_index: int) -> None:
+        borrower.kept.add(object_index)
+        residency.admit(borrower, object_index)
+
+    for object_index in range(20):
+        admit(object_index)
+    assert borrower.kept == set(range(12, 20)), "those loaded first go first"
+    borrower.dirty = set(range(12, 20))
+    for object_index in range(20, 40):
+        borrower.dirty.add(object_index)
+        admit(object_index)
+    assert len(borrower.kept) == 28, "nothing that is dirty goes"
+    borrower.dirty.clear()
+    for object_index in range(40, 50):
+        admit(object_index)
+    assert len(borrower.kept) == 8 and set(range(40, 50)) >= borrower.kept >= {49}, "up to four for each that comes"
+
+
+async def test_reclaiming_that_failed_is_still_to_be_done(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: None
+) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        failed = trio.Event()
+
+        async def fail(**options: bool) -> None:
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.reclaimer, "reclaim_all", fail)
+            pool.reclaimer.wake()
+            await failed.wait()
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            assert pool.reclaimer.is_at_work
+        await trio.sleep(2 * RETRY_S)
+        assert not pool.reclaimer.is_at_work
+
+
+def test_a_volume_goes_up_to_8_tib_for_each_processor() -> None:
+    assert [volume_size_bytes_max(count) for count in (1, 4)] == [8 << 40, 32 << 40]
+
+
+async def test_snapshots_of_some_and_of_all_volumes_in_turn() -> None:
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        for name in (b"v", b"w"):
+            await pool.volumes.create(name)
+        expected = {}
+        for number in range(8):
+            contents = b"%d" % number * BLOCK
+            for name in (b"v", b"w"):
+                await put(pool, name, 0, contents)
+            await pool.snapshots.create(b"%d" % number, ([b"v"], None, None, [b"w"])[number % 4])
+            expected[b"%d" % number] = contents
+        for name, contents in expected.items():
+            snapshot = pool.snapshots.get(name)
+            for one in (await pool.snapshots.members(snapshot)).by_name:
+                assert await read_snapshot(pool, snapshot, one) == contents, (name, one)
+    world.check_clean()
+
+
+def test_digests_of_a_run_are_those_of_its_blocks() -> None:
+    for mask in (0b10, 0b1, 0b110, 0b101, 0b1110, 0b110110, (1 << 64) - 1):
+        maker = SumsMaker()
+        for block in range(64):
+            if mask >> block & 1:
+                maker.add(block, memoryview(bytes([block + 1]) * BLOCK))
+        sums = maker.made()
+        for first in range(8):
+            for count in range(1, 8):
+                run = b"".join(sums.digest_at(block) for block in range(first, first + count))
+                assert sums.digests_of(first, count) == run, (mask, first, count)
