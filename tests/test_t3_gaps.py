@@ -14,7 +14,7 @@ from snapfs import changelog, cowportion, shardstate, snapshots, volume
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
-from snapfs.errors import DamagedError
+from snapfs.errors import DamagedError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.geometry import BLOCKS_PER_OBJECT, volume_size_bytes_max
 from snapfs.making import VolumeWish
@@ -591,3 +591,39 @@ def test_digests_of_a_run_are_those_of_its_blocks() -> None:
             for count in range(1, 8):
                 run = b"".join(sums.digest_at(block) for block in range(first, first + count))
                 assert sums.digests_of(first, count) == run, (mask, first, count)
+
+
+async def test_a_removed_volume_has_no_later_contents_in_a_snapshot() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.volumes.truncate(volume, 2 * OBJECT)
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        before = await pool.snapshots.create(b"before")
+        await put(pool, b"v", OBJECT, b"b" * BLOCK)
+        await pool.snapshots.create(b"after")
+        await pool.volumes.remove(b"v")
+        assert await read_snapshot(pool, before, b"v") == (b"a" * BLOCK).ljust(2 * OBJECT, b"\0")
+        await pool.snapshots.delete(b"after")
+        await pool.reclaimer.reclaim_all()
+        assert await read_snapshot(pool, before, b"v") == (b"a" * BLOCK).ljust(2 * OBJECT, b"\0")
+    world.check_clean()
+
+
+async def test_nothing_of_a_deleted_snapshot_is_opened_though_it_is_there_still() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+        snapshot = await pool.snapshots.create(b"s")
+        opened = await pool.snapshots.open_volume(snapshot, volume.volume_id)
+        await pool.snapshots.delete(b"s")
+        with pytest.raises(NotFoundError):
+            await pool.snapshots.open_volume(snapshot, volume.volume_id)
+        assert bytes(await opened.read(0, BLOCK)) == b"a" * BLOCK
+        pool.snapshots.close_volume(opened)
+
+
+async def test_devices_and_change_log_volumes_are_numbered_apart() -> None:
+    async with open_world(World(processor_count=1, device_count=3)) as pool:
+        assert pool.catalog.catalog.next_changelog_ids() == (3, 1)
