@@ -32,12 +32,12 @@ from .units import check_name, show_name, utc_name
 from .volume import Volume
 from .volumes import VolumeTable
 
-AfterRollback = Callable[[Sequence[Volume]], Awaitable[None]]
+AfterRollback = Callable[[Sequence[VolumeId]], Awaitable[None]]
 _CLOSING_S = 2.0
 _FLATTEN_BATCH = 256
 
 
-async def nothing_after_rollback(volumes: Sequence[Volume]) -> None:
+async def nothing_after_rollback(file_ids: Sequence[VolumeId]) -> None:
     """Without a mount nobody has pages of them."""
 
 
@@ -154,6 +154,8 @@ class Clones:
                 wanted = list(members.by_name if volume_names is None else dict.fromkeys(volume_names))
                 targets = [self._target(*members.get(name)) for name in wanted]
                 volumes = [target.volume for target in targets if target.volume is not None]
+                # Of those too that are gone: the kernel may still keep pages of the file that comes back.
+                file_ids = [self._volumes.traits.get(target.source_id).file_id for target in targets]
                 self.rolling_back.update(volumes)
                 try:
                     if not force:
@@ -163,7 +165,7 @@ class Clones:
                         undo = await self._replace(snapshot, members, wanted, force=force)
                     finally:
                         # Also when one could not be put back: others may have been.
-                        await self.after_rollback(volumes)
+                        await self.after_rollback(file_ids)
                 finally:
                     self.rolling_back.difference_update(volumes)
         self._events.note(

@@ -18,15 +18,16 @@ import trio
 from .errors import MountError
 from .events import EventLog
 from .fuse import loop
+from .fuse.kernelevents import KernelEvents
 from .fuse.kernelnames import KernelNames
-from .fuse.names import EVENTS, SNAPSHOTS
+from .fuse.names import EVENTS, SNAPSHOTS, of_volume
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
 from .fuse.ownmount import OwnMount
 from .mountpoint import KNOWN_OPTIONS, MountRequest, check_mount_point, check_options, control_gid, offering_rescue
 from .pool import Pool, open_pool
 from .rescue import open_damaged_pool
-from .tasks import Wakeup, kept_up
+from .tasks import kept_up
 from .volume import Volume
 
 _log = logging.getLogger("snapfs")
@@ -69,23 +70,28 @@ class _Mount:
         self._pool = pool
         self._options = _fuse_options(request)
         self._namespace = Namespace(
-            pool, request.mount_point, self._resize, self._forget_pages, control_gid(request.options)
+            pool, request.mount_point, self._resize, self._forget_range, control_gid(request.options)
         )
         self._kernel_names = KernelNames(_forget_snapshot_name)
         self._operations = Operations(self._namespace, self._kernel_names)
-        self._own_mount = OwnMount(self._namespace, request.mount_point, _forget_pages)
+        self._own_mount = OwnMount(
+            self._namespace, request.mount_point, partial(self._kernel_names.tell, _forget_pages)
+        )
+        self._kernel_events = KernelEvents(
+            pool.events, partial(self._kernel_names.tell, _store_events), self._own_mount.cut_events
+        )
         pool.snapshots.before_cut = self._own_mount.flush
         pool.snapshots.forget_name = self._kernel_names.forget
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
-        self._events_cut = Wakeup()
         self._device = 0
         self._session = loop.enable(pool.pending.is_quiet)
         pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
 
-    async def _forget_pages(self, volumes: Sequence[Volume]) -> None:
-        await self._own_mount.refresh(volumes)
+    async def _forget_range(self, volume: Volume, offset: int, length: int) -> None:
+        with contextlib.suppress(OSError):
+            await self._kernel_names.tell(self._session.forget_range, of_volume(volume.file_id), offset, length)
 
     def _is_own_path(self, path: str) -> bool:
         """Whether a file lies in the mount or in the pool."""
@@ -115,8 +121,8 @@ class _Mount:
                 "See above for what fusermount3 says; is /dev/fuse there, and user_allow_other set in /etc/fuse.conf?",
             ) from error
         events = self._pool.events
-        events.on_line = _tell_line
-        events.on_cut = self._events_cut.set
+        events.on_line = self._kernel_events.note_line
+        events.on_cut = self._kernel_events.note_cut
         events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
         gc.collect()
         gc.freeze()
@@ -124,7 +130,7 @@ class _Mount:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signals)
                 nursery.start_soon(self._tell_when_ready, ready)
-                nursery.start_soon(self._tell_cuts)
+                nursery.start_soon(kept_up, self._kernel_events.run, self._pool.note_no_memory)
                 if "ro" not in self._options:
                     nursery.start_soon(kept_up, self._pool.scheduler.run, self._pool.note_no_memory)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
@@ -147,15 +153,8 @@ class _Mount:
             _tune_mount(device)
         ready()
 
-    async def _tell_cuts(self) -> None:
-        """Have the kernel know when the events have become shorter: by truncating them through it."""
-        while True:
-            await self._events_cut.wait()
-            with contextlib.suppress(OSError):
-                await self._own_mount.cut_events(len(self._pool.events.contents))
-
     async def _stop_on_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 _log.info("stopping on %s", signal.Signals(number).name)
                 await self._stop()
@@ -195,10 +194,10 @@ def _forget_snapshot_name(name: bytes) -> None:
         pyfuse3.invalidate_entry(SNAPSHOTS, name)
 
 
-def _tell_line(offset: int, line: bytes) -> None:
-    """Have the kernel know that the events have grown: with the write-back cache it asks for no sizes."""
+def _store_events(offset: int, lines: bytes) -> None:
+    """Have the kernel know that the events have grown."""
     with contextlib.suppress(OSError):
-        pyfuse3.notify_store(EVENTS, offset, line)
+        pyfuse3.notify_store(EVENTS, offset, lines)
 
 
 def _fuse_options(request: MountRequest) -> set[str]:

@@ -79,6 +79,11 @@ def utc_name(when_ns: int) -> str:
     return datetime.fromtimestamp(when_ns // 1_000_000_000, UTC).strftime("%Y-%m-%dT%H%M%SZ")
 
 
+def storable_ns(when_ns: int) -> int:
+    """A moment, or the nearest that 64 bits of nanoseconds can tell, of 1677 to 2262, as ext4 does with its span."""
+    return max(-(1 << 63), min(when_ns, (1 << 63) - 1))
+
+
 def iso_time(when_ns: int) -> str:
     """A moment in UTC to the millisecond: ``2026-11-22T08:31:13.042Z``."""
     seconds, rest = divmod(when_ns, 1_000_000_000)

@@ -26,7 +26,7 @@ from .shardstate import EpochClock
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
 from .traits import TraitsTable
-from .units import check_name, show_name
+from .units import check_name, show_name, storable_ns
 from .volume import Volume
 
 _CLOSING_CHECK_S = 0.1
@@ -419,10 +419,10 @@ class VolumeTable:
             if change.gid is not None:
                 volume.gid = change.gid
             if change.atime_ns is not None:
-                volume.atime_ns = change.atime_ns
+                volume.atime_ns = storable_ns(change.atime_ns)
             if change.mtime_ns is not None:
-                volume.mtime_ns = change.mtime_ns
-            volume.ctime_ns = time.time_ns() if change.ctime_ns is None else change.ctime_ns
+                volume.mtime_ns = storable_ns(change.mtime_ns)
+            volume.ctime_ns = time.time_ns() if change.ctime_ns is None else storable_ns(change.ctime_ns)
             if volume.is_removed:
                 return
             self._unsaved.add(volume)

@@ -293,7 +293,7 @@ LAYERS = [
     ["manifest", "status", "repair", "rescue", "diff", "scrub"],
     ["check"],
     ["fuse.patience"],
-    ["fuse.loop", "fuse.names", "fuse.kernelnames", "fuse.command", "fuse.helper"],
+    ["fuse.loop", "fuse.names", "fuse.kernelnames", "fuse.kernelevents", "fuse.command", "fuse.helper"],
     ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands"],
     ["fuse.comparecommands", "fuse.trustcommands", "fuse.volumecommands"],
     ["fuse.control"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import BadCommandError, NotPermittedError
@@ -45,10 +45,10 @@ OPTION_KEYS = frozenset(
 )
 Answer = dict[str, object]
 ResizeFile = Callable[[bytes, int], Awaitable[None]]
-ForgetPages = Callable[[Sequence[Volume]], Awaitable[None]]
+ForgetPages = Callable[[Volume, int, int], Awaitable[None]]
 
 
-async def nothing_to_forget(volumes: Sequence[Volume]) -> None:
+async def nothing_to_forget(volume: Volume, offset: int, length: int) -> None:
     """Without a mount nobody keeps pages."""
 
 
@@ -57,8 +57,8 @@ class CommandContext:
     """What commands work on.
 
     ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
-    what it keeps of volumes. ``is_owner``: it is the daemon's own user, or root, who asks, and not one of the
-    control file's group.
+    what it keeps of a range of a volume. ``is_owner``: it is the daemon's own user, or root, who asks,
+    and not one of the control file's group.
     """
 
     pool: Pool

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,7 +97,12 @@ CALLS: dict[str, Callable[..., int | None]] = {
 
 
 def main() -> None:
-    """Serve until the daemon closes its end."""
+    """Serve until the daemon closes its end.
+
+    Signals for a whole group are the daemon's: it still needs the helper to write all back.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         answer: dict[str, object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,10 @@ _CLOSE_WAIT_S = 10.0
 
 
 class KernelNames:
-    """Open as long as the session lives: ``forget_entry``, which blocks, must not be called for one that is closed."""
+    """Open as long as the session lives: ``forget_entry``, which blocks, must not be called for one that is closed.
+
+    Nor must anything else that the kernel is told by way of the session: see :meth:`tell`.
+    """
 
     def __init__(self, forget_entry: Callable[[bytes], None]) -> None:
         self._forget_entry = forget_entry
@@ -62,6 +66,22 @@ class KernelNames:
                     return await in_thread(self._forget_entry, name)
                 except NoMemoryError:
                     await trio.sleep(NO_MEMORY_RETRY_S)
+        finally:
+            self._under_way_count -= 1
+            self._one_ended.set()
+
+    async def tell(self, call: Callable[..., None], *args: object) -> None:
+        """Tell the kernel something else while the session lives, in a thread: it may wait for pages being read.
+
+        Whoever is cancelled waits no longer; what was begun goes on, and :meth:`close` waits for it.
+        """
+        await within(math.inf, partial(self._tell, call, *args))
+
+    async def _tell(self, call: Callable[..., None], *args: object) -> None:
+        self._under_way_count += 1
+        try:
+            if self._is_open:
+                await in_thread(call, *args)
         finally:
             self._under_way_count -= 1
             self._one_ended.set()

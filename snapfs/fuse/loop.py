@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 import select
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +34,8 @@ from .patience import Patience
 _log = logging.getLogger("snapfs")
 REQUESTS_A_TURN = 16
 SPIN_NS = 30_000
+# linux/fuse.h: a fuse_out_header (length, code, no request), and fuse_notify_inval_inode_out.
+_INVAL_INODE = struct.Struct("=IiQQqq")
 
 
 class _Lock:
@@ -157,6 +160,15 @@ class SessionLoop:
         self.failure = failure
         pyfuse3.terminate()
         self.abort()
+
+    def forget_range(self, inode: int, offset: int, length: int) -> None:
+        """Have the kernel forget pages of a file, what is dirty of them written back first. Blocks.
+
+        pyfuse3 knows of whole files alone (linux/fuse.h, FUSE_NOTIFY_INVAL_INODE): while somebody writes to it without
+        a pause there is always one more page. Raises OSError, ENOENT for an inode that the kernel does not know.
+        """
+        if self.lowlevel.session_fd is not None:
+            os.write(self.lowlevel.session_fd, _INVAL_INODE.pack(_INVAL_INODE.size, 2, 0, inode, offset, length))
 
     def abort(self) -> None:
         """Have the kernel fail all requests, for those that will not be answered; after ``pyfuse3.terminate``.

@@ -3,7 +3,7 @@
 With the write-back cache a write that returned may be in the kernel only. Before a snapshot's cut an
 fsync has it hand over its dirty pages, while the daemon goes on serving. Only volumes that are open
 for writing can have any. The helper opens them by id, and its fsync is not taken for a wish that data
-be durable: the snapshot does that.
+be durable: the snapshot does that. A helper that was killed is started anew.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
 from ..errors import NotFoundError, SnapfsError
 from ..geometry import VolumeId
-from ..tasks import in_thread
 from ..units import show_name
 from ..volume import Volume
-from . import helper
-from .names import META_NAME
+from . import helper, names
 from .namespace import Namespace
 
 _HELPER_FILE = os.path.abspath(helper.__file__)
@@ -37,17 +36,24 @@ class FlushError(SnapfsError):
     """
 
 
+class _HelperGoneError(OSError):
+    """The helper process has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "the helper process is gone")
+
+
 class OwnMount:
     """Calls on the daemon's own mount, one at a time. To be started before the mount is made.
 
-    ``invalidate`` has the kernel forget the pages and attributes of an inode; it may block.
+    ``invalidate`` has the kernel forget the pages and attributes of an inode.
     """
 
-    def __init__(self, namespace: Namespace, mount_point: str, invalidate: Callable[[int], None]) -> None:
+    def __init__(self, namespace: Namespace, mount_point: str, invalidate: Callable[[int], Awaitable[None]]) -> None:
         self._invalidate = invalidate
         self._namespace = namespace
         self._mount_point = mount_point
-        self._folder = os.path.join(mount_point, os.fsdecode(META_NAME))
+        self._folder = os.path.join(mount_point, os.fsdecode(names.META_NAME))
         self._turn = trio.Lock()
         self._process: trio.Process | None = None
         self._unread = bytearray()
@@ -72,26 +78,46 @@ class OwnMount:
             await process.stdin.aclose()
             await process.stdout.aclose()
             await process.wait()
+        self._process = None
+        self._namespace.helper_pid = 0
+        self._unread.clear()
 
     async def _call(self, call: str, *arguments: object) -> object:
         """One call; OSError as the helper met it."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        return await self._call_with(call, lambda: arguments)
+
+    async def _call_with(self, call: str, arguments_now: Callable[[], Sequence[object]]) -> object:
+        """One call, with arguments that are worked out when its turn has come."""
         with trio.CancelScope(shield=True):
             async with self._turn:
-                request = json.dumps({"call": call, "arguments": arguments}).encode() + b"\n"
-                await process.stdin.send_all(request)
-                while b"\n" not in self._unread:
-                    part = await process.stdout.receive_some(65536)
-                    if not part:
-                        raise OSError(errno.EIO, "the helper process is gone")
-                    self._unread += part
-                line, _, rest = bytes(self._unread).partition(b"\n")
-                self._unread[:] = rest
+                request = json.dumps({"call": call, "arguments": arguments_now()}).encode() + b"\n"
+                try:
+                    line = await self._answer_to(request)
+                except _HelperGoneError:
+                    # Every call may be made twice. Somebody has killed it, or the kernel, for want of memory.
+                    await self.stop()
+                    await self.start()
+                    line = await self._answer_to(request)
         answer = json.loads(line)
         if "errno" in answer:
             raise OSError(answer["errno"], answer["words"], answer["path"])
         return answer["result"]
+
+    async def _answer_to(self, request: bytes) -> bytes:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            await process.stdin.send_all(request)
+            while b"\n" not in self._unread:
+                part = await process.stdout.receive_some(65536)
+                if not part:
+                    raise _HelperGoneError
+                self._unread += part
+        except trio.BrokenResourceError:
+            raise _HelperGoneError from None
+        line, _, rest = bytes(self._unread).partition(b"\n")
+        self._unread[:] = rest
+        return line
 
     def _path_of(self, volume_id: VolumeId) -> str:
         """Where the helper finds a volume whatever its name is."""
@@ -121,14 +147,22 @@ class OwnMount:
             raise NotFoundError("the volume is gone")
         await self._call("truncate", self._path_of(volume.file_id), size_bytes)
 
-    async def refresh(self, volumes: Sequence[Volume]) -> None:
+    async def refresh(self, file_ids: Sequence[VolumeId]) -> None:
         """After a rollback: the kernel is to keep nothing of what these files were, their sizes included."""
-        for volume in volumes:
-            # In a thread: it waits for pages that are being read, which are answered meanwhile.
-            await in_thread(self._invalidate, volume.file_id)
+        for file_id in file_ids:
+            await self._invalidate(names.of_volume(file_id))
             with contextlib.suppress(FileNotFoundError):
-                times = (volume.atime_ns, volume.mtime_ns)
-                await self._call("set_size_and_times", self._path_of(volume.file_id), volume.size_bytes, *times)
+                await self._call_with("set_size_and_times", partial(self._as_it_is, file_id))
+
+    def _as_it_is(self, file_id: VolumeId) -> Sequence[object]:
+        """For the helper: a file, and the size and the times it has now. Raises FileNotFoundError for one that is gone.
+
+        Now, and not when it was rolled back: it may have been written to since, or its name stand for another volume.
+        """
+        volume = self._namespace.pool.volumes.by_file_id.get(file_id)
+        if volume is None or volume.is_removed:
+            raise FileNotFoundError
+        return self._path_of(file_id), volume.size_bytes, volume.atime_ns, volume.mtime_ns
 
     async def cut_events(self, size_bytes: int) -> None:
         """Tell the kernel that the events have become shorter. Raises OSError."""

@@ -64,7 +64,7 @@ async def _discard(context: CommandContext, command: Command) -> Answer:
     volume = context.pool.volumes.get(command.words[0])
     await context.pool.snapshots.before_cut([volume])
     freed_bytes = await context.pool.volumes.discard(volume, offset, length)
-    await context.forget_pages([volume])
+    await context.forget_pages(volume, offset, length)
     return {"volume": show_name(command.words[0]), "freed_bytes": freed_bytes}
 
 
