@@ -163,7 +163,7 @@ class ChangeLogs:
         Raises OSError when the device gives no file, NoSpaceError when its change log volume is full,
         NotResidentError while the device has to answer first.
         """
-        log_id = LogId(self.next_log_id)
+        log_id = self.take_id()
         device_id = self._placement.device_for(volume_id, self._processor_index, is_change=is_change)
         row = LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 0, time.time_ns())
         quota = self._quota(row)
@@ -173,15 +173,17 @@ class ChangeLogs:
         log.liveness.check_now()
         log.file = self._devices[device_id].create(self._name(log_id))
         log.unnamed = True
-        self.next_log_id += 1
         self.known[log_id] = log
         self._note_open(log)
         return log
 
-    def begin_source(self, volume_id: VolumeId, epoch: Epoch, kind: int) -> LogRow:
-        """The log that stands for what a volume is written over: an image, or a new file. Blocks."""
-        log_id = LogId(self.next_log_id)
+    def take_id(self) -> LogId:
+        """The id of a log that is about to be made, given once. In the event loop, as all logs are that take writes."""
         self.next_log_id += 1
+        return LogId(self.next_log_id - 1)
+
+    def begin_source(self, log_id: LogId, volume_id: VolumeId, epoch: Epoch, kind: int) -> LogRow:
+        """The log that stands for what a volume is written over: an image, or a new file. Blocks."""
         device_id = self._placement.device_for(volume_id, self._processor_index, is_change=False)
         if kind == SOURCE_LOG:
             self._devices[device_id].create(self._name(log_id)).close()
@@ -190,8 +192,7 @@ class ChangeLogs:
 
     def empty_row(self, volume_id: VolumeId, epoch: Epoch, live_before: int) -> LogRow:
         """A sealed log without a file, for the record."""
-        self.next_log_id += 1
-        log_id = LogId(self.next_log_id - 1)
+        log_id = self.take_id()
         device_id = self._placement.device_for(volume_id, self._processor_index, is_change=False)
         return LogRow(log_id, volume_id, epoch, device_id, 0, live_before, 1, time.time_ns())
 

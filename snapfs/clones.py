@@ -20,7 +20,7 @@ from .events import EventLog
 from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
 from .jobs import Job, Jobs
-from .notresident import NotResidentError, OldBlocks
+from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion
 from .processor import Processor
 from .reclaimer import Reclaimer
@@ -463,7 +463,7 @@ class _Flattening:
         while objects := await self._processor.mapped_objects(self._volume_id, from_object, _FLATTEN_BATCH):
             for object_index in objects:
                 await self._copy_object(object_index)
-            await self._processor.commit([self._portion_now()])
+            await self._processor.commit([await when_resident(lambda _: self._portion_now())])
             from_object = objects[-1] + 1
 
     def _portion_now(self) -> Portion:

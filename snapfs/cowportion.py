@@ -77,11 +77,19 @@ class CowPortion(Portion):
         return 0
 
     def _known_state(self, object_index: int) -> ObjectState:
-        """An object with its latest copy known. Raises NotResidentError."""
+        """An object with its latest copy known, as it is durable. Raises NotResidentError."""
+        state = self._state_with_instant(object_index)
+        if state.copied and state.kept is None:
+            is_pending = any(row.instant == state.copied for row in self.pending.get(object_index, ()))
+            raise NotResidentError(self._commit_kept if is_pending else partial(self._look_up_kept, object_index))
+        return state
+
+    def _state_with_instant(self, object_index: int) -> ObjectState:
+        """An object of which it is known when its latest copy was made. Raises NotResidentError."""
         state = self.objects.get(object_index)
         if state is None:
             raise NotResidentError(partial(self._load, object_index))
-        if state.copied is None or (state.copied and state.kept is None):
+        if state.copied is None:
             raise NotResidentError(partial(self._look_up_kept, object_index))
         return state
 
@@ -153,18 +161,22 @@ class CowPortion(Portion):
     # -- preserving --------------------------------------------------------------------------
 
     async def _look_up_kept(self, object_index: int, old_blocks: OldBlocks) -> None:
-        """Learn an object's latest copy."""
-        commits = self.commits
+        """Learn an object's latest copy. One that is pending is not durable, and no writer may rely on it."""
+        before = (self.commits, self.generation)
         row = await self._access.ask(self._access.store.latest_copy, self.volume_id, object_index)
         state = self.objects.get(object_index)
-        if state is None or self.commits != commits or self.in_commit:
+        if state is None or (self.commits, self.generation) != before or self.in_commit:
             await trio.lowlevel.checkpoint()
             return
-        for pending in self.pending.get(object_index, ()):
-            if row is None or pending.instant >= row.instant:
-                row = pending
-        state.copied = 0 if row is None else row.instant
-        state.kept = row
+        instants = [one.instant for one in self.pending.get(object_index, ())]
+        stored = 0 if row is None else row.instant
+        state.copied = max([stored, *instants])
+        if state.kept is None and state.copied not in instants:
+            state.kept = row
+
+    async def _commit_kept(self, old_blocks: OldBlocks) -> None:
+        """Make pending copies durable: before that nothing is overwritten that they name elsewhere."""
+        await self._neighbours.commit(self)
 
     async def _preserve(self, object_index: int, first: int, last: int, old_blocks: OldBlocks) -> None:
         """Preserve a range of blocks, durably. Those that come meanwhile are served together."""
@@ -216,16 +228,26 @@ class CowPortion(Portion):
         changed = {run.object_index: self._point_copy_at(log, run) for run in runs}
         if log.quota is not None:
             log.quota.add(log.block_count - named_before - reserved)
-        await self._neighbours.commit(self)
+        try:
+            await self._neighbours.commit(self)
+        except BaseException:
+            # Whether the copies are durable is not known, and what is known of them no longer true.
+            for object_index in changed:
+                if (state := self.objects.get(object_index)) is not None:
+                    state.kept = None
+            raise
         for object_index, copy in changed.items():
             state = self.objects.get(object_index)
             if state is not None and copy is not None and state.copied == copy.instant:
                 state.kept = copy
 
     def _give_back_runs(self, log: ChangeLog, runs: list[_Run]) -> None:
-        """After a failure: what was written of these is named by nothing."""
+        """After a failure: what was written of these is named by nothing but what was preserved before."""
         for run in runs:
-            self._give_back_blocks(log, run, range(run.count))
+            copy = self._latest_copy_now(run.object_index)
+            entries = blockmap.expanded(HOLE if copy is None else copy.block_map)
+            unnamed = [index for index in range(run.count) if entries[run.first + index] != log.log_id]
+            self._give_back_blocks(log, run, unnamed)
 
     def _give_back_blocks(self, log: ChangeLog, run: _Run, indexes: Iterable[int]) -> None:
         base = log_offset(run.object_index, self._processor_count)
@@ -380,7 +402,8 @@ class CowPortion(Portion):
         if not self.pending.get(object_index):
             self.pending.pop(object_index, None)
         if state.copied == copy.instant:
-            state.copied, state.kept = earlier, older
+            # What took over from it is not durable before the next commit.
+            state.copied, state.kept = earlier, None
         self._dropped_copies.append((object_index, copy.instant))
         self._dirty_objects.add(object_index)
         self.generation += 1
@@ -389,7 +412,7 @@ class CowPortion(Portion):
 
     def _drop_plan(self, copy: CopyRow, earlier: int) -> tuple[ObjectState, CopyRow, CopyRow | None]:
         """The object, the copy as it is now, and the one before it. Raises NotResidentError."""
-        state = self._known_state(copy.object_index)
+        state = self._state_with_instant(copy.object_index)
         # Blocks may have been preserved in them since they were stored, also in one that is not the latest any more.
         pending: dict[int, CopyRow] = {row.instant: row for row in self.pending.get(copy.object_index, ())}
         # What is known of the latest may be older than what is stored: a commit has ended, and its task goes on later.

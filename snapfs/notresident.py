@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-OldBlocks = dict[tuple[int, int], bytes]
+# By processor, change log and place in its file: ids of logs are those of one processor.
+OldBlocks = dict[tuple[int, int, int], bytes]
 
 
 class NotResidentError(Exception):

@@ -416,7 +416,7 @@ class Portion:
         if log_id == HOLE:
             return bytes(BLOCK_SIZE)
         offset = log_offset(object_index, self._processor_count) + (block << BLOCK_SHIFT)
-        known = old_blocks.get((log_id, offset))
+        known = old_blocks.get((self._access.store.processor_index, log_id, offset))
         if known is not None:
             return known
         log = self._logs.known.get(log_id)
@@ -712,9 +712,9 @@ class Portion:
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
         """Bring a log's row into memory."""
         row = await self._access.ask(self._access.store.log, log_id)
-        if row is None and (log_id, _WAS_MISSING) not in old_blocks:
+        if row is None and (self._access.store.processor_index, log_id, _WAS_MISSING) not in old_blocks:
             # It may have died since its map was looked at; the caller looks again, once.
-            old_blocks[(log_id, _WAS_MISSING)] = b""
+            old_blocks[(self._access.store.processor_index, log_id, _WAS_MISSING)] = b""
             return
         if row is None:
             raise DamagedError(
@@ -737,9 +737,9 @@ class Portion:
         try:
             self._logs.open_file(log)
         except DamagedError:
-            if (log_id, _WAS_MISSING) in old_blocks:
+            if (self._access.store.processor_index, log_id, _WAS_MISSING) in old_blocks:
                 raise
-            old_blocks[(log_id, _WAS_MISSING)] = b""
+            old_blocks[(self._access.store.processor_index, log_id, _WAS_MISSING)] = b""
 
     async def _look_up_log(self, epoch: int, old_blocks: OldBlocks) -> None:
         """Learn whether the store has a log that takes this volume's writes."""
@@ -761,7 +761,7 @@ class Portion:
                 self.report(damage)
                 raise
             return
-        old_blocks[(log.log_id, offset)] = bytes(buffer)
+        old_blocks[(self._access.store.processor_index, log.log_id, offset)] = bytes(buffer)
 
     def report(self, damage: DamagedBlockError) -> None:
         """Tell whoever keeps track of damage."""
@@ -848,11 +848,8 @@ class Portion:
 
     def take_changes(self) -> PortionChanges:
         """Copy what is to be committed; what changes from now on is for the next commit."""
-        logs = self._dirty_logs
-        for log in logs:
-            log.dirty = False
         changes = PortionChanges(
-            logs_to_sync=logs,
+            logs_to_sync=self._dirty_logs,
             changed_logs=self._changed_logs,
             objects=self._dirty_objects,
             maps=[
@@ -866,6 +863,9 @@ class Portion:
             candidates=self._candidates,
             count_changed=self._count_changed,
         )
+        # Nothing before this may be changed: there may have been no memory for what is to be committed.
+        for log in self._dirty_logs:
+            log.dirty = False
         self._dirty_logs = []
         self._changed_logs = {}
         self._dirty_objects = set()

@@ -22,7 +22,7 @@ import trio
 from .backends import Device
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
-from .errors import SnapfsError
+from .errors import NoMemoryError, SnapfsError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
@@ -166,7 +166,7 @@ class Processor:
 
     async def add_source(self, volume_id: VolumeId, epoch: Epoch, kind: int) -> None:
         """Begin the log that stands for what a volume is to be written over, durably, before the volume is made."""
-        row = await self.access.in_thread(self.logs.begin_source, volume_id, epoch, kind)
+        row = await self.access.in_thread(self.logs.begin_source, self.logs.take_id(), volume_id, epoch, kind)
         await self.commit([], ShardBatch(logs=[row]))
         self.sources[volume_id] = row
 
@@ -387,10 +387,23 @@ class Processor:
         if catalog_generation is None:
             catalog_generation = store.catalog_generation
         commit = _Commit(rows, [], catalog_generation)
-        for portion in list(self.portions.values()) if portions is None else list(portions):
+        chosen = list(self.portions.values()) if portions is None else list(portions)
+        for portion in chosen:
             if portion.failure is not None and portion.last_instant == NEVER:
                 raise type(portion.failure)(portion.failure.reason, portion.failure.fix)
-        for portion in list(self.portions.values()) if portions is None else list(portions):
+        try:
+            self._take_changes(commit, chosen)
+        except BaseException as error:
+            # There may be no memory for all of it: what was taken is still to be committed.
+            self._fail_commit(commit, error, None)
+            raise
+        if rows:
+            rows.next_log_id = LogId(self.logs.next_log_id)
+        return commit
+
+    def _take_changes(self, commit: _Commit, portions: list[Portion]) -> None:
+        rows = commit.batch
+        for portion in portions:
             if not portion.is_dirty or portion.failure is not None:
                 continue
             changes = portion.take_changes()
@@ -411,9 +424,6 @@ class Processor:
             rows.candidates += changes.candidates
             if changes.count_changed:
                 rows.portions.append((portion.volume_id, self.tally.counts.get(portion.volume_id, 0)))
-        if rows:
-            rows.next_log_id = LogId(self.logs.next_log_id)
-        return commit
 
     def _is_dead(self, log: ChangeLog) -> bool:
         """Nothing names a block of it, and it takes no more writes."""
@@ -449,7 +459,7 @@ class Processor:
             self.logs.discard(log)
             try:
                 await self.access.in_thread(self.logs.remove_file, log.log_id, log.device_id)
-            except OSError:
+            except (OSError, NoMemoryError):
                 # Left over; it is found again at the next opening of the pool.
                 continue
 

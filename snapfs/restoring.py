@@ -20,7 +20,7 @@ from . import blockmap
 from .blockmap import HOLE
 from .errors import SnapfsError
 from .events import EventLog
-from .geometry import BLOCK_SHIFT
+from .geometry import BLOCK_SHIFT, OBJECT_SHIFT
 from .jobs import Job
 from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion
@@ -110,7 +110,7 @@ class Restorer:
         await self._portions[0].fit_source(size_bytes, may_cut=False)
         await side_by_side(
             [
-                _Copying(processor, portion, instant, job).run
+                _Copying(processor, portion, instant, size_bytes, job).run
                 for processor, portion in zip(self._processors, self._portions, strict=True)
             ]
         )
@@ -119,10 +119,11 @@ class Restorer:
 class _Copying:
     """Copying one processor's part."""
 
-    def __init__(self, processor: Processor, portion: Portion, instant: int, job: Job) -> None:
+    def __init__(self, processor: Processor, portion: Portion, instant: int, size_bytes: int, job: Job) -> None:
         self._processor = processor
         self._portion = portion
         self._instant = instant
+        self._size_bytes = size_bytes
         self._job = job
 
     async def run(self) -> None:
@@ -147,12 +148,19 @@ class _Copying:
                 await self._copy_run(object_index, first, min(_RUN_BLOCKS_MAX, block + count - first), log_id)
 
     async def _copy_run(self, object_index: int, block: int, count: int, log_id: int) -> None:
-        if log_id == HOLE:
-            await when_resident(lambda _: self._portion.unmap_now(object_index, block, block + count))
-            return
-        view = memoryview(bytearray(count << BLOCK_SHIFT))
+        """Up to the end of the volume alone: a block device may end within a block, and takes nothing behind that."""
         inside = block << BLOCK_SHIFT
-        segments = await when_resident(lambda _: self._portion.segments(log_id, object_index, inside, len(view), 0))
-        await self._portion.read_segments(segments, view)
-        await when_resident(lambda old: self._portion.write_now(object_index, inside, view, old))
+        end = min(inside + (count << BLOCK_SHIFT), self._size_bytes - (object_index << OBJECT_SHIFT))
+        if end <= inside:
+            return
+        if log_id == HOLE:
+            last = end >> BLOCK_SHIFT
+            await when_resident(lambda _: self._portion.unmap_now(object_index, block, last))
+            inside = max(inside, last << BLOCK_SHIFT)
+        view = memoryview(bytearray(end - inside))
+        if log_id != HOLE:
+            segments = await when_resident(lambda _: self._portion.segments(log_id, object_index, inside, len(view), 0))
+            await self._portion.read_segments(segments, view)
+        if len(view):
+            await when_resident(lambda old: self._portion.write_now(object_index, inside, view, old))
         self._job.done += len(view)

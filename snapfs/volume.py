@@ -346,7 +346,11 @@ class Volume(VolumeView):
         inside = offset & OBJECT_MASK
         if inside + length <= OBJECT_SIZE:
             portion = self.portions[object_index % self.processor_count]
-            portion.write_now(object_index, inside, data, old_blocks)
+            try:
+                portion.write_now(object_index, inside, data, old_blocks)
+            except (OSError, SnapfsError):
+                self._note_failed_write(end)
+                raise
         else:
             self._write_pieces_now(offset, data, old_blocks)
         if self.epoch < self._clock.epoch or self.epoch < self.named_epoch:
@@ -371,10 +375,13 @@ class Volume(VolumeView):
             for portion, object_index, inside, part in parts:
                 portion.write_now(object_index, inside, part, old_blocks)
         except (OSError, SnapfsError):
-            if offset + len(view) > self.size_bytes:
-                # A part of it may lie behind the size, which stays as it was.
-                self._trim = _TRIM_DUE
+            self._note_failed_write(offset + len(view))
             raise
+
+    def _note_failed_write(self, end: int) -> None:
+        if end > self.size_bytes:
+            # A part of it may lie behind the size, which stays as it was.
+            self._trim = _TRIM_DUE
 
     def _check_growth(self, size_bytes: int) -> None:
         if size_bytes > volume_size_bytes_max(self.processor_count):
@@ -563,16 +570,16 @@ class Volume(VolumeView):
         self.size_bytes = size_bytes
         self._shrink_count += 1
         self._synced_size_bytes = min(self._synced_size_bytes, size_bytes)
-        if not self.may_have_blocks:
-            return
-        self._trim = _TRIM_DUE
+        if self.may_have_blocks:
+            self._trim = _TRIM_DUE
         if not self.is_removed:
             try:
                 await self._catalog.save([self])
             except SnapfsError:
                 self.size_bytes, self._synced_size_bytes, self._trim = before
                 raise
-        await self.trim()
+        if self.may_have_blocks:
+            await self.trim()
 
     async def discard(self, offset: int, length: int) -> int:
         """Have a range read as zeros, up to the end at most: whole blocks become holes, the rest is written over.
@@ -590,13 +597,10 @@ class Volume(VolumeView):
                 stop = min(end, (object_index + 1) << OBJECT_SHIFT)
                 aligned = -(-inside // BLOCK_SIZE) * BLOCK_SIZE
                 last_inside = inside + stop - position
-                is_tail = stop == self.size_bytes
-                last = -(-last_inside // BLOCK_SIZE) if is_tail else last_inside // BLOCK_SIZE
                 if inside % BLOCK_SIZE:
                     await self.write(position, bytes(min(stop - position, aligned - inside)))
-                if last > aligned // BLOCK_SIZE:
-                    portion = self.portions[object_index % self.processor_count]
-                    await self._unmap(portion, object_index, aligned // BLOCK_SIZE, last)
+                first = aligned // BLOCK_SIZE
+                last = await when_resident(partial(self._unmap_up_to_now, stop, object_index, first, last_inside))
                 if last_inside > last * BLOCK_SIZE >= aligned:
                     await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
                 position = stop
@@ -686,6 +690,20 @@ class Volume(VolumeView):
             if len(stored) < _TRIM_BATCH:
                 return
             from_object = stored[-1] + 1
+
+    def _unmap_up_to_now(
+        self, stop: int, object_index: int, first: int, last_inside: int, old_blocks: OldBlocks
+    ) -> int:
+        """Make holes of an object's blocks from ``first`` on, up to byte ``last_inside``; before which block it ended.
+
+        A block that ``stop``, the same byte of the volume, cuts goes too if nothing follows: now, for an append may.
+        """
+        last = last_inside // BLOCK_SIZE
+        if stop == self.size_bytes:
+            last = -(-last_inside // BLOCK_SIZE)
+        if last > first:
+            self.portions[object_index % self.processor_count].unmap_now(object_index, first, last)
+        return last
 
     async def _unmap(self, portion: Portion, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
         await when_resident(lambda _: portion.unmap_now(object_index, first, last))

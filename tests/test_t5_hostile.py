@@ -55,9 +55,12 @@ def test_discarding_loses_nothing_that_is_written_meanwhile(mounted_in_memory: M
     def append() -> None:
         nonlocal count
         with open(path, "ab", buffering=0) as file:
-            while not is_over.is_set() and count < 20000:
-                file.write(struct.pack("<Q", count) * (BLOCK // 8))
-                count += 1
+            while not is_over.is_set():
+                # The daemon is asked now and then, so that there are not more pages than it can take.
+                os.statvfs(mounted_in_memory.path)
+                for _ in range(16):
+                    file.write(struct.pack("<Q", count) * (BLOCK // 8))
+                    count += 1
             os.fsync(file.fileno())
 
     writer = threading.Thread(target=append)

@@ -42,7 +42,7 @@ class Handle(ABC):
         """A descriptor is being closed; raise what its user must still hear of."""
 
 
-async def _nothing(old_blocks: dict[tuple[int, int], bytes]) -> None:
+async def _nothing(old_blocks: OldBlocks) -> None:
     """Text has nothing to fetch."""
 
 

@@ -1,0 +1,387 @@
+"""What was acknowledged stays, and what a snapshot holds: whatever fails, waits or runs beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import Any
+
+import pytest
+import trio
+
+from snapfs import blockmap, changelog, cowportion, reclaim
+from snapfs.backends import CrashPlan, DeviceFile
+from snapfs.backends.memory import MemoryFile
+from snapfs.errors import NoMemoryError, NoSpaceError
+from snapfs.formats import COPY_ON_WRITE
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool
+from snapfs.snapshot import Snapshot
+from snapfs.volume import Volume
+
+from .harness import Running, World, open_world, read_snapshot, read_volume
+
+BLOCK = 4096
+OBJECT = 4 << 20
+MIB = 1 << 20
+
+
+async def settled() -> None:
+    """Whatever can go on has done so."""
+    for _ in range(30):
+        await trio.to_thread.run_sync(lambda: None)
+
+
+async def copy_on_write(pool: Pool, contents: bytes) -> Volume:
+    volume = await pool.maker.create(VolumeWish(b"v", MIB, COPY_ON_WRITE))
+    async with pool.volumes.opened(b"v"):
+        await volume.write(0, contents)
+        await volume.sync()
+    return volume
+
+
+async def block_of(pool: Pool, snapshot: Snapshot, block: int) -> bytes:
+    return (await read_snapshot(pool, snapshot, b"v"))[block * BLOCK : (block + 1) * BLOCK]
+
+
+async def test_what_was_preserved_stays_when_the_next_round_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        volume = await copy_on_write(pool, b"A" * 2 * BLOCK)
+        async with pool.volumes.opened(b"v"):
+            snapshot = await pool.snapshots.create(b"s")
+
+            def full(*arguments: object) -> None:
+                raise NoSpaceError("no room for the copy")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(pool.processors[0].access.store, "commit", full)
+                with pytest.raises(NoSpaceError):
+                    await volume.write(0, b"B" * BLOCK)
+
+            def no_room(*arguments: object) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(cowportion, "_write_runs", no_room)
+                with pytest.raises(OSError):
+                    await volume.write(0, b"B" * 2 * BLOCK)
+            await volume.write(0, b"C" * BLOCK)
+            await volume.sync()
+            await pool.processors[0].punch_freed()
+            assert [await block_of(pool, snapshot, block) for block in (0, 1)] == [b"A" * BLOCK] * 2
+    world.check()
+
+
+async def test_nobody_writes_over_what_is_preserved_but_not_durable_though_its_copy_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two writers of one block, of an object of which the latest copy is not in memory."""
+    world = World(1)
+    async with open_world(world) as pool:
+        volume = await copy_on_write(pool, b"A" * 2 * BLOCK)
+        async with pool.volumes.opened(b"v"):
+            await pool.snapshots.create(b"before")
+            await volume.write(BLOCK, b"X" * BLOCK)
+            await volume.sync()
+            snapshot = await pool.snapshots.create(b"s")
+            volume.portions[0].objects.clear()
+            access = pool.processors[0].access
+            ask, gate, count = access.ask, trio.Event(), 0
+
+            async def slowly(call: Any, *arguments: Any) -> Any:
+                nonlocal count
+                found = await ask(call, *arguments)
+                if call.__name__ == "latest_copy":
+                    count += 1
+                    if count == 2:
+                        await gate.wait()
+                return found
+
+            await volume.read(0, 1)
+            monkeypatch.setattr(access, "ask", slowly)
+            async with access.commit_lock:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(volume.write, 0, b"1" * 512)
+                    nursery.start_soon(volume.write, 512, b"2" * 512)
+                    await settled()
+                    gate.set()
+                    await settled()
+                    before_commit = await source_of(pool, volume, 1024)
+                    access.commit_lock.release()
+                await access.commit_lock.acquire()
+            assert before_commit == b"A" * 1024
+            assert await block_of(pool, snapshot, 0) == b"A" * BLOCK
+
+
+async def source_of(pool: Pool, volume: Volume, length: int) -> bytes:
+    """How what a copy-on-write volume is written over begins."""
+    (row,) = [one.sources[volume.volume_id] for one in pool.processors]
+    file = pool.processors[0].logs.known[row.log_id].file
+    assert file is not None
+    contents = bytearray(length)
+    file.read_into(contents, 0)
+    return bytes(contents)
+
+
+async def test_nobody_writes_over_what_a_dropped_copy_hands_on_before_that_is_durable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        volume = await copy_on_write(pool, b"A" * 4 * BLOCK)
+        async with pool.volumes.opened(b"v"):
+            first = await pool.snapshots.create(b"s0")
+            await volume.write(BLOCK, b"X" * BLOCK)
+            await pool.snapshots.create(b"s1")
+            await volume.write(2 * BLOCK, b"Y" * BLOCK)
+            found, go_on, dropped, go_on_dropping = (trio.Event() for _ in range(4))
+            find, drop = reclaim._find, reclaim._drop
+
+            async def slow_find(*arguments: Any) -> Any:
+                step = await find(*arguments)
+                if step.unneeded:
+                    found.set()
+                    await go_on.wait()
+                return step
+
+            async def slow_drop(*arguments: Any) -> None:
+                await drop(*arguments)
+                dropped.set()
+                await go_on_dropping.wait()
+
+            monkeypatch.setattr(reclaim, "_find", slow_find)
+            monkeypatch.setattr(reclaim, "_drop", slow_drop)
+            async with trio.open_nursery() as nursery:
+                await pool.snapshots.delete(b"s1")
+                await found.wait()
+                nursery.start_soon(volume.write, 0, b"1" * 512)
+                await settled()
+                go_on.set()
+                await dropped.wait()
+                nursery.start_soon(volume.write, 512, b"2" * 512)
+                await settled()
+                before_commit = await source_of(pool, volume, 1024)
+                go_on_dropping.set()
+            assert before_commit == b"A" * 1024
+            assert await block_of(pool, first, 0) == b"A" * BLOCK
+    world.check()
+
+
+async def test_a_commit_for_which_there_is_no_memory_loses_no_volumes_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        for name in (b"a", b"b"):
+            await pool.volumes.create(name)
+        async with pool.volumes.opened(b"a") as a, pool.volumes.opened(b"b") as b:
+            for volume in (a, b):
+                await volume.write(0, volume.name * BLOCK)
+            keep, count = blockmap.keep, 0
+
+            def no_memory(block_map: blockmap.BlockMap) -> blockmap.BlockMap:
+                nonlocal count
+                count += 1
+                if count == 2:
+                    raise MemoryError
+                return keep(block_map)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(blockmap, "keep", no_memory)
+                with pytest.raises(MemoryError):
+                    await pool.snapshots.create(b"s")
+            for volume in (a, b):
+                await volume.sync()
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
+    async with open_world(world) as pool:
+        assert [await read_volume(pool, name) for name in (b"a", b"b")] == [b"a" * BLOCK, b"b" * BLOCK]
+
+
+async def test_two_logs_never_get_one_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is made in the event loop while a thread makes the file of a copy-on-write volume."""
+    world = World(1)
+    (device,) = world.devices.values()
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        create, begin_source = device.create, changelog.ChangeLogs.begin_source
+        in_create, is_made = threading.Event(), threading.Event()
+
+        def slow_create(name: str) -> DeviceFile:
+            if threading.current_thread() is threading.main_thread():
+                in_create.set()
+                is_made.wait(60)
+            return create(name)
+
+        def late_source(*arguments: Any) -> Any:
+            in_create.wait(60)
+            try:
+                return begin_source(*arguments)
+            finally:
+                is_made.set()
+
+        monkeypatch.setattr(device, "create", slow_create)
+        monkeypatch.setattr(changelog.ChangeLogs, "begin_source", late_source)
+        async with pool.volumes.opened(b"v"), trio.open_nursery() as nursery:
+            nursery.start_soon(pool.maker.create, VolumeWish(b"w", MIB, COPY_ON_WRITE))
+            await trio.testing.wait_all_tasks_blocked()
+            await volume.write(0, b"V" * BLOCK)
+        async with pool.volumes.opened(b"w") as other:
+            await other.write(0, b"W" * BLOCK)
+        assert await read_volume(pool, b"v") == b"V" * BLOCK
+        assert (await read_volume(pool, b"w"))[: 2 * BLOCK] == (b"W" * BLOCK).ljust(2 * BLOCK, b"\0")
+    world.check_clean()
+
+
+async def test_an_append_beside_a_discard_up_to_the_end_stays() -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v"):
+            await volume.write(0, b"A" * 4196)
+            await volume.sync()
+            volume.portions[0].objects.clear()
+            store_lock = pool.processors[0].access.store_lock
+            async with trio.open_nursery() as nursery:
+                await store_lock.acquire()
+                nursery.start_soon(pool.volumes.discard, volume, 0, 4196)
+                await settled()
+                nursery.start_soon(volume.write, 4196, b"APPENDED")
+                await settled()
+                store_lock.release()
+            assert bytes(await volume.read(4190, 20)) == bytes(6) + b"APPENDED"
+    world.check_clean()
+
+
+async def test_partial_blocks_at_both_ends_are_each_completed_from_their_own_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def not_cached(file: MemoryFile, buffer: Any, offset: int) -> None:
+        raise BlockingIOError
+
+    world = World(2)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v"):
+            await volume.write(0, b"A" * BLOCK)
+            await volume.write(OBJECT, b"B" * BLOCK)
+            await volume.sync()
+            await pool.snapshots.create(b"s")
+            monkeypatch.setattr(MemoryFile, "try_read_into", not_cached)
+            await volume.write(100, b"w" * OBJECT)
+            assert bytes(await volume.read(0, 200)) == b"A" * 100 + b"w" * 100
+            assert bytes(await volume.read(OBJECT, BLOCK)) == b"w" * 100 + b"B" * (BLOCK - 100)
+
+
+@pytest.mark.parametrize("mode", ["redirect", "cow"])
+async def test_a_failed_append_is_not_seen_when_the_volume_grows(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = MemoryFile.write
+
+    def take_8_kib(file: MemoryFile, data: Any, offset: int) -> None:
+        write(file, memoryview(data)[: 2 * BLOCK], offset)
+        if len(data) > 2 * BLOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    world = World(1)
+    async with open_world(world) as pool:
+        if mode == "cow":
+            volume = await pool.maker.create(VolumeWish(b"v", 0, COPY_ON_WRITE))
+        else:
+            volume = await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v"):
+            await volume.write(0, b"A" * 100)
+            await volume.sync()
+            with monkeypatch.context() as patch:
+                patch.setattr(MemoryFile, "write", take_8_kib)
+                with pytest.raises(OSError):
+                    await volume.write(100, b"J" * 20_000)
+            assert volume.size_bytes == 100
+            await pool.volumes.truncate(volume, 12_000)
+            assert bytes(await volume.read(0, 12_000)) == (b"A" * 100).ljust(12_000, b"\0")
+
+
+async def test_cutting_a_volume_that_holds_nothing_is_durable() -> None:
+    world = World(1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        volume = await running.pool.volumes.create(b"v")
+        await running.pool.volumes.truncate(volume, 10 << 30)
+        await running.pool.volumes.sync_all()
+        await running.pool.volumes.truncate(volume, 5)
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
+    async with open_world(world) as pool:
+        assert pool.volumes.get(b"v").size_bytes == 5
+
+
+class OddDevice:
+    """An image like a block device that ends within a block: nothing is written behind its end."""
+
+    def __init__(self, inner: DeviceFile, size_bytes: int) -> None:
+        self.inner = inner
+        self.size_bytes = size_bytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def size(self) -> int:
+        return self.size_bytes
+
+    def write(self, data: Any, offset: int) -> None:
+        fitting = max(0, min(len(data), self.size_bytes - offset))
+        self.inner.write(memoryview(data)[:fitting], offset)
+        if fitting < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def truncate(self, size_bytes: int) -> None:
+        if size_bytes > self.size_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("is_hole", [False, True])
+async def test_a_block_device_that_ends_within_a_block_is_rolled_back(*, is_hole: bool) -> None:
+    size_bytes = 2 * BLOCK + 512
+    world = World(1)
+    contents = b"A" * 2 * BLOCK + (bytes(512) if is_hole else b"A" * 512)
+    world.make_image("/device", contents)
+    open_image = world.open_image
+    world.open_image = lambda path, writable: OddDevice(open_image(path, writable), size_bytes)  # type: ignore[assignment,method-assign,return-value]
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/device"))
+        await pool.snapshots.create(b"s")
+        async with pool.volumes.opened(b"v"):
+            await volume.write(BLOCK, b"B" * (BLOCK + 512))
+        await pool.clones.rollback(b"s")
+        assert await read_volume(pool, b"v") == contents
+
+
+async def test_a_log_that_cannot_be_removed_for_want_of_memory_fails_no_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"A" * BLOCK)
+            await pool.snapshots.create(b"s")
+            await volume.write(0, b"B" * BLOCK)
+        await pool.snapshots.delete(b"s")
+        access, logs = pool.processors[0].access, pool.processors[0].logs
+        in_thread = access.in_thread
+
+        async def refuse(call: Any, *arguments: Any) -> Any:
+            if call == logs.remove_file:
+                raise NoMemoryError("no more threads")
+            return await in_thread(call, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(access, "in_thread", refuse)
+            await pool.reclaimer.reclaim_all()
+        assert await read_volume(pool, b"v") == b"B" * BLOCK
+    async with open_world(world):
+        pass
+    world.check_clean()
