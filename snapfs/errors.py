@@ -55,6 +55,12 @@ class ReservedNameError(BadNameError):
     errno = errno.EPERM
 
 
+class AnswerTooLongError(SnapfsError):
+    """The answer to a command is too long to be given. The command was done."""
+
+    errno = errno.EMSGSIZE
+
+
 class NotFoundError(SnapfsError):
     """There is no volume or snapshot of that name. Nothing was done."""
 

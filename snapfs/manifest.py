@@ -7,14 +7,16 @@ afterwards. Objects in a row with the same references are told as one range.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 
 from .blockmap import HOLE, all_runs, mapped_count
 from .formats import CopyRow, MapRow
 from .geometry import BLOCK_SIZE, OBJECT_SIZE, VolumeId
+from .jsontext import indented
 from .pool import Pool
 from .processor import Processor
 from .snapshot import Snapshot, SnapshotMembers
+from .tasks import in_thread
 from .units import iso_time, show_name
 
 
@@ -48,7 +50,7 @@ async def manifest_of(pool: Pool, snapshot: Snapshot) -> bytes:
         ],
         "intermediate_snapshots": [await _intermediate(processor, snapshot, members) for processor in pool.processors],
     }
-    return json.dumps(document, indent=1).encode() + b"\n"
+    return await in_thread(indented, document) + b"\n"
 
 
 def _checksums(pool: Pool, snapshot: Snapshot, members: SnapshotMembers) -> dict[str, object]:
@@ -100,15 +102,6 @@ async def _portion(processor: Processor, snapshot: Snapshot, volume_id: VolumeId
     store = processor.access.store
     found = await processor.access.ask(store.maps_at, volume_id, snapshot.instant)
     log = await processor.access.ask(store.log_after, volume_id, snapshot.instant)
-    ranges: list[dict[str, object]] = []
-    previous: tuple[int, dict[str, object]] | None = None
-    for row in found:
-        told = _references(row)
-        if previous is not None and previous[0] + processor.processor_count == row.object_index and previous[1] == told:
-            ranges[-1]["last_object"] = row.object_index
-        else:
-            ranges.append({"first_object": row.object_index, "last_object": row.object_index, **told})
-        previous = (row.object_index, told)
     return {
         "volume_id": volume_id,
         "object_size_bytes": OBJECT_SIZE,
@@ -116,8 +109,23 @@ async def _portion(processor: Processor, snapshot: Snapshot, volume_id: VolumeId
         "change_log": None
         if log is None
         else {"log_id": log.log_id, "device_id": log.device_id, "epoch": log.epoch, "begun": iso_time(log.created_ns)},
-        "objects": ranges,
+        # It takes a while, with many objects.
+        "objects": await in_thread(_ranges, found, processor.processor_count) if found else [],
     }
+
+
+def _ranges(rows: Sequence[MapRow | CopyRow], stride: int) -> list[dict[str, object]]:
+    """The references of objects, those in a row with the same ones together."""
+    ranges: list[dict[str, object]] = []
+    previous: tuple[int, dict[str, object]] | None = None
+    for row in rows:
+        told = _references(row)
+        if previous is not None and previous[0] + stride == row.object_index and previous[1] == told:
+            ranges[-1]["last_object"] = row.object_index
+        else:
+            ranges.append({"first_object": row.object_index, "last_object": row.object_index, **told})
+        previous = (row.object_index, told)
+    return ranges
 
 
 def _references(row: MapRow | CopyRow) -> dict[str, object]:

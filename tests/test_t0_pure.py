@@ -270,7 +270,7 @@ def test_every_error_has_an_errno_an_exit_code_and_words() -> None:
 LAYERS = [
     ["errors"],
     ["units"],
-    ["geometry", "schedule", "stream", "hook", "hookguard"],
+    ["geometry", "schedule", "stream", "hook", "hookguard", "jsontext"],
     ["transfer", "images"],
     ["receive"],
     ["blockmap", "snapshotindex", "tasks", "threads", "jobs", "notresident", "checksums", "contenthash"],

@@ -59,7 +59,8 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
             ) from error
         raise
     if failed is not None or not answer.get("ok"):
-        refused = RefusedError(answer.get("error") or str(failed), answer.get("fix", ""))
+        reason = answer.get("error") or (str(failed) if failed is not None else "the daemon gave no answer")
+        refused = RefusedError(reason, answer.get("fix", ""))
         refused.exit_code = answer.get("exit_code", 1)
         refused.errno = answer.get("errno") or (failed.errno if failed is not None else refused.errno) or 5
         raise refused

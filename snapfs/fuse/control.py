@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import deque
 from collections.abc import Mapping
 
-from ..errors import BadCommandError, SnapfsError
-from ..units import show_name
+from ..errors import AnswerTooLongError, BadCommandError, SnapfsError
+from ..jsontext import encoded, is_small
+from ..tasks import in_thread
+from ..units import format_size, show_name
 from . import (
     changelogcommands,
     comparecommands,
@@ -49,9 +52,17 @@ def failure(line: bytes, error: SnapfsError | OSError) -> Answer:
     }
 
 
-def encode_answer(answer: Answer) -> bytes:
-    """An answer as a line of JSON."""
-    return json.dumps(answer).encode() + b"\n"
+async def encode_answer(answer: Answer, bytes_max: int) -> bytes:
+    """An answer as a line of JSON. Raises AnswerTooLongError."""
+    if is_small(answer):
+        return json.dumps(answer).encode() + b"\n"
+    text = await in_thread(encoded, answer, bytes_max)
+    if text is None:
+        raise AnswerTooLongError(
+            f"the answer is longer than {format_size(bytes_max)}",
+            "The command itself was done. Ask for less, as for what changed between snapshots that lie closer together",
+        )
+    return text + b"\n"
 
 
 async def _help(context: CommandContext, command: Command) -> Answer:
@@ -75,14 +86,17 @@ class ControlSession:
     """One open control file: commands in, answers out.
 
     A line counts when its newline has come, so half a line never runs as another command. Lines of
-    one write run in order up to the first that fails.
+    one write run in order up to the first that fails. Of answers that nobody reads the older ones go, beyond
+    ANSWER_BYTES_MAX; the newest stays, which may have up to ONE_ANSWER_BYTES_MAX.
     """
 
     ANSWER_BYTES_MAX = 64 << 20
+    ONE_ANSWER_BYTES_MAX = 512 << 20
 
     def __init__(self, context: CommandContext) -> None:
         self._context = context
-        self._answers = bytearray()
+        self._answers: deque[bytes] = deque()
+        self._read_bytes = 0
 
     async def write(self, data: bytes) -> int:
         """Run the whole lines of ``data``; the count of bytes that were taken.
@@ -101,20 +115,35 @@ class ControlSession:
             except (SnapfsError, OSError) as error:
                 if taken:
                     return taken
-                self._answer(failure(line, error))
+                await self._answer(line, failure(line, error))
                 raise
             if answer is not None:
-                self._answer(answer)
+                await self._answer(line, answer)
             taken = end + 1
         return taken
 
-    def _answer(self, answer: Answer) -> None:
-        self._answers += encode_answer(answer)
-        if len(self._answers) > self.ANSWER_BYTES_MAX:
-            del self._answers[: self._answers.index(b"\n") + 1]
+    async def _answer(self, line: bytes, answer: Answer) -> None:
+        try:
+            text = await encode_answer(answer, self.ONE_ANSWER_BYTES_MAX)
+        except AnswerTooLongError as error:
+            # Told in place of the answer, and not raised: the line was run, and is not to be written again.
+            text = await encode_answer(failure(line, error), self.ONE_ANSWER_BYTES_MAX)
+        self._answers.append(text)
+        while len(self._answers) > 1 and sum(map(len, self._answers)) > self.ANSWER_BYTES_MAX:
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        self._answers.popleft()
+        self._read_bytes = 0
 
     def read(self, length: int) -> bytes:
         """Answers not read yet."""
-        part = bytes(self._answers[:length])
-        del self._answers[:length]
-        return part
+        found = bytearray()
+        while self._answers and len(found) < length:
+            first = self._answers[0]
+            part = first[self._read_bytes : self._read_bytes + length - len(found)]
+            found += part
+            self._read_bytes += len(part)
+            if self._read_bytes == len(first):
+                self._drop_first()
+        return bytes(found)

@@ -1,0 +1,168 @@
+"""What commands are answered with, and what the command line makes of it: long answers, odd names, words for errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapfs import jsontext, manifest
+from snapfs.cli import control as cli_control
+from snapfs.errors import AnswerTooLongError
+from snapfs.fuse import control
+from snapfs.fuse.command import Answer, Command, CommandContext
+from snapfs.fuse.control import ControlSession
+from snapfs.pool import Pool
+
+from .harness import World, open_world
+from .test_t3_clones import BLOCK, OBJECT, put
+
+# -- answers ------------------------------------------------------------------------------------
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+documents = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
+    max_leaves=40,
+)
+
+
+@given(documents, st.integers(1, 8), st.integers(1, 4), st.integers(1, 9))
+def test_json_in_pieces_is_the_same_json(document: object, small: int, together: int, joined: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsontext, "_SMALL", small)
+        patch.setattr(jsontext, "_TOGETHER", together)
+        patch.setattr(jsontext, "_JOINED", joined)
+        text = json.dumps(document).encode()
+        assert jsontext.encoded(document, len(text)) == text
+        assert jsontext.encoded(document, len(text) - 1) is None
+        assert jsontext.indented(document) == json.dumps(document, indent=1).encode()
+
+
+def session_of(pool: Pool) -> ControlSession:
+    async def resize(name: bytes, size_bytes: int) -> None:
+        await pool.volumes.truncate(pool.volumes.get(name), size_bytes)
+
+    return ControlSession(CommandContext(pool, resize))
+
+
+def answers_in(session: ControlSession) -> list[Answer]:
+    """All that can be read, seven bytes at a time."""
+    text = bytearray()
+    while part := session.read(7):
+        assert len(part) <= 7
+        text += part
+    return [json.loads(line) for line in text.splitlines()]
+
+
+async def test_the_newest_answer_is_given_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlSession, "ANSWER_BYTES_MAX", 2500)
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 100 * BLOCK)
+        await pool.snapshots.create(b"one")
+        for number in range(0, 100, 2):
+            await put(pool, b"v", number * BLOCK, b"2" * BLOCK)
+        await session.write(b"diff one\n")
+        (answer,) = answers_in(session)
+        assert answer["command"] == "diff" and len(json.dumps(answer)) > 2500
+        # Short ones are kept as long as there is room, the newer ones.
+        for number in range(40):
+            await session.write(b"snapshot s%d\n" % number)
+        kept = [one["name"] for one in answers_in(session)]
+        assert 1 < len(kept) < 40 and kept == [f"s{number}" for number in range(40 - len(kept), 40)]
+        assert session.read(100) == b""
+
+
+async def test_an_answer_that_nobody_could_take_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlSession, "ONE_ANSWER_BYTES_MAX", 20000)
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        for number in range(100):
+            await pool.volumes.create(b"%d" % number)
+        # It was done, and so is not to be run again.
+        line = b"snapshot one\nextents one\nsnapshot two\n"
+        assert await session.write(line) == len(line)
+        one, long, two = answers_in(session)
+        assert (one["name"], two["name"]) == ("one", "two")
+        assert long["ok"] is False and long["errno"] == AnswerTooLongError.errno
+        assert "longer than 19.5 KiB" in str(long["error"]) and long["fix"] and long["line"] == "extents one"
+
+
+def test_a_daemon_without_an_answer_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_control, "control_path", lambda mount_point: os.devnull)
+    with pytest.raises(cli_control.RefusedError, match="gave no answer"):
+        cli_control.ask("anywhere", "diff", "a")
+
+
+@asynccontextmanager
+async def turns_of_the_loop() -> AsyncIterator[Callable[[], float]]:
+    """Takes turns all the time; tells which part of the time passed in the longest wait for one."""
+    began = last = time.perf_counter()
+    longest = 0.0
+
+    async def take_turns() -> None:
+        nonlocal last, longest
+        while True:
+            await trio.lowlevel.checkpoint()
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        await trio.lowlevel.checkpoint()
+        yield lambda: longest / (time.perf_counter() - began)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_long_answer_is_encoded_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    extents = [{"offset": number * 8192, "length": 4096, "kind": "data"} for number in range(400_000)]
+
+    async def long(context: CommandContext, command: Command) -> Answer:
+        return {"volumes": [{"name": "v", "extents": extents}]}
+
+    monkeypatch.setattr(control, "COMMANDS", {"long": long})
+    async with open_world(World()) as pool, turns_of_the_loop() as longest_share:
+        session = session_of(pool)
+        await session.write(b"long\n")
+        await trio.sleep(0.01)
+        assert longest_share() < 0.5
+        answer = json.loads(session.read(1 << 30))
+        assert answer["ok"] and answer["volumes"][0]["extents"] == extents
+
+
+async def test_a_manifest_is_made_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_loop: list[bool] = []
+
+    def noted(call: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            in_loop.append(threading.current_thread() is threading.main_thread())
+            return call(*args)
+
+        return run
+
+    count = 50
+    async with open_world(World(processor_count=1)) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.volumes.truncate(volume, count * OBJECT)
+        for number in range(count):
+            # Those in a row are not alike, or they would be told as one.
+            await put(pool, b"v", number * OBJECT, b"x" * BLOCK * (1 + number % 2))
+        snapshot = await pool.snapshots.create(b"s")
+        monkeypatch.setattr(manifest, "_references", noted(manifest._references))
+        monkeypatch.setattr(manifest, "indented", noted(jsontext.indented))
+        text = await manifest.manifest_of(pool, snapshot)
+        assert in_loop == [False] * (count + 1)
+        told = json.loads(text)
+        assert text == json.dumps(told, indent=1).encode() + b"\n"
+        (part,) = told["intermediate_snapshots"][0]["volumes"]
+        assert [one["first_object"] for one in part["objects"]] == list(range(count))
