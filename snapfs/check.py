@@ -39,7 +39,7 @@ from .repair import repair_running
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
-from .units import check_name, format_size, show_name
+from .units import MANIFEST_NAME, check_name, format_size, show_name
 from .unnamed import mask_runs
 
 DAMAGE, LEAK, NOTE = "damage", "leak", "note"
@@ -50,7 +50,7 @@ class Finding:
     """Something that is not as it should be, in words.
 
     ``severity`` is ``damage`` (data or a snapshot is lost), ``leak`` (space is lost, ``--repair``
-    gives it back) or ``note`` (left by a crash; the next mount clears it up by itself).
+    gives it back) or ``note`` (nothing is: mostly left by a crash, which the next mount clears up by itself).
     """
 
     severity: str
@@ -235,14 +235,22 @@ def _check_catalog(
             report.add(DAMAGE, shard_file(store.processor_index), str(error))
 
 
+def _check_name(report: Report, name: bytes, where: str) -> None:
+    if name == MANIFEST_NAME:
+        # Earlier versions made such a volume.
+        report.add(NOTE, where, "in snapshots its name stands for the manifest: rename it")
+        return
+    try:
+        check_name(name, "volume")
+    except SnapfsError as error:
+        report.add(DAMAGE, where, str(error))
+
+
 def _check_volumes(context: _Context, catalog: Catalog) -> None:
     report = context.report
     for row in context.volumes.values():
         where = f"volume {show_name(row.attributes.name)!r}"
-        try:
-            check_name(row.attributes.name, "volume")
-        except SnapfsError as error:
-            report.add(DAMAGE, where, str(error))
+        _check_name(report, row.attributes.name, where)
         if row.attributes.size_bytes < 0:
             report.add(DAMAGE, where, f"its size is {row.attributes.size_bytes}")
         if row.trim:

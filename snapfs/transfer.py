@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any, Protocol
 
-from .errors import BadCommandError, DamagedError
+from .errors import BadCommandError, BadNameError, DamagedError
 from .geometry import BLOCK_SIZE
 from .stream import (
     BEGIN,
@@ -24,6 +24,7 @@ from .stream import (
     VOLUME,
     StreamWriter,
 )
+from .units import MANIFEST_NAME, show_name
 
 _NOTE_EVERY_BYTES = 256 << 20
 Answer = dict[str, Any]
@@ -79,9 +80,15 @@ def send(
 ) -> int:
     """Write a snapshot as a stream, whole or what changed since ``base``; the stream's length.
 
-    Raises NotFoundError; BadCommandError for a token of another snapshot.
+    Raises NotFoundError; BadCommandError for a token of another snapshot; BadNameError for a volume that
+    no path leads to.
     """
     plan = ask(mount_point, "extents", name, options=[("base", base)] if base is not None else [])
+    if any(os.fsencode(one["name"]) == MANIFEST_NAME for one in plan["volumes"]):
+        raise BadNameError(
+            f"the snapshot {name!r} holds a volume called {show_name(MANIFEST_NAME)!r}, where its manifest is read",
+            "Rename the volume and make another snapshot; snapfs clone gives what this one holds of it",
+        )
     guid = plan["snapshot"]["guid"]
     if resume is not None and resume.guid != guid:
         raise BadCommandError("the resume token is of another snapshot", "Send the one it was given for")

@@ -10,6 +10,8 @@ from .errors import BadCommandError, BadNameError, NameTooLongError, ReservedNam
 
 NAME_MAX_BYTES = 255
 OFFSET_MAX = (1 << 63) - 1
+# What a snapshot's folder holds beside its volumes.
+MANIFEST_NAME = b".manifest.json"
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*(?:([kmgtpe])(i?b)?|b)?\s*", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw]?)")
@@ -130,7 +132,7 @@ def check_name(name: bytes, kind: str) -> bytes:
         raise BadNameError(f"the {kind} name {shown!r} has a slash", "Volumes and snapshots lie in one folder")
     if any(byte < 0x20 or byte == 0x7F for byte in name):
         raise BadNameError(f"the {kind} name {shown!r} has a control character", "Leave it out")
-    if name in (b".snapshots", b".snapfs"):
+    if name in (b".snapshots", b".snapfs") or (name == MANIFEST_NAME and kind == "volume"):
         raise ReservedNameError(f"{shown!r} is snapfs' own", "Choose another name")
     if name[:1] == b".":
         if kind == "snapshot" or name in (b".", b".."):

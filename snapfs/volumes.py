@@ -299,6 +299,8 @@ class VolumeTable:
         check_name(new, "volume")
         async with self.lock:
             volume = self.get(old)
+            if exchange:
+                check_name(old, "volume")
             other = self.get(new) if exchange else self.by_name.get(new)
             if other is volume:
                 return

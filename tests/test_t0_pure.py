@@ -206,6 +206,7 @@ def test_sizes_are_shown(size: int) -> None:
         (b".hidden", "snapshot"),
         (b".snapshots", "volume"),
         (b".snapfs", "volume"),
+        (b".manifest.json", "volume"),
     ],
 )
 def test_bad_names_are_refused_with_words(name: bytes, kind: str) -> None:

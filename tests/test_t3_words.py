@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs import jsontext, manifest
+from snapfs import jsontext, manifest, units
+from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
-from snapfs.errors import AnswerTooLongError
-from snapfs.fuse import control
+from snapfs.errors import AnswerTooLongError, BadNameError, ReservedNameError
+from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
+from snapfs.fuse.namespace import Caller, Namespace
 from snapfs.pool import Pool
+from snapfs.transfer import send
+from snapfs.units import MANIFEST_NAME
 
-from .harness import World, open_world
+from .harness import World, open_world, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
 
 # -- answers ------------------------------------------------------------------------------------
@@ -166,3 +171,66 @@ async def test_a_manifest_is_made_beside_the_loop(monkeypatch: pytest.MonkeyPatc
         assert text == json.dumps(told, indent=1).encode() + b"\n"
         (part,) = told["intermediate_snapshots"][0]["volumes"]
         assert [one["first_object"] for one in part["objects"]] == list(range(count))
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+async def test_no_volume_gets_the_name_of_the_manifest() -> None:
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        await pool.volumes.create(b"v")
+        await pool.snapshots.create(b"s")
+        for line in (b"create .manifest.json size=1M\n", b"clone s/v .manifest.json\n"):
+            with pytest.raises(ReservedNameError):
+                await session.write(line)
+        with pytest.raises(ReservedNameError):
+            await pool.volumes.rename(b"v", MANIFEST_NAME)
+        assert list(pool.volumes.by_name) == [b"v"]
+
+
+@contextmanager
+def names_of_earlier_versions() -> Iterator[None]:
+    """Inside, a volume may have the name of the manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "MANIFEST_NAME", b"")
+        yield
+
+
+async def test_a_volume_of_an_earlier_version_with_the_name_of_the_manifest() -> None:
+    world = World()
+    async with open_world(world) as pool:
+        with names_of_earlier_versions():
+            await pool.volumes.create(MANIFEST_NAME)
+        await put(pool, MANIFEST_NAME, 0, b"contents")
+        await pool.volumes.create(b"v")
+        await pool.snapshots.create(b"s")
+    assert [one.severity for one in world.check().findings] == [NOTE]
+    async with open_world(world) as pool:
+
+        async def never(volumes: object, size_bytes: int = 0) -> None:
+            raise AssertionError
+
+        tree = Namespace(pool, "/", never, never)
+        folder = (await tree.lookup(names.SNAPSHOTS, b"s", Caller(1, 0, 0))).inode
+        found = [await tree.entry(inode) for inode in await tree.listing(folder)]
+        assert sorted(one[0] for one in found if one is not None) == [MANIFEST_NAME, b"v"]
+        node = await tree.lookup(folder, MANIFEST_NAME, Caller(1, 0, 0))
+        assert names.is_manifest(node.inode)
+        # What it holds is reached by a clone, and the volume by its name, which does not come to another.
+        await pool.clones.clone(b"s", MANIFEST_NAME, b"c")
+        assert await read_volume(pool, b"c") == b"contents"
+        with pytest.raises(ReservedNameError):
+            await pool.volumes.rename(MANIFEST_NAME, b"v", exchange=True)
+        await pool.volumes.rename(MANIFEST_NAME, b"w")
+    world.check_clean()
+
+
+def test_a_snapshot_with_a_volume_that_no_path_leads_to_is_not_sent() -> None:
+    def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> dict[str, object]:
+        return {"snapshot": {"guid": "p:1"}, "base": None, "gone": [], "volumes": [{"name": ".manifest.json"}]}
+
+    stream = io.BytesIO()
+    with pytest.raises(BadNameError, match="where its manifest is read"):
+        send(ask, "/", "s", stream)
+    assert not stream.getvalue()

@@ -37,7 +37,9 @@ def _extents(path: str) -> list[tuple[int, int]]:
     if snapshots != ".snapshots":
         return [(0, os.path.getsize(path))]
     volumes = ask(mount_point, "extents", snapshot)["volumes"]
-    found = next(one["extents"] for one in volumes if one["name"] == name)
+    found = next((one["extents"] for one in volumes if one["name"] == name), None)
+    if found is None:
+        raise NotFoundError(f"the snapshot {snapshot} holds no volume {name}", "Give the path of one")
     return [(offset, length) for offset, length, is_data in found if is_data]
 
 

@@ -25,7 +25,6 @@ MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 2
 
 SNAPSHOTS_NAME = b".snapshots"
 META_NAME = b".snapfs"
-MANIFEST_NAME = b".manifest.json"
 
 
 def of_volume(volume_id: VolumeId) -> int:

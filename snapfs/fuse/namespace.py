@@ -37,7 +37,7 @@ from ..manifest import manifest_of
 from ..pool import Pool, space_in
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
-from ..units import parse_moment, show_name
+from ..units import MANIFEST_NAME, parse_moment, show_name
 from ..volume import Volume
 from ..volumes import AttributeChange
 from . import names
@@ -170,7 +170,7 @@ class Namespace:
 
     async def _lookup_in_snapshot(self, parent: int, name: bytes) -> Node:
         snapshot = self._snapshot(parent)
-        if name == names.MANIFEST_NAME:
+        if name == MANIFEST_NAME:
             return await self._lookup_manifest(snapshot)
         if name in (b".", b".."):
             return await self.node(parent if name == b"." else names.SNAPSHOTS)
@@ -380,7 +380,9 @@ class Namespace:
             return [names.of_processor(one.index) for one in self.pool.processors]
         snapshot = self._snapshot(inode)
         members = await self.pool.snapshots.members(snapshot)
-        found = [names.of_snapshot_volume(snapshot.snapshot_id, one) for one in members.ordered_ids]
+        # A pool of an earlier version may have a volume with the manifest's name: that stands for the manifest.
+        hidden_id = members.by_name.get(MANIFEST_NAME)
+        found = [names.of_snapshot_volume(snapshot.snapshot_id, one) for one in members.ordered_ids if one != hidden_id]
         return [names.of_manifest(snapshot.snapshot_id), *found]
 
     async def entry(self, inode: int) -> tuple[bytes, Node] | None:
@@ -400,7 +402,7 @@ class Namespace:
             if names.is_snapshot_folder(inode):
                 return snapshot.name
             if volume_id is None:
-                return names.MANIFEST_NAME
+                return MANIFEST_NAME
             members = await self.pool.snapshots.members(snapshot)
             return members.by_id[volume_id].name
         if volume_id is not None:

@@ -1,0 +1,32 @@
+"""On real mounts: names, long answers, and words for what goes wrong on the command line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from .conftest import Mounted, main_here
+
+pytestmark = pytest.mark.mount
+
+
+def test_the_name_of_the_manifest_is_taken(mounted_in_memory: Mounted, capsys: pytest.CaptureFixture[str]) -> None:
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(b"x")
+    mounted.snapshot("s")
+    taken = mounted.path / ".manifest.json"
+    for attempt in (
+        lambda: taken.write_bytes(b"x"),
+        lambda: os.mknod(taken),
+        lambda: os.rename(mounted.path / "v", taken),
+    ):
+        with pytest.raises(PermissionError):
+            attempt()
+    assert main_here("create", taken, "--size", "1M") == 1
+    assert main_here("clone", mounted.path, "s/v", ".manifest.json") == 1
+    assert capsys.readouterr().err.count("'.manifest.json' is snapfs' own") == 2
+    assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots", "v"]
+    # It is no volume, and so cannot be exported as one.
+    assert main_here("export", mounted.snapshots / "s" / ".manifest.json", mounted.pool.parent / "image") == 1
+    assert "holds no volume .manifest.json" in capsys.readouterr().err
