@@ -303,7 +303,8 @@ LAYERS = [
     ["fuse.ownmount", "fuse.operations"],
     ["mountpoint"],
     ["mount"],
-    ["cli.control", "cli.output"],
+    ["cli.output"],
+    ["cli.control"],
     ["cli"],
 ]
 

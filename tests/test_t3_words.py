@@ -14,10 +14,13 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import Progress
 
 from snapfs import jsontext, manifest, units
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
+from snapfs.cli.output import description_column, print_table
 from snapfs.errors import AnswerTooLongError, BadNameError, ReservedNameError
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
@@ -234,3 +237,22 @@ def test_a_snapshot_with_a_volume_that_no_path_leads_to_is_not_sent() -> None:
     with pytest.raises(BadNameError, match="where its manifest is read"):
         send(ask, "/", "s", stream)
     assert not stream.getvalue()
+
+
+# -- what the command line prints ---------------------------------------------------------------
+
+ODD_WORDS = ["backup[old]", "a:key:b", "see [/srv/x]", "[bold]x", "\\[x]", "日本"]
+
+
+def test_names_and_notes_are_printed_to_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["NAME", " SIZE"], [[word, "1 B"] for word in [*ODD_WORDS, "日" * 150]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(maxsplit=2)[0] for line in lines[1:]] == [*ODD_WORDS, "日" * 150]
+
+
+def test_a_progress_bar_tells_of_names_to_the_letter() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    for word in ODD_WORDS:
+        with Progress(description_column(), console=console, transient=True) as progress:
+            progress.add_task(f"send {word}", total=None)
+        assert f"send {word}" in console.file.getvalue()  # type: ignore[attr-defined]

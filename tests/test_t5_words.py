@@ -30,3 +30,11 @@ def test_the_name_of_the_manifest_is_taken(mounted_in_memory: Mounted, capsys: p
     # It is no volume, and so cannot be exported as one.
     assert main_here("export", mounted.snapshots / "s" / ".manifest.json", mounted.pool.parent / "image") == 1
     assert "holds no volume .manifest.json" in capsys.readouterr().err
+
+
+def test_notes_are_listed_to_the_letter(mounted_in_memory: Mounted, capsys: pytest.CaptureFixture[str]) -> None:
+    mounted = mounted_in_memory
+    assert main_here("snapshot", mounted.path, "backup[old]", "--note", "see [/srv/x]") == 0
+    assert main_here("list", mounted.path) == 0
+    told = capsys.readouterr().out
+    assert "backup[old]" in told.splitlines()[-1] and told.rstrip().endswith("see [/srv/x]")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
 from ..errors import BadCommandError, DaemonEndedError, NotFoundError, ReadOnlyError, SnapfsError
+from .output import description_column
 
 Answer = dict[str, Any]
 _READ_BYTES = 1 << 20
@@ -89,7 +90,8 @@ def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, st
     console = Console(stderr=True)
     if not console.is_terminal:
         return ask(mount_point, *words, options=options)
-    with ThreadPoolExecutor(1) as pool, Progress(console=console, transient=True) as progress:
+    columns = (description_column(), *Progress.get_default_columns()[1:])
+    with ThreadPoolExecutor(1) as pool, Progress(*columns, console=console, transient=True) as progress:
         answer = pool.submit(ask, mount_point, *words, options=options)
         bar = progress.add_task(words[0], total=None)
         status = os.path.join(mount_point, ".snapfs", "status.json")

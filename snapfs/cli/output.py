@@ -6,8 +6,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.progress import TextColumn
 
 
 @contextlib.contextmanager
@@ -17,13 +21,20 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (description_column(), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+
+
+def description_column() -> TextColumn:
+    """What a progress bar is of, to the letter: names may look like markup."""
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False)
 
 
 def print_json(document: object) -> None:
@@ -35,14 +46,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout; numbers are to the right where a heading begins with a space."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
     widest = 0
     for row in rows:
-        table.add_row(*row)
-        widest = max(widest, sum(len(cell) + 2 for cell in row))
+        # Not as markup, which names and notes may look like.
+        cells = [Text(cell) for cell in row]
+        table.add_row(*cells)
+        widest = max(widest, sum(cell.cell_len + 2 for cell in cells))
     console = Console()
     if not console.is_terminal:
         # A program reads it: a row a line, whatever its length.
