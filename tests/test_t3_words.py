@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +21,7 @@ from rich.progress import Progress
 from snapfs import jsontext, manifest, units
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
-from snapfs.cli.output import description_column, print_table
+from snapfs.cli.output import description_column, print_any_name, print_table
 from snapfs.errors import AnswerTooLongError, BadNameError, ReservedNameError
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
@@ -256,3 +257,25 @@ def test_a_progress_bar_tells_of_names_to_the_letter() -> None:
         with Progress(description_column(), console=console, transient=True) as progress:
             progress.add_task(f"send {word}", total=None)
         assert f"send {word}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("utf-8", "日é".encode() + b"\xff\xfe"),
+        ("latin-1", b"\\u65e5\xe9\xff\xfe"),
+        ("ascii", b"\\u65e5\\xe9\xff\xfe"),
+    ],
+)
+def test_printing_any_name_goes_well(
+    encoding: str, errors: str, printed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding, errors, write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        print_any_name()
+        print_table(["NAME"], [["日é\udcff\udcfe"]])
+        print("日é\udcff\udcfe")
+        assert [line.strip() for line in raw.getvalue().splitlines()] == [b"NAME", printed, printed]
+        monkeypatch.undo()

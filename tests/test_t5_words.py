@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 
-from .conftest import Mounted, main_here
+from .conftest import SNAPFS, Mounted, main_here
 
 pytestmark = pytest.mark.mount
 
@@ -38,3 +39,14 @@ def test_notes_are_listed_to_the_letter(mounted_in_memory: Mounted, capsys: pyte
     assert main_here("list", mounted.path) == 0
     told = capsys.readouterr().out
     assert "backup[old]" in told.splitlines()[-1] and told.rstrip().endswith("see [/srv/x]")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1:strict"])
+def test_a_name_that_is_no_text_is_printed(mounted_in_memory: Mounted, encoding: str) -> None:
+    mounted = mounted_in_memory
+    name = b"no\xfftext"
+    for command, *options in ("snapshot",), ("list",), ("delete", "--dry-run"):
+        words = [*SNAPFS, command, *options, str(mounted.path), *([] if command == "list" else [os.fsdecode(name)])]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(words, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0 and name in done.stdout and not done.stderr, done

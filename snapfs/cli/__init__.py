@@ -12,6 +12,7 @@ from typing import cast
 import click
 
 from ..errors import SnapfsError
+from .output import print_any_name
 
 # The module a command is in, and what it is called there.
 _COMMANDS = {
@@ -66,6 +67,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors are one sentence or two on stderr."""
+    print_any_name()
     try:
         cli.main(standalone_mode=False)
     except SnapfsError as error:

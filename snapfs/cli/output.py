@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +14,25 @@ import click
 
 if TYPE_CHECKING:
     from rich.progress import TextColumn
+
+_ANY_NAME = "snapfs-any-name"
+
+
+def print_any_name() -> None:
+    """Have no name fail to be printed: bytes that are no text go out as they are, what the encoding lacks escaped."""
+    codecs.register_error(_ANY_NAME, _any_name)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors=_ANY_NAME)
+
+
+def _any_name(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    # PEP 383
+    if "\udc80" <= character <= "\udcff":
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return character.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 @contextlib.contextmanager
