@@ -19,6 +19,7 @@ from .units import check_name, is_text, parse_duration, show_name
 
 SECOND_NS = 1_000_000_000
 _DAY_S = 86400
+EVERY_S_MAX = 36525 * _DAY_S
 _KEEP = re.compile(r"(\d{1,6})([hdwmy]?)")
 _AT = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
 _T = TypeVar("_T")
@@ -106,6 +107,8 @@ def make_schedule(
     every_s = parse_duration(every)
     if every_s < 1:
         raise BadCommandError("a period is a second at least", "Write it as 15m, 1h, 1d")
+    if every_s > EVERY_S_MAX:
+        raise BadCommandError(f"a period of {every!r} is longer than 100 years", "Write it as 15m, 1h, 1d")
     return Schedule(
         name,
         every_s,

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -22,15 +23,17 @@ from snapfs import jsontext, manifest, units
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
 from snapfs.cli.output import description_column, print_any_name, print_table
-from snapfs.errors import AnswerTooLongError, BadNameError, ReservedNameError
+from snapfs.errors import AnswerTooLongError, BadCommandError, BadNameError, ReservedNameError
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
 from snapfs.fuse.namespace import Caller, Namespace
-from snapfs.pool import Pool
+from snapfs.pool import Pool, open_pool
+from snapfs.schedule import Schedule, make_schedule
 from snapfs.transfer import send
 from snapfs.units import MANIFEST_NAME
 
+from .conftest import main_here
 from .harness import World, open_world, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
 
@@ -279,3 +282,32 @@ def test_printing_any_name_goes_well(
         print("日é\udcff\udcfe")
         assert [line.strip() for line in raw.getvalue().splitlines()] == [b"NAME", printed, printed]
         monkeypatch.undo()
+
+
+# -- schedules ----------------------------------------------------------------------------------
+
+
+def test_a_period_beyond_a_hundred_years_is_refused() -> None:
+    assert make_schedule("x", "36525d").every_s == 36525 * 86400
+    for every in ("36526d", "999999w", "999999999w"):
+        with pytest.raises(BadCommandError, match="longer than 100 years"):
+            make_schedule("x", every)
+
+
+@pytest.mark.parametrize("every_s", [999_999 * 604800, 999_999_999 * 604800])
+def test_a_period_that_was_stored_before_is_listed(
+    tmp_path: Path, every_s: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = tmp_path / "pool"
+    assert main_here("init", pool) == 0
+
+    async def store() -> None:
+        async with open_pool(str(pool)) as opened:
+            await opened.scheduler.add(Schedule("far", every_s))
+            await opened.scheduler.add(Schedule("near", 3600))
+
+    trio.run(store)
+    capsys.readouterr()
+    assert main_here("schedule", "list", pool) == 0
+    _, far, near = capsys.readouterr().out.splitlines()
+    assert far.split() == ["far", str(every_s), "s", "all", "all", "after", "9999"] and near.rstrip().endswith("Z")

@@ -106,9 +106,17 @@ def list_schedules(where: str, as_json: bool) -> None:
                 f"{one['every_s']} s",
                 ", ".join(one["volumes"]) if one["volumes"] else "all",
                 one["keep"] or "all",
-                iso_time(one["next_run_ns"])[:19] + "Z",
+                _moment(one["next_run_ns"]),
                 one["failure"] or "",
             ]
             for one in found
         ],
     )
+
+
+def _moment(when_ns: int) -> str:
+    try:
+        return iso_time(when_ns)[:19] + "Z"
+    except (ValueError, OverflowError):
+        # By a rule of an earlier version, which took any period.
+        return "after 9999"
