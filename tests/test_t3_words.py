@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from snapfs import jsontext, manifest, units
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
 from snapfs.cli.output import description_column, print_any_name, print_table
-from snapfs.errors import AnswerTooLongError, BadCommandError, BadNameError, ReservedNameError
+from snapfs.errors import AnswerTooLongError, BadCommandError, BadNameError, DamagedError, ReservedNameError
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
@@ -33,7 +34,7 @@ from snapfs.schedule import Schedule, make_schedule
 from snapfs.transfer import send
 from snapfs.units import MANIFEST_NAME
 
-from .conftest import main_here
+from .conftest import SNAPFS, main_here, run
 from .harness import World, open_world, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
 
@@ -311,3 +312,18 @@ def test_a_period_that_was_stored_before_is_listed(
     assert main_here("schedule", "list", pool) == 0
     _, far, near = capsys.readouterr().out.splitlines()
     assert far.split() == ["far", str(every_s), "s", "all", "all", "after", "9999"] and near.rstrip().endswith("Z")
+
+
+# -- receiving into a pool that is not mounted --------------------------------------------------
+
+
+def test_why_a_pool_cannot_be_received_into_is_told_in_words(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    assert main_here("init", pool) == 0
+    (pool / "pool.json").write_bytes(b"garbage")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = run(*SNAPFS, "receive", pool, expect=DamagedError.exit_code, env=environment, stdin=subprocess.DEVNULL)
+    assert done.stderr.startswith("snapfs: the pool descriptor in") and "Traceback" not in done.stderr
+    assert os.listdir(temporary) == []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, Mounted, main_here
+from snapfs.cli.transfer import _mounted as mounted_for_a_while
+from snapfs.errors import BadCommandError, SnapfsError
+
+from .conftest import SNAPFS, Mounted, main_here, run
 
 pytestmark = pytest.mark.mount
 
@@ -50,3 +55,27 @@ def test_a_name_that_is_no_text_is_printed(mounted_in_memory: Mounted, encoding:
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run(words, env=environment, capture_output=True, check=False)
         assert done.returncode == 0 and name in done.stdout and not done.stderr, done
+
+
+def test_a_pool_in_use_cannot_be_received_into_and_that_is_told(mounted_in_memory: Mounted) -> None:
+    for _ in range(2):
+        done = run(*SNAPFS, "receive", mounted_in_memory.pool, expect=1, stdin=subprocess.DEVNULL)
+        assert done.stderr.startswith("snapfs: ") and "is in use by process" in done.stderr and not done.stdout
+        assert done.stderr.count("\n") == 1
+
+
+def test_what_could_not_be_unmounted_after_receiving_is_kept(mounted_in_memory: Mounted) -> None:
+    pool = mounted_in_memory.pool
+    mounted_in_memory.unmount()
+    for failure in (None, BadCommandError("the stream is no good")):
+        with contextlib.ExitStack() as stack:
+            with pytest.raises(SnapfsError) as told, mounted_for_a_while(str(pool)) as folder:
+                volume = Path(folder) / "v"
+                volume.write_bytes(b"contents")
+                stack.enter_context(open(volume))
+                if failure is not None:
+                    raise failure
+            assert "cannot be unmounted" in str(told.value) if failure is None else told.value is failure
+            assert volume.read_bytes() == b"contents"
+        assert main_here("umount", folder) == 0
+        os.rmdir(folder)

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 
 import click
 
-from ..errors import BadCommandError
+from ..errors import BadCommandError, MountError, SnapfsError
 from ..formats import POOL_FILE
 from ..receive import Receiver, resume_tokens
 from ..transfer import ResumePoint
 from ..transfer import send as send_stream
 from .control import ask
 from .output import print_json, progress_bar
+from .umount import take_away
 
 
 @contextlib.contextmanager
@@ -27,13 +28,39 @@ def _mounted(where: str) -> Iterator[str]:
     if not os.path.exists(os.path.join(where, POOL_FILE)):
         yield where
         return
-    command = [sys.executable, "-m", "snapfs"]
-    with tempfile.TemporaryDirectory(prefix="snapfs-receive-") as folder:
-        subprocess.run([*command, "mount", where, folder], check=True)
+    folder = os.path.abspath(tempfile.mkdtemp(prefix="snapfs-receive-"))
+    try:
         try:
+            _mount(where, folder)
             yield folder
-        finally:
-            subprocess.run([*command, "umount", folder], check=True)
+        except BaseException:
+            if os.path.ismount(folder):
+                _take_away_after_failure(folder)
+            raise
+        take_away(folder)
+    finally:
+        # Never with what is in it, which is the pool's when it could not be unmounted.
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def _mount(pool: str, folder: str) -> None:
+    """Mount with a command of its own, so that the daemon is no child of this one. Raises MountError in its words."""
+    command = [sys.executable, "-m", "snapfs", "mount", "--", pool, folder]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="surrogateescape", check=False)
+    if done.returncode:
+        failed = MountError(done.stderr.strip().removeprefix("snapfs: "))
+        failed.exit_code = done.returncode
+        raise failed
+    click.echo(done.stderr, nl=False, err=True)
+
+
+def _take_away_after_failure(folder: str) -> None:
+    """What failed first is what the user is told in the end, perhaps with how to go on."""
+    try:
+        take_away(folder)
+    except SnapfsError as error:
+        click.echo(f"snapfs: {error}", err=True)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -18,6 +18,11 @@ from ..mountpoint import unmount
 @click.option("--lazy", "-l", is_flag=True, help="Take a busy mount away now; it ends when its last file is closed.")
 def umount(mount_point: str, lazy: bool) -> None:
     """Unmount MOUNT, and wait until all is durable and the pool is closed."""
+    take_away(mount_point, lazy=lazy)
+
+
+def take_away(mount_point: str, *, lazy: bool = False) -> None:
+    """Unmount, and wait for the daemon's end if not ``lazy``. Raises MountError."""
     pid = _daemon_pid(mount_point)
     unmount(mount_point, lazy=lazy)
     if pid is not None and not lazy:
