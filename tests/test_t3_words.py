@@ -327,3 +327,38 @@ def test_why_a_pool_cannot_be_received_into_is_told_in_words(tmp_path: Path) -> 
     done = run(*SNAPFS, "receive", pool, expect=DamagedError.exit_code, env=environment, stdin=subprocess.DEVNULL)
     assert done.stderr.startswith("snapfs: the pool descriptor in") and "Traceback" not in done.stderr
     assert os.listdir(temporary) == []
+
+
+# -- streams that are closed --------------------------------------------------------------------
+
+
+def with_closed(streams: str, *words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command line, some of whose standard streams are closed: ``<&- >&-``."""
+    return run("sh", "-c", f'exec "$@" {streams}', "sh", *SNAPFS, *words, expect=expect)
+
+
+def test_a_stream_from_or_to_nowhere_is_refused_in_words(tmp_path: Path) -> None:
+    assert "standard output is closed" in with_closed(">&-", "send", tmp_path, "s", expect=2).stderr
+    assert "standard input is closed" in with_closed("<&-", "receive", tmp_path, expect=2).stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_commands_do_without_standard_streams(tmp_path: Path, streams: str) -> None:
+    pool = tmp_path / "pool"
+    with_closed(streams, "init", pool)
+    with_closed(streams, "schedule", "add", pool, "x", "--every", "1h")
+    done = with_closed(streams, "schedule", "list", pool)
+    assert ("3600 s" in done.stdout) == (streams == "2>&-") and not done.stderr
+    assert with_closed("2>&-", "nonsense", expect=2).stdout == ""
+    assert with_closed("", "check", pool).stdout.rstrip().endswith("clean")
+
+
+def test_nobody_who_reads_is_no_reason_for_a_traceback(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    assert main_here("init", pool) == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    for words in (["schedule", "list", pool], ["schedule", "list", pool, "--json"], ["check", pool], ["--help"]):
+        done = subprocess.run([*SNAPFS, *map(str, words)], stdout=writing, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 1 and not done.stderr, done
+    os.close(writing)

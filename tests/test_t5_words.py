@@ -79,3 +79,25 @@ def test_what_could_not_be_unmounted_after_receiving_is_kept(mounted_in_memory: 
             assert volume.read_bytes() == b"contents"
         assert main_here("umount", folder) == 0
         os.rmdir(folder)
+
+
+def test_mounting_and_sending_without_standard_streams(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(b"contents")
+    mounted.snapshot("s")
+    with open(mounted.pool.parent / "stream", "wb") as stream:
+        subprocess.run(
+            ["sh", "-c", 'exec "$@" 2>&-', "sh", *SNAPFS, "send", mounted.path, "s"], stdout=stream, check=True
+        )
+        assert stream.tell() > 0
+    mounted.unmount()
+    subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", *SNAPFS, "mount", mounted.pool, mounted.path], check=True, timeout=50
+    )
+    assert (mounted.path / "v").read_bytes() == b"contents"
+    reading, writing = os.pipe()
+    os.close(reading)
+    for words in (["list"], ["list", "--json"], ["status"]):
+        done = subprocess.run([*SNAPFS, *words, mounted.path], stdout=writing, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 1 and not done.stderr, done
+    os.close(writing)

@@ -12,7 +12,7 @@ from typing import cast
 import click
 
 from ..errors import SnapfsError
-from .output import print_any_name
+from .output import open_closed_streams, print_any_name
 
 # The module a command is in, and what it is called there.
 _COMMANDS = {
@@ -67,8 +67,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors are one sentence or two on stderr."""
-    print_any_name()
     try:
+        open_closed_streams()
+        print_any_name()
         cli.main(standalone_mode=False)
     except SnapfsError as error:
         click.echo(f"snapfs: {error}", err=True)

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from rich.progress import TextColumn
 
 _ANY_NAME = "snapfs-any-name"
+
+
+def open_closed_streams() -> None:
+    """Have no file or pipe get the number of a standard stream that is closed: what is printed would go there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process is there
 
 
 def print_any_name() -> None:

@@ -82,6 +82,8 @@ def send(mount_point: str, name: str, base: str | None, resume_token: str | None
     must have received. The stream is compressed and carries checksums. The format is told in
     docs/stream-format.md.
     """
+    if sys.stdout is None:
+        raise BadCommandError("standard output is closed", "Write to a file or a pipe: snapfs send ... > file")
     if sys.stdout.isatty():
         raise BadCommandError("a stream is not for a terminal", "Write it to a file or a pipe: snapfs send ... > file")
     resume = None if resume_token is None else ResumePoint.from_token(resume_token)
@@ -106,6 +108,8 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
     A stream that breaks off leaves nothing behind. With --resumable what came is kept, and a token is
     told: give it to snapfs send --resume-token, and receive that stream with --resumable as well.
     """
+    if sys.stdin is None and not tokens:
+        raise BadCommandError("standard input is closed", "Read the stream from a file or a pipe")
     for number in (signal.SIGTERM, signal.SIGHUP):
         # So that what it brought is taken back, and what it mounted is unmounted.
         signal.signal(number, _stop)
