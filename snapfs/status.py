@@ -95,7 +95,8 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         },
         "devices": devices,
         "schedules": pool.scheduler.entries(),
-        "hooks": pool.hooks.entries(),
+        # Everyone may read this, and the programs' words may hold secrets.
+        "hooks": [{"name": one["name"], "is_damaged": one["is_damaged"]} for one in pool.hooks.entries()],
         "changed_images": pool.images.changed,
         "change_log_volumes": pool.changelogs.entries(),
         "volumes": volumes,

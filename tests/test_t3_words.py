@@ -29,8 +29,10 @@ from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
 from snapfs.fuse.namespace import Caller, Namespace
+from snapfs.hook import make_hook
 from snapfs.pool import Pool, open_pool
 from snapfs.schedule import Schedule, make_schedule
+from snapfs.status import pool_status
 from snapfs.transfer import send
 from snapfs.units import MANIFEST_NAME
 
@@ -362,3 +364,14 @@ def test_nobody_who_reads_is_no_reason_for_a_traceback(tmp_path: Path) -> None:
         done = subprocess.run([*SNAPFS, *map(str, words)], stdout=writing, stderr=subprocess.PIPE, check=False)
         assert done.returncode == 1 and not done.stderr, done
     os.close(writing)
+
+
+# -- what everyone may read ---------------------------------------------------------------------
+
+
+async def test_status_does_not_tell_what_hooks_run() -> None:
+    async with open_world(World()) as pool:
+        await pool.hooks.add(make_hook("h", "/bin/freeze secret", "/bin/thaw secret", shell=False))
+        told = await pool_status(pool)
+        assert told["hooks"] == [{"name": "h", "is_damaged": False}]
+        assert "secret" not in json.dumps(told) and "secret" in json.dumps(pool.hooks.entries())

@@ -82,7 +82,8 @@ def test_the_cut_falls_between_before_and_after(mounted: Mounted, tmp_path: Path
     snapfs("snapshot", mounted.path, "again")
     assert len(told(notes)) == 12
     listed = json.loads(snapfs("hook", "list", mounted.path, "--json").stdout)
-    assert [one["name"] for one in listed] == ["app", "zweites"] and mounted.status()["hooks"] == listed
+    assert [one["name"] for one in listed] == ["app", "zweites"] and listed[0]["before"].endswith("app-before")
+    assert mounted.status()["hooks"] == [{"name": one["name"], "is_damaged": False} for one in listed]
     snapfs("hook", "remove", mounted.path, "zweites")
     snapfs("hook", "remove", mounted.path, "app")
     snapfs("snapshot", mounted.path, "none")
