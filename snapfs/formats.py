@@ -85,10 +85,14 @@ class PoolDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class DeviceDescriptor:
-    """``snapfs-device.json`` in a device's directory: whose it is."""
+    """``snapfs-device.json`` in a device's directory: whose it is.
+
+    ``generation`` is that of the catalog when the pool was last opened or closed: one that is behind it is an old copy.
+    """
 
     pool_id: str
     device_id: int
+    generation: int = 0
 
     def to_json(self) -> bytes:
         """The file's contents."""
@@ -98,6 +102,7 @@ class DeviceDescriptor:
                 "format_version": FORMAT_VERSION,
                 "pool_id": self.pool_id,
                 "device_id": self.device_id,
+                "generation": self.generation,
             }
         )
 
@@ -107,9 +112,11 @@ class DeviceDescriptor:
         fields = _read_json(contents, where, "device")
         _check_version(fields, where)
         pool_id, device_id = fields.get("pool_id"), fields.get("device_id")
-        if not (isinstance(pool_id, str) and isinstance(device_id, int)):
+        # Those of before 0.7.0 have none.
+        generation = fields.get("generation", 0)
+        if not (isinstance(pool_id, str) and isinstance(device_id, int) and isinstance(generation, int)):
             raise DamagedError(f"{where}/{DEVICE_FILE} lacks a field", "Restore it from a copy")
-        return cls(pool_id, device_id)
+        return cls(pool_id, device_id, generation)
 
 
 def _json(fields: dict[str, object]) -> bytes:

@@ -97,13 +97,21 @@ def create_pool(
 
 
 def open_devices(
-    home: Device, catalog: Catalog, descriptor: PoolDescriptor, open_device: OpenDevice
+    catalog: Catalog, descriptor: PoolDescriptor, open_device: OpenDevice, purpose: str
 ) -> dict[int, Device]:
-    """Open the pool's devices. Raises DeviceMissingError when one is not there or is another's."""
+    """Open the pool's devices, and lock them.
+
+    Raises DeviceMissingError when one is not there or is another's; InUseError when a copy of the pool's directory has
+    it; DamagedError when the pool's directory is an old copy, which would take newer data for what a crash has left.
+    """
     devices: dict[int, Device] = {}
     try:
         for device_id, path in catalog.device_paths().items():
-            devices[device_id] = open_device_of(descriptor, device_id, path, open_device)
+            device = devices[device_id] = open_device_of(descriptor, device_id, path, open_device)
+            if path:
+                # The one inside the pool's directory is copied and locked with that.
+                lock_pool(device, path, purpose)
+                _check_device_generation(catalog, device, path)
     except BaseException:
         for device in devices.values():
             device.close()
@@ -133,6 +141,16 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
         device.close()
         raise
     return device
+
+
+def _check_device_generation(catalog: Catalog, device: Device, path: str) -> None:
+    generation = DeviceDescriptor.from_json(device.read_file(DEVICE_FILE), path).generation
+    if generation > catalog.generation:
+        raise DamagedError(
+            f"the pool's directory is an old copy: its catalog is at {catalog.generation}, device {path} was last used"
+            f" at {generation}",
+            "Use the pool's latest directory, or restore the whole pool from one copy",
+        )
 
 
 def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissingError:
@@ -319,7 +337,7 @@ class Pool:
                     " number",
                     "Restore it from a copy",
                 )
-            devices = open_devices(home, catalog, descriptor, open_device)
+            devices = open_devices(catalog, descriptor, open_device, purpose)
             for index in range(descriptor.processor_count):
                 stores.append(ShardStore.open(home, index, descriptor.pool_id))
             check_generations(catalog, stores)
@@ -337,6 +355,7 @@ class Pool:
 
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
         await self.reserve.helped(self._recover_rows)
+        await in_thread(self._note_generation)
         await self.changelogs.load()
         await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
@@ -357,6 +376,16 @@ class Pool:
             for processor in self.processors:
                 await processor.recover_from_crash()
         self._is_recovered = True
+
+    def _note_generation(self) -> None:
+        """Have each device tell how new the pool's directory must be at least. Blocks."""
+        catalog = self.catalog.catalog
+        for device_id, path in catalog.device_paths().items():
+            if path and device_id in self.devices:
+                descriptor = DeviceDescriptor(self.descriptor.pool_id, device_id, catalog.generation)
+                # Without room it tells what it told before.
+                with contextlib.suppress(OSError):
+                    self.devices[device_id].write_file(DEVICE_FILE, descriptor.to_json())
 
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
@@ -419,6 +448,7 @@ class Pool:
                     await self._trim_images()
                     await self.images.note()
                     await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
+                    await in_thread(self._note_generation)
             finally:
                 await side_by_side([processor.close for processor in self.processors])
                 await self.catalog.close()

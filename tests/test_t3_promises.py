@@ -11,16 +11,16 @@ import pytest
 import trio
 
 from snapfs import blockmap, changelog, cowportion, reclaim
-from snapfs.backends import CrashPlan, DeviceFile
+from snapfs.backends import CrashPlan, DeviceFile, MemoryDevice
 from snapfs.backends.memory import MemoryFile
-from snapfs.errors import NoMemoryError, NoSpaceError
+from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
-from .harness import Running, World, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -385,3 +385,31 @@ async def test_a_log_that_cannot_be_removed_for_want_of_memory_fails_no_commit(
     async with open_world(world):
         pass
     world.check_clean()
+
+
+async def test_an_old_copy_of_the_pools_directory_takes_nothing_from_its_devices() -> None:
+    """Files of logs that a home does not know are what a crash has left, and go; those of an old copy are newer."""
+    world = World(1, 2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+    assert isinstance(world.home, MemoryDevice)
+    copy = World.found(
+        {"home": world.home.crash(CrashPlan(0, 1.0, 0.0)), "outside": MemoryDevice(), **in_memory(world)}
+    )
+    async with open_world(world) as pool:
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"new" * BLOCK)
+        with pytest.raises(InUseError, match="0 is in use by process"):
+            Pool.open(copy.home, WHERE, copy.open_device)
+    copy.home.close()
+    for look in (lambda: Pool.open(copy.home, WHERE, copy.open_device), copy.check):
+        with pytest.raises(DamagedError, match="the pool's directory is an old copy"):
+            look()
+        copy.home.close()
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"v") == b"new" * BLOCK
+    world.check_clean()
+
+
+def in_memory(world: World) -> dict[str, MemoryDevice]:
+    return {path: device for path, device in world.devices.items() if isinstance(device, MemoryDevice)}

@@ -218,7 +218,7 @@ async def test_a_volume_of_an_earlier_version_with_the_name_of_the_manifest() ->
     assert [one.severity for one in world.check().findings] == [NOTE]
     async with open_world(world) as pool:
 
-        async def never(volumes: object, size_bytes: int = 0) -> None:
+        async def never(*arguments: object) -> None:
             raise AssertionError
 
         tree = Namespace(pool, "/", never, never)
