@@ -179,9 +179,16 @@ class LocalImage(DirectoryFile):
 
 
 def open_local_image(path: str, writable: bool) -> LocalImage:
-    """Open a raw image or a block device that lies anywhere on the host. Raises OSError."""
-    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+    """Open a raw image or a block device that lies anywhere on the host, by a path without symbolic links.
+
+    Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened.
+    """
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            # Without proc mounted only a link in the last place is noticed.
+            if os.readlink(f"/proc/self/fd/{fd}") != path:
+                raise OSError(errno.ELOOP, "there is a symbolic link in its path")
         if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
             raise OSError(errno.EINVAL, "it is neither a file nor a block device")
         image = LocalImage(fd)

@@ -31,21 +31,25 @@ _Told = dict[str, object]
 class _Guard:
     """The process that runs the programs, and what it told of them.
 
-    ``begun`` are hooks whose freezing program was started, ``thawed`` those whose thawing one has ended.
+    ``begun`` are hooks whose freezing program was started, ``thawed`` those whose thawing one has ended. It has the
+    file by which guards lock each other out open by the number ``lock_fd``.
     """
 
-    def __init__(self, process: trio.Process) -> None:
+    def __init__(self, process: trio.Process, lock_fd: int) -> None:
         self.process = process
+        self.lock_fd = lock_fd
         self.begun: list[str] = []
         self.thawed: set[str] = set()
         self._running_pid = 0
         self._unread = bytearray()
 
     @classmethod
-    async def start(cls) -> _Guard:
+    async def start(cls, lock_path: str | None) -> _Guard:
         """Start one. Raises OSError."""
-        return cls(
-            await trio.lowlevel.open_process(
+        name = "snapfs-hooks"
+        lock_fd = os.memfd_create(name) if lock_path is None else os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            process = await trio.lowlevel.open_process(
                 [sys.executable, "-I", "-S", GUARD_FILE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -53,8 +57,11 @@ class _Guard:
                 cwd="/",
                 env={"PATH": PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
+                pass_fds=(lock_fd,),
             )
-        )
+        finally:
+            os.close(lock_fd)
+        return cls(process, lock_fd)
 
     async def send(self, plan: _Told) -> None:
         """Give it its plan. One that has ended already tells nothing, which is seen by whoever waits for its answer."""
@@ -127,7 +134,7 @@ class Freeze:
         self,
         hooks: Sequence[Hook],
         environment: dict[str, str],
-        lock_name: str,
+        lock_path: str | None,
         max_stall_s: float | None,
         events: EventLog,
         guard_pids: set[int],
@@ -136,7 +143,7 @@ class Freeze:
         self.is_active = bool(hooks)
         self._hooks = hooks
         self._environment = environment
-        self._lock_name = lock_name
+        self._lock_path = lock_path
         self._limit_s = FREEZE_LIMIT_S if max_stall_s is None else max_stall_s
         self._events = events
         self._guard_pids = guard_pids
@@ -147,10 +154,10 @@ class Freeze:
         """Freeze. Raises HookFailedError, or StallError when that took too long; then all are thawed."""
         with trio.CancelScope(shield=True):
             # From before the plan is sent: the guard begins no earlier.
-            guard = self._guard = await _Guard.start()
+            guard = self._guard = await _Guard.start(self._lock_path)
             self._guard_pids.add(guard.process.pid)
             self._since = time.monotonic()
-            await guard.send(self._plan(self._hooks, only_thaw=False))
+            await guard.send(self._plan(guard, self._hooks, only_thaw=False))
         longest_s = _LOCK_WAIT_S + sum(hook.time_limit_s for hook in self._hooks) + _SLACK_S
         told = await guard.answer("failure", longest_s)
         if told is None:
@@ -167,13 +174,13 @@ class Freeze:
                 str(told["failure"]), "No snapshot was made. Mend the hook, remove it, or go without: hooks=no"
             )
 
-    def _plan(self, hooks: Sequence[Hook], *, only_thaw: bool) -> _Told:
+    def _plan(self, guard: _Guard, hooks: Sequence[Hook], *, only_thaw: bool) -> _Told:
         return {
             "hooks": [hook.plan() for hook in hooks],
             "environment": self._environment,
             "freeze_limit_s": self._limit_s,
             "grace_s": GRACE_S,
-            "lock_name": self._lock_name,
+            "lock_fd": guard.lock_fd,
             "lock_wait_s": _LOCK_WAIT_S,
             "only_thaw": only_thaw,
         }
@@ -223,13 +230,13 @@ class Freeze:
         self._events.note("hook-guard-lost", logging.ERROR, thawing=[hook.name for hook in hooks])
         for _ in range(_THAW_TRIES):
             try:
-                guard = await _Guard.start()
+                guard = await _Guard.start(self._lock_path)
             except OSError as error:
                 self._events.note("hook-failed", logging.ERROR, reason=f"thawing is tried again: {error}")
                 await trio.sleep(1)
                 continue
             self._guard_pids.add(guard.process.pid)
-            await guard.send(self._plan(hooks, only_thaw=True))
+            await guard.send(self._plan(guard, hooks, only_thaw=True))
             told = await guard.answer("ended_by", _LOCK_WAIT_S + sum(one.time_limit_s for one in hooks) + _SLACK_S)
             await guard.end(kill=told is None)
             self._guard_pids.discard(guard.process.pid)

@@ -13,11 +13,11 @@ program for ever: one that does not even end when it is killed is left behind.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import time
 from typing import Any
@@ -99,20 +99,20 @@ def _has_ended(process: subprocess.Popen[bytes], reading: int, output: bytearray
         os.close(ended)
 
 
-def only_guard(name: str, until: float) -> socket.socket | None:
-    """Be the only guard of a pool, once one that a daemon left behind has ended; None when it does not in time."""
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def is_only_guard(lock_fd: int, until: float) -> bool:
+    """Be the only guard of a pool, once one that a daemon left behind has ended; whether it does in time.
+
+    The lock is that of a file which only the daemon's user can open, and goes with the process.
+    """
     while True:
         try:
-            # A name that is in no filesystem and goes with the process.
-            lock.bind("\0" + name)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             if time.monotonic() > until:
-                lock.close()
-                return None
+                return False
             time.sleep(_LOCK_PERIOD_S)
         else:
-            return lock
+            return True
 
 
 def wait_for_word(until: float) -> str:
@@ -163,12 +163,12 @@ def main() -> None:
     plan = read_plan()
     if plan is None:
         return
-    lock = only_guard(plan["lock_name"], time.monotonic() + plan["lock_wait_s"])
+    is_only = is_only_guard(plan["lock_fd"], time.monotonic() + plan["lock_wait_s"])
     started = time.monotonic()
     if plan["only_thaw"]:
         tell(ended_by="end", failures=thaw(plan["hooks"], plan), frozen_ns=0)
         return
-    if lock is None:
+    if not is_only:
         tell(failure="the programs of an earlier snapshot are still running", is_late=False)
         tell(ended_by="failure", failures=[], frozen_ns=0)
         return

@@ -20,15 +20,19 @@ _ANCESTORS_MAX = 64
 
 
 class HookTable:
-    """The hooks of a pool, kept in its catalog."""
+    """The hooks of a pool, kept in its catalog.
+
+    ``lock_path`` is a file of the daemon's user alone, by which the processes that run hooks keep each other out; None
+    where there is none.
+    """
 
     def __init__(
-        self, catalog: CatalogAccess, events: EventLog, pool_id: str, rows: Sequence[tuple[bytes, bytes]]
+        self, catalog: CatalogAccess, events: EventLog, lock_path: str | None, rows: Sequence[tuple[bytes, bytes]]
     ) -> None:
         self.mount_point = ""
         self._catalog = catalog
         self._events = events
-        self._pool_id = pool_id
+        self._lock_path = lock_path
         self._hooks: dict[str, Hook] = {}
         self._damaged: dict[str, bytes] = {}
         self._guard_pids: set[int] = set()
@@ -102,7 +106,7 @@ class HookTable:
         freeze = Freeze(
             hooks,
             self._environment(snapshot_name),
-            f"snapfs-hooks-{self._pool_id}",
+            self._lock_path,
             max_stall_s,
             self._events,
             self._guard_pids,

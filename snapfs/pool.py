@@ -258,7 +258,7 @@ class Pool:
             for store in stores
         ]
         self.volumes.processors = self.processors
-        self.hooks = HookTable(self.catalog, self.events, descriptor.pool_id, catalog.hooks())
+        self.hooks = HookTable(self.catalog, self.events, home.local_path(POOL_FILE), catalog.hooks())
         self.snapshots = SnapshotTable(
             self.catalog,
             self.volumes,

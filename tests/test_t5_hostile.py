@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, run, wait_for_end, wait_until
+from .conftest import SNAPFS, Mounted, run, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 BLOCK = 4096
@@ -158,3 +160,68 @@ def test_a_helper_that_was_killed_is_started_anew(mounted_in_memory: Mounted) ->
     os.kill(helper_of(mounted_in_memory), signal.SIGKILL)
     assert mounted_in_memory.ask("rollback 2")["ok"]
     assert path.stat().st_size == 3 * BLOCK
+
+
+def test_nobody_else_can_keep_hooks_from_being_run(mounted_in_memory: Mounted) -> None:
+    """Any user could take the name of a socket in no filesystem, by which they kept each other out."""
+    mounted = mounted_in_memory
+    snapfs("hook", "add", mounted.path, "h", "--before", "/bin/true")
+    pool_id = json.loads((mounted.pool / "pool.json").read_text())["pool_id"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as taken:
+        taken.bind(f"\0snapfs-hooks-{pool_id}")
+        assert mounted.ask("snapshot s")["ok"]
+
+
+def test_an_image_that_became_a_link_is_not_followed(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    """Whoever owns the folder could have the daemon write to any file of root's."""
+    mounted = mounted_in_memory
+    image, other, secret = tmp_path / "folder" / "image", tmp_path / "other", tmp_path / "secret"
+    image.parent.mkdir()
+    image.write_bytes(b"image" * 2000)
+    secret.write_bytes(b"secret" * 2000)
+    snapfs("create", mounted.path / "v", "--mode", "cow", "--source", image)
+    mounted.unmount()
+
+    def in_its_place() -> None:
+        image.rename(other)
+        image.symlink_to(secret)
+
+    def in_its_folders_place() -> None:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        secret.rename(elsewhere / "image")
+        image.unlink()
+        image.parent.rmdir()
+        image.parent.symlink_to(elsewhere)
+
+    for put_a_link in (in_its_place, in_its_folders_place):
+        put_a_link()
+        mounted.mount()
+        with pytest.raises(OSError), open(mounted.path / "v", "r+b", buffering=0) as file:
+            file.write(b"overwritten")
+            os.fsync(file.fileno())
+        assert b"image-missing" in (mounted.path / ".snapfs" / "events").read_bytes()
+        assert image.read_bytes() == b"secret" * 2000
+        mounted.unmount()
+    image.parent.unlink()
+    image.parent.mkdir()
+    other.rename(image)
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes() == b"image" * 2000
+
+
+def test_a_command_does_not_wait_for_one_that_takes_long(mounted_in_memory: Mounted) -> None:
+    """The kernel has the writes to one inode follow one another, in a sleep that no signal ends."""
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(os.urandom(8 << 20))
+    mounted.snapshot("s")
+    wait_until(lambda: not mounted.status()["unsealed_snapshot_count"], "it is sealed")
+    scrub = subprocess.Popen([*SNAPFS, "scrub", mounted.path, "--rate", "1M"], stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: bool(mounted.status()["jobs"]), "the scrub is under way")
+    assert mounted.ask("list")["ok"] and mounted.ask("create w size=1M")["ok"]
+    assert mounted.ask("snapshot t")["ok"]
+    numbers = {(mounted.path / ".snapfs" / "control").stat().st_ino for _ in range(200)}
+    assert len(numbers) == 127, "all but the one that is open"
+    assert mounted.status()["jobs"]
+    scrub.communicate()
+    assert scrub.returncode == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import trio
 
 from ..errors import BadCommandError, NotPermittedError
 from ..pool import Pool
@@ -58,13 +60,15 @@ class CommandContext:
 
     ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
     what it keeps of a range of a volume. ``is_owner``: it is the daemon's own user, or root, who asks,
-    and not one of the control file's group.
+    and not one of the control file's group. Commands that
+    change what the pool has one after the other have the ``turn``.
     """
 
     pool: Pool
     resize_file: ResizeFile
     forget_pages: ForgetPages = nothing_to_forget
     is_owner: bool = True
+    turn: trio.Lock = field(default_factory=trio.Lock)
 
     def for_owner(self, what: str) -> None:
         """Refuse what reaches beyond the pool with the daemon's rights. Raises NotPermittedError."""

@@ -5,6 +5,7 @@ A command is a function in :data:`COMMANDS`. It gives the fields of its answer, 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections import deque
@@ -37,7 +38,8 @@ async def run_line(context: CommandContext, line: bytes) -> Answer | None:
         raise BadCommandError(
             f"there is no command {name[:64]!r}", f"Commands: {' '.join(sorted(COMMANDS))}; write help for more"
         )
-    return {"ok": True, "command": name, **await function(context, command)}
+    async with context.turn if name in _ONE_BY_ONE else contextlib.nullcontext():
+        return {"ok": True, "command": name, **await function(context, command)}
 
 
 def failure(line: bytes, error: SnapfsError | OSError) -> Answer:
@@ -80,6 +82,12 @@ COMMANDS: Mapping[str, CommandFunction] = {
     **hookcommands.COMMANDS,
     "help": _help,
 }
+
+
+# Those that change what the pool has, and do it at once. The others only look, or take as long as it takes.
+_ONE_BY_ONE = frozenset(
+    {"changelog", "clone", "create", "delete", "hold", "hook", "release", "rename", "resize", "schedule"}
+)
 
 
 class ControlSession:

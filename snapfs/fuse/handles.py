@@ -133,7 +133,8 @@ class EventsHandle(Handle):
 class ControlHandle(Handle):
     """The control file: what is written is run, what is read are the answers. Offsets do not count."""
 
-    def __init__(self, session: ControlSession) -> None:
+    def __init__(self, session: ControlSession, inode: int) -> None:
+        self.inode = inode
         self._session = session
 
     async def read(self, offset: int, length: int) -> bytes:

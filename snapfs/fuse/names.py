@@ -6,6 +6,8 @@ inode number ever names something else than it did, and the kernel's caches stay
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..catalog import FIRST_VOLUME_ID
 from ..geometry import SnapshotId, VolumeId
 
@@ -17,6 +19,7 @@ STATUS = 5
 EVENTS = 6
 PROCESSORS = 7
 FIRST_PROCESSOR = 16
+_FIRST_CONTROL, _CONTROL_COUNT = 96, 128
 _ITEM_BITS = 32
 _ITEM_MASK = (1 << _ITEM_BITS) - 1
 _SNAPSHOT_FOLDER = 0
@@ -59,6 +62,39 @@ def of_snapshot_volume(snapshot_id: SnapshotId, volume_id: VolumeId) -> int:
 def of_processor(processor_index: int) -> int:
     """A processor's status file."""
     return FIRST_PROCESSOR + processor_index
+
+
+def is_control(inode: int) -> bool:
+    """Whether it is the control file, by any of its numbers."""
+    return inode == CONTROL or _FIRST_CONTROL <= inode < _FIRST_CONTROL + _CONTROL_COUNT
+
+
+class ControlNumbers:
+    """The control file has another number at each look-up.
+
+    The kernel locks an inode while it writes to it, so that a command would wait for the one before it, in a sleep that
+    no signal ends, and be that a scrub of hours.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._open_counts: Counter[int] = Counter()
+
+    def another(self) -> int:
+        """One that nobody has open, if there is any."""
+        for _ in range(_CONTROL_COUNT):
+            self._last = (self._last + 1) % _CONTROL_COUNT
+            if not self._open_counts[_FIRST_CONTROL + self._last]:
+                break
+        return _FIRST_CONTROL + self._last
+
+    def opened(self, inode: int) -> None:
+        """It was opened by this number."""
+        self._open_counts[inode] += 1
+
+    def closed(self, inode: int) -> None:
+        """What was opened by this number is closed."""
+        self._open_counts[inode] -= 1
 
 
 def snapshot_id_of(inode: int) -> SnapshotId:

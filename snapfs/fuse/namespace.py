@@ -114,6 +114,7 @@ class Namespace:
         self._mounted_ns = time.time_ns()
         self._control = CommandContext(pool, resize_file, forget_pages)
         self._control_gid = control_gid
+        self._control_numbers = names.ControlNumbers()
         self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
         self._manifest_sizes: dict[SnapshotId, tuple[int, int]] = {}
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
@@ -201,7 +202,7 @@ class Namespace:
         if parent == names.META:
             for inode, (file_name, _) in self._files.items():
                 if name == file_name:
-                    return inode
+                    return self._control_numbers.another() if inode == names.CONTROL else inode
             special = {b"processors": names.PROCESSORS, b".": names.META, b"..": names.ROOT}.get(name)
             if special is not None:
                 return special
@@ -248,6 +249,8 @@ class Namespace:
             if volume is None:
                 raise NoEntryError("the volume is removed")
             return self.volume_node(volume)
+        if names.is_control(inode):
+            return self._control_node(inode)
         if inode in self._files:
             return self._file_node(inode, self._files[inode][1])
         if names.processor_index_of(inode) is not None:
@@ -363,8 +366,12 @@ class Namespace:
     def _file_node(self, inode: int, mode: int) -> Node:
         size = len(self.pool.events.contents) if inode == names.EVENTS else 0
         now = time.time_ns()
-        gid = self._gid if inode != names.CONTROL or self._control_gid is None else self._control_gid
-        return Node(inode, stat.S_IFREG | mode, self._uid, gid, size, 0, 1, now, now, now, 0.0, FOREVER_S)
+        return Node(inode, stat.S_IFREG | mode, self._uid, self._gid, size, 0, 1, now, now, now, 0.0, FOREVER_S)
+
+    def _control_node(self, inode: int) -> Node:
+        """The kernel must ask for its number each time."""
+        node = self._file_node(inode, self._files[names.CONTROL][1])
+        return node._replace(gid=self._gid if self._control_gid is None else self._control_gid, entry_timeout_s=0.0)
 
     # -- folders -----------------------------------------------------------------------------
 
@@ -437,10 +444,11 @@ class Namespace:
             if flags & os.O_TRUNC:
                 await self.pool.volumes.truncate(volume, 0)
             return self._open_volume(volume, flags, caller)
-        if inode == names.CONTROL:
+        if names.is_control(inode):
             self.pool.hooks.refuse_inside(caller.pid)
             is_owner = caller.uid in (0, self._uid)
-            return ControlHandle(ControlSession(replace(self._control, is_owner=is_owner)))
+            self._control_numbers.opened(inode)
+            return ControlHandle(ControlSession(replace(self._control, is_owner=is_owner)), inode)
         if inode == names.EVENTS:
             if flags & (_WRITE_FLAGS | os.O_TRUNC):
                 raise NotPermittedError("events are told by the daemon alone")
@@ -486,6 +494,8 @@ class Namespace:
                 if not self.writer_counts[volume.file_id]:
                     del self.writer_counts[volume.file_id]
             self.pool.volumes.close(volume)
+        elif isinstance(handle, ControlHandle):
+            self._control_numbers.closed(handle.inode)
         elif isinstance(handle, SnapshotHandle):
             view = handle.snapshot_volume
             inode = names.of_snapshot_volume(view.snapshot.snapshot_id, view.volume_id)
@@ -547,7 +557,7 @@ class Namespace:
             raise ReadOnlyError("a snapshot cannot be changed")
         volume_id = names.volume_id_of(inode)
         if volume_id is None:
-            if inode in (names.CONTROL, names.EVENTS) and change.only_times:
+            if (names.is_control(inode) or inode == names.EVENTS) and change.only_times:
                 # `echo command > control` truncates first; the events are cut by the daemon itself.
                 return await self.node(inode)
             raise NotPermittedError("this file is snapfs' own")
