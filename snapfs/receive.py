@@ -8,11 +8,14 @@ nothing in it is believed before it was looked at.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import blake3
@@ -24,9 +27,16 @@ from .units import OFFSET_MAX, check_name
 
 _NOTE_EVERY_BYTES = 256 << 20
 _ASIDE = ".receiving-"
+_NEW = "new"
 _BAD = "Send it again"
+_FROM_BEGINNING = "Send it from its beginning"
 _BAD_STATE = "the state of a stream that was cut off is damaged"
 _MOVING_OUT, _MOVING_IN = 1, 2
+Step = Callable[[], object]
+Attempt = Callable[[Step], None]
+# renameat2(2)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +130,44 @@ class ReceiveState:
     """How far a stream has come, as the target keeps it.
 
     ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
+    ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.7.0): who has
+    the name may be another by now. ``aside`` begins the names that are this stream's alone.
     """
 
     volume_place: int = 0
     offset: int = 0
     stage: int = 0
-    made: list[str] = field(default_factory=list)
+    made: dict[str, int] = field(default_factory=dict)
     touched: list[str] = field(default_factory=list)
+    aside: str = _ASIDE
+
+    @classmethod
+    def of_stream(cls, guid: str) -> ReceiveState:
+        """That of a stream of which nothing came yet."""
+        own = blake3.blake3(guid.encode("utf-8", "surrogatepass")).hexdigest(length=8)
+        return cls(aside=f"{_ASIDE}{own}-")
 
     def to_json(self) -> str:
         """For the target to keep."""
-        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched]
+        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside]
         return json.dumps(fields)
 
     @classmethod
     def from_fields(cls, fields: object) -> ReceiveState:
         """Read it. Raises DamagedError."""
-        if not isinstance(fields, list) or len(fields) != 5:
+        if not isinstance(fields, list) or len(fields) not in (5, 6):
             raise DamagedError(_BAD_STATE, "Send the stream again")
-        place, offset, stage, made, touched = fields
+        place, offset, stage, made, touched, *aside = fields
         try:
-            names = [_name(one) for one in made], [_name(one) for one in touched]
-            return cls(_number(place), _number(offset), _number(stage), *names)
+            inodes = made if isinstance(made, dict) else dict.fromkeys(made, 0)
+            return cls(
+                _number(place),
+                _number(offset),
+                _number(stage),
+                {_name(name): _number(inode) for name, inode in inodes.items()},
+                [_name(one) for one in touched],
+                *(_name(one) for one in aside),
+            )
         except (TypeError, ValueError, SnapfsError) as error:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error
 
@@ -154,6 +180,10 @@ def resume_tokens(ask: Ask, mount_point: str) -> list[str]:
         state = ReceiveState.from_fields(fields)
         found.append(ResumePoint(guid, state.volume_place, state.offset).to_token())
     return found
+
+
+def _taken(name: str) -> ExistsError:
+    return ExistsError(f"there is a volume {name!r} already", "Rename or remove it first")
 
 
 class Receiver:
@@ -215,6 +245,15 @@ class Receiver:
     def _exists(self, name: str) -> bool:
         return os.path.lexists(self._path(name))
 
+    def _rename(self, before: str, after: str) -> None:
+        """Rename a volume, in no one's place. Raises ExistsError."""
+        paths = os.fsencode(self._path(before)), os.fsencode(self._path(after))
+        if _libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_NOREPLACE):
+            code = ctypes.get_errno()
+            if code == errno.EEXIST:
+                raise _taken(after)
+            raise OSError(code, os.strerror(code), before)
+
     # -- before ------------------------------------------------------------------------------
 
     def _check(self, name: str) -> None:
@@ -239,14 +278,21 @@ class Receiver:
         if fields is not None:
             # One that was killed before it could take back what it had brought.
             self._state = ReceiveState.from_fields(fields)
-            self._take_back()
-            self._state = ReceiveState()
+            failures = self._take_back()
+            if failures:
+                raise ExistsError(
+                    f"not all that an earlier try left could be taken back ({'; '.join(failures)})",
+                    "Mend that, then send it again",
+                )
+        self._state = ReceiveState.of_stream(head.guid)
         if head.base_guid is not None:
             self._check_unchanged(self._base_here)
         before = {one.base_name for one in head.volumes} | set(head.gone)
-        taken = [one.name for one in head.volumes if one.name not in before and self._exists(one.name)]
+        wanted = [one.name for one in head.volumes if one.name not in before]
+        wanted += [self._aside(_NEW), *(aside for _, aside in self._moved())]
+        taken = [one for one in wanted if self._exists(one)]
         if taken:
-            raise ExistsError(f"there is a volume {taken[0]!r} already", "Rename or remove it first")
+            raise _taken(taken[0])
 
     def _check_unchanged(self, base: str) -> None:
         known = {one.base_name for one in self._head.volumes if one.base_name is not None} | set(self._head.gone)
@@ -262,7 +308,7 @@ class Receiver:
             self._ask(self._mount_point, "rollback", base, options=options)
             for one in changed:
                 if one["renamed_from"] and not self._exists(one["renamed_from"]):
-                    os.rename(self._path(one["name"]), self._path(one["renamed_from"]))
+                    self._rename(one["name"], one["renamed_from"])
 
     def _check_resumed(self, fields: object) -> None:
         if fields is None or not self._is_resumable:
@@ -279,36 +325,41 @@ class Receiver:
     def _renamed(self) -> list[tuple[str, str, str]]:
         """Volumes that have another name now: before, after, and where they are in between."""
         volumes = [one for one in self._head.volumes if one.base_name is not None and one.base_name != one.name]
-        return [(str(one.base_name), one.name, f"{_ASIDE}{number}") for number, one in enumerate(volumes)]
+        return [(str(one.base_name), one.name, self._aside(number)) for number, one in enumerate(volumes)]
 
     def _gone(self) -> list[tuple[str, str]]:
         """Volumes that the snapshot does not hold: before, and where they are until it is made."""
-        return [(name, f"{_ASIDE}gone-{number}") for number, name in enumerate(self._head.gone)]
+        return [(name, self._aside(f"gone-{number}")) for number, name in enumerate(self._head.gone)]
+
+    def _moved(self) -> list[tuple[str, str]]:
+        """All that leave their names: before, and where they are then."""
+        return [*((before, aside) for before, _, aside in self._renamed()), *self._gone()]
+
+    def _aside(self, what: object) -> str:
+        return f"{self._state.aside}{what}"
 
     def _move_names(self) -> None:
         """All out of their old names first, so that names may be exchanged; then into the new ones."""
-        renamed, gone = self._renamed(), self._gone()
-        if not renamed and not gone:
+        if not self._moved():
             return
         self._state.stage = _MOVING_OUT
         self._note()
-        for before, aside in [*((one[0], one[2]) for one in renamed), *gone]:
-            os.rename(self._path(before), self._path(aside))
+        for before, aside in self._moved():
+            self._rename(before, aside)
         self._state.stage = _MOVING_IN
         self._note()
-        for _, after, aside in renamed:
-            os.rename(self._path(aside), self._path(after))
+        for _, after, aside in self._renamed():
+            self._rename(aside, after)
 
-    def _move_names_back(self) -> None:
+    def _move_names_back(self, attempt: Attempt) -> None:
         if self._state.stage == _MOVING_IN:
             for _, after, aside in self._renamed():
                 if not self._exists(aside) and self._exists(after):
-                    os.rename(self._path(after), self._path(aside))
+                    attempt(partial(self._rename, after, aside))
         if self._state.stage:
-            for before, aside in [*((one[0], one[2]) for one in self._renamed()), *self._gone()]:
-                if self._exists(aside) and not self._exists(before):
-                    os.rename(self._path(aside), self._path(before))
-        self._state.stage = 0
+            for before, aside in self._moved():
+                if self._exists(aside):
+                    attempt(partial(self._rename, aside, before))
 
     # -- the volumes -------------------------------------------------------------------------
 
@@ -365,18 +416,44 @@ class Receiver:
         self._note()
 
     def _open(self, volume: StreamVolume) -> int:
-        path = self._path(volume.name)
-        if volume.base_name is None and volume.name not in self._state.made:
-            self._state.made.append(volume.name)
-            self._note()
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        if os.fstat(fd).st_size != volume.size_bytes:
-            self._touch(volume)
-            if os.fstat(fd).st_size < volume.size_bytes:
-                os.ftruncate(fd, volume.size_bytes)
+        if volume.base_name is None:
+            self._make(volume.name)
+        fd = os.open(self._path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if volume.base_name is None and not self._is_made(volume.name, os.fstat(fd)):
+                raise ChangedTargetError(f"volume {volume.name!r} is another than the stream made", _FROM_BEGINNING)
+            if os.fstat(fd).st_size != volume.size_bytes:
+                self._touch(volume)
+                if os.fstat(fd).st_size < volume.size_bytes:
+                    os.ftruncate(fd, volume.size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
+
+    def _make(self, name: str) -> None:
+        """Have a new volume there, if it is not yet.
+
+        It is made under a name of the stream's own, and noted before it gets its name: so whatever a kill leaves, what
+        somebody else made is not taken for it.
+        """
+        aside = self._aside(_NEW)
+        if name not in self._state.made:
+            if self._exists(aside):
+                # Made by one that was killed before it could note that.
+                os.unlink(self._path(aside))
+            fd = os.open(self._path(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._state.made[name] = os.fstat(fd).st_ino
+            finally:
+                os.close(fd)
+            self._note()
+        if self._exists(aside) and self._is_made(name, os.lstat(self._path(aside))):
+            self._rename(aside, name)
+
+    def _is_made(self, name: str, found: os.stat_result) -> bool:
+        """Whether a volume is the one that the stream made under a name."""
+        return self._state.made[name] in (0, found.st_ino)
 
     def _touch(self, volume: StreamVolume) -> None:
         """It is about to be other than in the base; that is noted first."""
@@ -427,7 +504,7 @@ class Receiver:
         """The snapshot holds what was sent: read from it again, and compare."""
         volume = self._head.volumes[place].name
         found = blake3.blake3()
-        with closing(SnapshotFile(os.path.join(self._mount_point, ".snapshots", name, volume))) as kept:
+        with contextlib.closing(SnapshotFile(os.path.join(self._mount_point, ".snapshots", name, volume))) as kept:
             for offset, length in extents:
                 for _, data in kept.pieces(offset, length, 1):
                     found.update(data)
@@ -448,16 +525,19 @@ class Receiver:
         """
         failures: list[str] = []
 
-        def attempt(step: Callable[[], object]) -> None:
+        def attempt(step: Step) -> None:
             try:
                 step()
             except (SnapfsError, OSError) as error:
                 failures.append(str(error))
 
+        if self._exists(self._aside(_NEW)):
+            attempt(partial(os.unlink, self._path(self._aside(_NEW))))
         for name in self._state.made:
-            if self._exists(name):
-                attempt(lambda name=name: os.unlink(self._path(name)))  # type: ignore[misc]
-        attempt(self._move_names_back)
+            # Not one that somebody else gave the name.
+            if self._exists(name) and self._is_made(name, os.lstat(self._path(name))):
+                attempt(partial(os.unlink, self._path(name)))
+        self._move_names_back(attempt)
         if self._state.touched:
             attempt(self._roll_back)
         if not failures:

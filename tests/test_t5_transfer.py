@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs.cli.control import ask
-from snapfs.errors import BadCommandError, DamagedError, SnapfsError, TooNewError
+from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
 from snapfs.transfer import ResumePoint
@@ -171,6 +171,27 @@ def test_a_stream_goes_on_where_it_stopped(mounts: Callable[..., Mounted]) -> No
     same(source.snapshots / "s", target.snapshots / "s")
     assert snapfs("receive", target.path, "--tokens").stdout == ""
     assert "resume token" in snapfs("send", source.path, "s", "--resume-token", "x", expect=2).stderr
+
+
+@pytest.mark.mount
+def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    for name in "ab":
+        (source.path / name).write_bytes(os.urandom(MIB))
+    source.snapshot("s")
+    whole = sent(source, "s")
+
+    def make_mine(done: int, total: int) -> None:
+        (target.path / "b").write_bytes(b"precious")
+
+    receiver = Receiver(ask, str(target.path), force=False, is_resumable=False)
+    with pytest.raises(ExistsError, match="there is a volume 'b' already"):
+        receiver.receive(io.BytesIO(whole), on_progress=make_mine)
+    assert (target.path / "b").read_bytes() == b"precious"
+    assert sorted(os.listdir(target.path)) == [".snapfs", ".snapshots", "b"]
+    os.unlink(target.path / "b")
+    received(target, whole)
+    same(source.snapshots / "s", target.snapshots / "s")
 
 
 @pytest.mark.mount

@@ -1,0 +1,268 @@
+"""What receiving, exporting and importing leave where they are killed, and where others make files meanwhile.
+
+The target is a folder of the local filesystem, which answers as a mount does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapfs.errors import ExistsError, SnapfsError
+from snapfs.receive import Receiver, resume_tokens
+from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
+from snapfs.transfer import ResumePoint
+
+BLOCK = 4096
+SIZE = 2 * BLOCK
+GUID = "pool:7"
+
+
+class Killed(BaseException):
+    """kill -9: nothing is tidied up behind it, for receiving is resumable where it is used."""
+
+
+class Target:
+    """A folder that answers as a mount does; killed at a step, if one is given."""
+
+    def __init__(self, folder: Path, base: dict[str, bytes] | None = None) -> None:
+        self.folder = folder
+        self.base = base
+        self.states: dict[str, str] = {}
+        self.before_step: Callable[[str], None] = lambda step: None
+        folder.mkdir()
+        for name, contents in (base or {}).items():
+            (folder / name).write_bytes(contents)
+
+    def ask(self, mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+        self.before_step(words[0])
+        answer: dict[str, Any] = getattr(self, "_" + words[0].replace("-", "_"))(*words[1:], options=options or [])
+        return answer
+
+    def _list(self, options: object) -> dict[str, Any]:
+        made = [{"guid": GUID, "name": one.name} for one in self.folder.glob(".snapshots/*")]
+        return {"snapshots": made + [{"guid": "base", "name": "base"}] * (self.base is not None)}
+
+    def _diff(self, base: str, options: object) -> dict[str, Any]:
+        return {"volumes": []}
+
+    def _receive_state(self, action: str, *words: str, options: object) -> dict[str, Any]:
+        if action == "put":
+            self.states[words[0]] = words[1]
+        elif action == "drop":
+            self.states.pop(words[0], None)
+        return {"states": {guid: json.loads(state) for guid, state in self.states.items()}}
+
+    def _snapshot(self, name: str, options: list[tuple[str, str]]) -> dict[str, Any]:
+        kept = self.folder / ".snapshots" / name
+        kept.mkdir(parents=True)
+        for key, value in options:
+            if key == "volume":
+                shutil.copy(self.folder / value, kept / value)
+        return {"name": name}
+
+    def _rollback(self, base: str, options: list[tuple[str, str]]) -> dict[str, Any]:
+        assert self.base is not None
+        for key, name in options:
+            if key == "volume":
+                (self.folder / name).write_bytes(self.base[name])
+        return {"undo": "undo"}
+
+    def _delete(self, name: str, options: object) -> dict[str, Any]:
+        return {}
+
+    def receive(self, stream: bytes, *, is_resumable: bool = False, **options: Any) -> None:
+        receiver = Receiver(self.ask, str(self.folder), force=False, is_resumable=is_resumable)
+        receiver.receive(io.BytesIO(stream), **options)
+
+    def names(self) -> set[str]:
+        return {one.name for one in self.folder.iterdir() if one.name != ".snapshots"}
+
+    def kept(self) -> dict[str, bytes]:
+        return {one.name: one.read_bytes() for one in self.folder.glob(".snapshots/s/*")}
+
+
+@pytest.fixture(autouse=True)
+def any_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every one can be read past its cache."""
+    monkeypatch.setattr(os, "O_DIRECT", 0)
+
+
+def a_volume(name: str, base_name: str | None = None) -> dict[str, object]:
+    me = {"uid": os.getuid(), "gid": os.getgid(), "mode": 0o600, "atime_ns": 0, "mtime_ns": 0}
+    return {"name": name, "base_name": base_name, "size_bytes": SIZE, **me}
+
+
+def a_stream(
+    *volumes: dict[str, object], base: str | None = None, gone: tuple[str, ...] = (), token: str | None = None
+) -> bytes:
+    """A stream that fills the first block of each volume with the letter of its place, from a token on."""
+    point = None if token is None else ResumePoint.from_token(token)
+    file = io.BytesIO()
+    writer = StreamWriter(file)
+    writer.fields(
+        BEGIN,
+        {
+            "version": VERSION,
+            "snapshot": {"guid": GUID, "name": "s", "note": ""},
+            "base": None if base is None else {"guid": base, "name": base},
+            "volumes": volumes,
+            "gone": gone,
+            "resume": None if point is None else [point.volume_place, point.offset],
+        },
+    )
+    for place in range(0 if point is None else point.volume_place, len(volumes)):
+        writer.fields(VOLUME, {"place": place})
+        if point is None or (place, 0) >= (point.volume_place, point.offset):
+            writer.data(0, bytes([ord("0") + place]) * BLOCK)
+        writer.fields(END_VOLUME, {})
+    writer.fields(END, {})
+    return file.getvalue()
+
+
+# -- volumes that somebody else makes ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_resumable", [False, True])
+def test_a_volume_that_is_made_while_a_stream_comes_is_never_removed_nor_written_over(
+    tmp_path: Path, is_resumable: bool
+) -> None:
+    target = Target(tmp_path / "mount")
+    mine = target.folder / "b"
+
+    def make_mine(done: int, total: int) -> None:
+        mine.write_bytes(b"precious")
+
+    stream = a_stream(a_volume("a"), a_volume("b"))
+    with pytest.raises(ExistsError, match="there is a volume 'b' already"):
+        target.receive(stream, is_resumable=is_resumable, on_progress=make_mine)
+    assert mine.read_bytes() == b"precious"
+    if not is_resumable:
+        assert target.names() == {"b"} and not target.states
+        return
+    # Nor when it is tried again, with the token or without.
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    rest = a_stream(a_volume("a"), a_volume("b"), token=token)
+    with pytest.raises(ExistsError, match="there is a volume 'b' already"):
+        target.receive(rest, is_resumable=True)
+    with pytest.raises(ExistsError, match="there is a volume 'b' already"):
+        target.receive(stream)
+    assert mine.read_bytes() == b"precious" and target.names() == {"b"}
+    mine.unlink()
+    target.receive(stream)
+    assert target.kept() == {"a": b"0" * BLOCK + bytes(BLOCK), "b": b"1" * BLOCK + bytes(BLOCK)}
+    assert target.names() == {"a", "b"} and not target.states
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_volume_in_the_place_of_one_that_a_stream_made_is_left_alone(tmp_path: Path, goes_on: bool) -> None:
+    target = Target(tmp_path / "mount")
+    stream = a_stream(a_volume("a"), a_volume("b"))
+    with pytest.raises(SnapfsError):
+        target.receive(stream[:-40], is_resumable=True)
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    # Held open: its inode is not given to the next file.
+    with open(target.folder / "b", "rb"):
+        os.unlink(target.folder / "b")
+        (target.folder / "b").write_bytes(b"precious")
+        with pytest.raises(SnapfsError, match="volume 'b'"):
+            if goes_on:
+                target.receive(a_stream(a_volume("a"), a_volume("b"), token=token), is_resumable=True)
+            else:
+                target.receive(stream)
+    assert (target.folder / "b").read_bytes() == b"precious"
+
+
+def test_a_new_name_that_is_taken_while_names_move_is_not_overwritten(tmp_path: Path) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+
+    stream = a_stream(a_volume("c", "a"), base="base")
+
+    def make_mine(step: str) -> None:
+        # Nothing has it noted before it is looked whether names are free.
+        if target.states:
+            (target.folder / "c").write_bytes(b"precious")
+
+    target.before_step = make_mine
+    with pytest.raises(ExistsError, match="there is a volume 'c' already"):
+        target.receive(stream)
+    assert (target.folder / "c").read_bytes() == b"precious"
+    assert (target.folder / "a").read_bytes() == b"a" * SIZE
+    assert target.names() == {"a", "c"} and not target.states
+
+
+# -- kills -------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Counts the steps that change the target, and is killed at one, before it or right behind it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, target: Target, killed_at: int) -> None:
+        self._numbers = itertools.count()
+        self._killed_at = killed_at
+        self.is_killed = False
+        target.before_step = self._before_ask
+        for name in ("unlink", "ftruncate", "pwrite", "chmod", "utime", "open"):
+            patch.setattr(os, name, self._counted(getattr(os, name)))
+        patch.setattr(Receiver, "_rename", self._counted(Receiver._rename))
+
+    def _step(self) -> None:
+        if next(self._numbers) == self._killed_at:
+            self.is_killed = True
+            raise Killed
+
+    def _before_ask(self, step: str) -> None:
+        self._step()
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            self._step()
+            answer = call(*args, **options)
+            self._step()
+            return answer
+
+        return counted
+
+
+def killed_everywhere(make: Callable[[], Target], stream: bytes) -> Iterator[tuple[Target, bool]]:
+    """A target for each step at which receiving can be killed, and whether the snapshot was made by then."""
+    for killed_at in itertools.count():
+        target = make()
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(patch, target, killed_at)
+            with contextlib.suppress(Killed):
+                target.receive(stream, is_resumable=True)
+            target.before_step = lambda step: None
+        if not steps.is_killed:
+            assert killed_at > 20
+            return
+        yield target, bool(target.kept())
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_new_volumes_arrive_wherever_receiving_was_killed(tmp_path: Path, goes_on: bool) -> None:
+    places = itertools.count()
+    stream = a_stream(a_volume("a"), a_volume("b"))
+    expected = {"a": b"0" * BLOCK + bytes(BLOCK), "b": b"1" * BLOCK + bytes(BLOCK)}
+    for target, is_made in killed_everywhere(lambda: Target(tmp_path / f"mount-{next(places)}"), stream):
+        if is_made:
+            continue
+        again(target, goes_on, a_volume("a"), a_volume("b"))
+        assert target.kept() == expected
+        assert target.names() == {"a", "b"} and not target.states
+
+
+def again(target: Target, goes_on: bool, *volumes: dict[str, object], **options: Any) -> None:
+    """Receive once more, from where it stopped if it is to go on and there is a token."""
+    tokens = resume_tokens(target.ask, str(target.folder)) if goes_on else []
+    stream = a_stream(*volumes, **options, token=tokens[0] if tokens else None)
+    target.receive(stream, is_resumable=goes_on)
