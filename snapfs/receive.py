@@ -215,8 +215,7 @@ class Receiver:
         self._check(snapshot_name)
         self._note()
         try:
-            if self._head.resume is None:
-                self._move_names()
+            self._move_names()
             self._apply(frames, on_progress)
             self._set_attributes()
             made = self._snapshot(snapshot_name)
@@ -339,23 +338,34 @@ class Receiver:
         return f"{self._state.aside}{what}"
 
     def _move_names(self) -> None:
-        """All out of their old names first, so that names may be exchanged; then into the new ones."""
+        """All out of their old names first, so that names may be exchanged; then into the new ones.
+
+        It goes on where an earlier try was killed: what is aside has moved out, what no longer is has moved in.
+        """
         if not self._moved():
             return
-        self._state.stage = _MOVING_OUT
-        self._note()
-        for before, aside in self._moved():
-            self._rename(before, aside)
-        self._state.stage = _MOVING_IN
-        self._note()
+        if not self._state.stage:
+            self._note_stage(_MOVING_OUT)
+        if self._state.stage == _MOVING_OUT:
+            for before, aside in self._moved():
+                if not self._exists(aside):
+                    self._rename(before, aside)
+            self._note_stage(_MOVING_IN)
         for _, after, aside in self._renamed():
-            self._rename(aside, after)
+            if self._exists(aside):
+                self._rename(aside, after)
+
+    def _note_stage(self, stage: int) -> None:
+        self._state.stage = stage
+        self._note()
 
     def _move_names_back(self, attempt: Attempt) -> None:
         if self._state.stage == _MOVING_IN:
             for _, after, aside in self._renamed():
                 if not self._exists(aside) and self._exists(after):
-                    attempt(partial(self._rename, after, aside))
+                    self._rename(after, aside)
+            # From here on what is under a new name may be what always was.
+            self._note_stage(_MOVING_OUT)
         if self._state.stage:
             for before, aside in self._moved():
                 if self._exists(aside):
@@ -537,7 +547,7 @@ class Receiver:
             # Not one that somebody else gave the name.
             if self._exists(name) and self._is_made(name, os.lstat(self._path(name))):
                 attempt(partial(os.unlink, self._path(name)))
-        self._move_names_back(attempt)
+        attempt(partial(self._move_names_back, attempt))
         if self._state.touched:
             attempt(self._roll_back)
         if not failures:

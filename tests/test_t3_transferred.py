@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from snapfs.errors import ExistsError, SnapfsError
+from snapfs.errors import DamagedError, ExistsError, SnapfsError
 from snapfs.receive import Receiver, resume_tokens
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
@@ -204,7 +204,7 @@ def test_a_new_name_that_is_taken_while_names_move_is_not_overwritten(tmp_path: 
 
 
 class Steps:
-    """Counts the steps that change the target, and is killed at one, before it or right behind it."""
+    """Counts the steps that change the target, and is killed at one, before it or right behind it; none comes after."""
 
     def __init__(self, patch: pytest.MonkeyPatch, target: Target, killed_at: int) -> None:
         self._numbers = itertools.count()
@@ -216,7 +216,7 @@ class Steps:
         patch.setattr(Receiver, "_rename", self._counted(Receiver._rename))
 
     def _step(self) -> None:
-        if next(self._numbers) == self._killed_at:
+        if next(self._numbers) >= self._killed_at:
             self.is_killed = True
             raise Killed
 
@@ -233,14 +233,16 @@ class Steps:
         return counted
 
 
-def killed_everywhere(make: Callable[[], Target], stream: bytes) -> Iterator[tuple[Target, bool]]:
+def killed_everywhere(
+    make: Callable[[], Target], stream: bytes, *, is_resumable: bool = True
+) -> Iterator[tuple[Target, bool]]:
     """A target for each step at which receiving can be killed, and whether the snapshot was made by then."""
     for killed_at in itertools.count():
         target = make()
         with pytest.MonkeyPatch.context() as patch:
             steps = Steps(patch, target, killed_at)
-            with contextlib.suppress(Killed):
-                target.receive(stream, is_resumable=True)
+            with contextlib.suppress(Killed, DamagedError):
+                target.receive(stream, is_resumable=is_resumable)
             target.before_step = lambda step: None
         if not steps.is_killed:
             assert killed_at > 20
@@ -259,6 +261,38 @@ def test_new_volumes_arrive_wherever_receiving_was_killed(tmp_path: Path, goes_o
         again(target, goes_on, a_volume("a"), a_volume("b"))
         assert target.kept() == expected
         assert target.names() == {"a", "b"} and not target.states
+
+
+# What became of the base's volumes by the snapshot: exchanged; gone and another in its place; shifted, with a new one.
+CHANGES = {
+    "exchanged": ((a_volume("a", "b"), a_volume("b", "a"), a_volume("c", "c")), ()),
+    "replaced": ((a_volume("b", "a"), a_volume("c", "c")), ("b",)),
+    "anew": ((a_volume("a"), a_volume("b", "b"), a_volume("c", "c")), ("a",)),
+    "shifted": ((a_volume("b", "a"), a_volume("c", "b"), a_volume("d", "c"), a_volume("a")), ()),
+}
+
+
+@pytest.mark.parametrize("how", ["goes on", "again", "taken back"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_names_that_moved_arrive_wherever_receiving_was_killed(tmp_path: Path, change: str, how: str) -> None:
+    places = itertools.count()
+    volumes, gone = CHANGES[change]
+    base = {name: name.encode() * SIZE for name in "abc"}
+    expected = {}
+    for place, volume in enumerate(volumes):
+        rest = bytes(BLOCK) if volume["base_name"] is None else base[str(volume["base_name"])][BLOCK:]
+        expected[str(volume["name"])] = b"%d" % place * BLOCK + rest
+    stream = a_stream(*volumes, base="base", gone=gone)
+    if how == "taken back":
+        stream = stream[:-1]
+    for target, is_made in killed_everywhere(
+        lambda: Target(tmp_path / f"mount-{next(places)}", base), stream, is_resumable=how != "taken back"
+    ):
+        if is_made:
+            continue
+        again(target, how == "goes on", *volumes, base="base", gone=gone)
+        assert target.kept() == expected
+        assert target.names() == set(expected) and not target.states
 
 
 def again(target: Target, goes_on: bool, *volumes: dict[str, object], **options: Any) -> None:
