@@ -222,10 +222,15 @@ class Receiver:
         except BaseException as error:
             self._give_up(error)
             raise
-        for _, aside in self._gone():
-            os.unlink(self._path(aside))
-        self._ask(self._mount_point, "receive-state", "drop", self._head.guid)
+        self._clear_away()
         return made
+
+    def _clear_away(self) -> None:
+        """Nothing is left but what the snapshot holds."""
+        for _, aside in self._gone():
+            if self._exists(aside):
+                os.unlink(self._path(aside))
+        self._ask(self._mount_point, "receive-state", "drop", self._head.guid)
 
     def _give_up(self, error: BaseException) -> None:
         """Keep what came, and tell how to go on; or take it back."""
@@ -258,7 +263,12 @@ class Receiver:
     def _check(self, name: str) -> None:
         head = self._head
         listed = self._ask(self._mount_point, "list", options=[("space", "no")])["snapshots"]
+        fields = self._ask(self._mount_point, "receive-state", "list")["states"].get(head.guid)
         if any(one["guid"] == head.guid for one in listed):
+            if fields is not None:
+                # By one that was killed when it had made the snapshot.
+                self._state = ReceiveState.from_fields(fields)
+                self._clear_away()
             raise ExistsError(f"the snapshot {name!r} was received already", "There is nothing to do")
         if any(one["name"] == name for one in listed):
             raise ExistsError(f"there is a snapshot {name!r} already", "Give another name with --name")
@@ -270,7 +280,6 @@ class Receiver:
                     "Receive that one first, or send a whole stream",
                 )
             self._base_here = here["name"]
-        fields = self._ask(self._mount_point, "receive-state", "list")["states"].get(head.guid)
         if head.resume is not None:
             self._check_resumed(fields)
             return
