@@ -131,7 +131,8 @@ class ReceiveState:
 
     ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
     ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.7.0): who has
-    the name may be another by now. ``aside`` begins the names that are this stream's alone.
+    the name may be another by now. ``aside`` begins the names that are this stream's alone. ``base_guid`` is that of
+    its base, empty for a whole stream; None: not noted.
     """
 
     volume_place: int = 0
@@ -140,24 +141,25 @@ class ReceiveState:
     made: dict[str, int] = field(default_factory=dict)
     touched: list[str] = field(default_factory=list)
     aside: str = _ASIDE
+    base_guid: str | None = None
 
     @classmethod
-    def of_stream(cls, guid: str) -> ReceiveState:
+    def of_stream(cls, head: StreamHead) -> ReceiveState:
         """That of a stream of which nothing came yet."""
-        own = blake3.blake3(guid.encode("utf-8", "surrogatepass")).hexdigest(length=8)
-        return cls(aside=f"{_ASIDE}{own}-")
+        own = blake3.blake3(head.guid.encode("utf-8", "surrogatepass")).hexdigest(length=8)
+        return cls(aside=f"{_ASIDE}{own}-", base_guid=head.base_guid or "")
 
     def to_json(self) -> str:
         """For the target to keep."""
-        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside]
+        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside, self.base_guid]
         return json.dumps(fields)
 
     @classmethod
     def from_fields(cls, fields: object) -> ReceiveState:
         """Read it. Raises DamagedError."""
-        if not isinstance(fields, list) or len(fields) not in (5, 6):
+        if not isinstance(fields, list) or len(fields) not in (5, 7):
             raise DamagedError(_BAD_STATE, "Send the stream again")
-        place, offset, stage, made, touched, *aside = fields
+        place, offset, stage, made, touched, *own = fields
         try:
             inodes = made if isinstance(made, dict) else dict.fromkeys(made, 0)
             return cls(
@@ -166,7 +168,7 @@ class ReceiveState:
                 _number(stage),
                 {_name(name): _number(inode) for name, inode in inodes.items()},
                 [_name(one) for one in touched],
-                *(_name(one) for one in aside),
+                *([_name(own[0]), _text(own[1], empty=True)] if own else []),
             )
         except (TypeError, ValueError, SnapfsError) as error:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error
@@ -292,7 +294,7 @@ class Receiver:
                     f"not all that an earlier try left could be taken back ({'; '.join(failures)})",
                     "Mend that, then send it again",
                 )
-        self._state = ReceiveState.of_stream(head.guid)
+        self._state = ReceiveState.of_stream(head)
         if head.base_guid is not None:
             self._check_unchanged(self._base_here)
         before = {one.base_name for one in head.volumes} | set(head.gone)
@@ -325,6 +327,10 @@ class Receiver:
                 "Send it from its beginning, or receive it with --resumable as its first part",
             )
         self._state = ReceiveState.from_fields(fields)
+        if self._state.base_guid not in (None, self._head.base_guid or ""):
+            raise BadCommandError(
+                "the stream has another base than the part that is here", "Send it with the --from of that one"
+            )
         if (self._state.volume_place, self._state.offset) < (self._head.resume or (0, 0)):
             raise BadCommandError("the stream begins later than what is here ends", "Use the token that is told here")
 

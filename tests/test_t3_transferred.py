@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from snapfs.errors import DamagedError, ExistsError, SnapfsError
+from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError
 from snapfs.receive import Receiver, resume_tokens
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
@@ -199,6 +199,21 @@ def test_a_new_name_that_is_taken_while_names_move_is_not_overwritten(tmp_path: 
     assert (target.folder / "c").read_bytes() == b"precious"
     assert (target.folder / "a").read_bytes() == b"a" * SIZE
     assert target.names() == {"a", "c"} and not target.states
+
+
+@pytest.mark.parametrize("is_whole_first", [False, True])
+def test_a_stream_is_gone_on_with_from_the_same_base_alone(tmp_path: Path, is_whole_first: bool) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+    whole, step = (a_volume("b"), a_volume("c")), (a_volume("b", "a"), a_volume("c"))
+    first, then = (whole, step) if is_whole_first else (step, whole)
+    with pytest.raises(DamagedError):
+        target.receive(a_stream(*first, base=None if is_whole_first else "base")[:-40], is_resumable=True)
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    with pytest.raises(BadCommandError, match="another base"):
+        target.receive(a_stream(*then, base="base" if is_whole_first else None, token=token), is_resumable=True)
+    assert not target.kept()
+    target.receive(a_stream(*first, base=None if is_whole_first else "base", token=token), is_resumable=True)
+    assert target.kept().keys() == {"b", "c"}
 
 
 # -- kills -------------------------------------------------------------------------------------
