@@ -116,6 +116,8 @@ def _name(value: object) -> str:
 def _text(value: object, *, empty: bool = False) -> str:
     if not isinstance(value, str) or len(value) > 65536 or (not value and not empty):
         raise ValueError(f"{value!r:.60} is no name")
+    # Nothing that could not be handed over.
+    os.fsencode(value)
     return value
 
 
@@ -146,7 +148,7 @@ class ReceiveState:
     @classmethod
     def of_stream(cls, head: StreamHead) -> ReceiveState:
         """That of a stream of which nothing came yet."""
-        own = blake3.blake3(head.guid.encode("utf-8", "surrogatepass")).hexdigest(length=8)
+        own = blake3.blake3(os.fsencode(head.guid)).hexdigest(length=8)
         return cls(aside=f"{_ASIDE}{own}-", base_guid=head.base_guid or "")
 
     def to_json(self) -> str:

@@ -216,6 +216,16 @@ def test_a_stream_is_gone_on_with_from_the_same_base_alone(tmp_path: Path, is_wh
     assert target.kept().keys() == {"b", "c"}
 
 
+@pytest.mark.parametrize("field", ["guid", "note", "name"])
+def test_a_forged_head_that_is_no_text_is_refused_in_words(tmp_path: Path, field: str) -> None:
+    file = io.BytesIO()
+    snapshot = {"guid": GUID, "name": "s", "note": "", field: "\ud800"}
+    head: dict[str, object] = {"snapshot": snapshot, "base": None, "volumes": [], "gone": [], "resume": None}
+    StreamWriter(file).fields(BEGIN, {"version": VERSION, **head})
+    with pytest.raises(DamagedError, match="its head is not as it should be"):
+        Target(tmp_path / "mount").receive(file.getvalue())
+
+
 # -- kills -------------------------------------------------------------------------------------
 
 
