@@ -22,9 +22,17 @@ OBJECT_SIZE = 1 << OBJECT_SHIFT
 OBJECT_MASK = OBJECT_SIZE - 1
 BLOCKS_PER_OBJECT = OBJECT_SIZE // BLOCK_SIZE
 
+# An inode of a mount is ``snapshot_id << INODE_ITEM_BITS | item``: see fuse/names.py.
+INODE_ITEM_BITS = 32
+
 # A file of ext4 holds 16 TiB less a block, so a processor's part of a volume stays at half of that.
 PORTION_SIZE_BYTES_MAX = 1 << 43
 PROCESSOR_COUNT_MAX = 64
+
+
+def snapshot_id_of(inode: int) -> SnapshotId:
+    """The snapshot that an inode lies in, 0 for none."""
+    return SnapshotId(inode >> INODE_ITEM_BITS)
 
 
 def volume_size_bytes_max(processor_count: int) -> int:

@@ -531,7 +531,8 @@ class Receiver:
         """The snapshot holds what was sent: read from it again, and compare."""
         volume = self._head.volumes[place].name
         found = blake3.blake3()
-        with contextlib.closing(SnapshotFile(os.path.join(self._mount_point, ".snapshots", name, volume))) as kept:
+        path = os.path.join(self._mount_point, ".snapshots", name, volume)
+        with contextlib.closing(SnapshotFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))) as kept:
             for offset, length in extents:
                 for _, data in kept.pieces(offset, length, 1):
                     found.update(data)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from typing import IO, Any, Protocol
 
-from .errors import BadCommandError, BadNameError, DamagedError
-from .geometry import BLOCK_SIZE
+from .errors import BadCommandError, BadNameError, DamagedError, NotFoundError
+from .geometry import BLOCK_SIZE, snapshot_id_of
 from .stream import (
     BEGIN,
     DATA_BYTES_MAX,
@@ -26,7 +27,8 @@ from .stream import (
 )
 from .units import MANIFEST_NAME, show_name
 
-_NOTE_EVERY_BYTES = 256 << 20
+# So many files of a snapshot are opened before the first is sent.
+_OPEN_AHEAD_COUNT = 256
 Answer = dict[str, Any]
 OnProgress = Callable[[int, int], None]
 
@@ -80,8 +82,8 @@ def send(
 ) -> int:
     """Write a snapshot as a stream, whole or what changed since ``base``; the stream's length.
 
-    Raises NotFoundError; BadCommandError for a token of another snapshot; BadNameError for a volume that
-    no path leads to.
+    Raises NotFoundError, also when the snapshot is deleted too early; BadCommandError for a token of another one;
+    BadNameError for a volume that no path leads to.
     """
     plan = ask(mount_point, "extents", name, options=[("base", base)] if base is not None else [])
     if any(os.fsencode(one["name"]) == MANIFEST_NAME for one in plan["volumes"]):
@@ -93,41 +95,95 @@ def send(
     if resume is not None and resume.guid != guid:
         raise BadCommandError("the resume token is of another snapshot", "Send the one it was given for")
     writer = StreamWriter(file, level)
-    writer.fields(
-        BEGIN,
-        {
-            "version": VERSION,
-            "snapshot": plan["snapshot"],
-            "base": plan["base"],
-            "volumes": [{**one, "extents": None} for one in plan["volumes"]],
-            "gone": plan["gone"],
-            "resume": None if resume is None else [resume.volume_place, resume.offset],
-        },
-    )
+    first, start = (0, 0) if resume is None else (resume.volume_place, resume.offset)
+    volumes = plan["volumes"][first:]
     total_bytes = sum(length for one in plan["volumes"] for _, length, _ in one["extents"])
     done_bytes = 0
-    for place, volume in enumerate(plan["volumes"]):
-        start = 0
-        if resume is not None:
-            if place < resume.volume_place:
-                continue
-            start = resume.offset if place == resume.volume_place else 0
-        writer.fields(VOLUME, {"place": place})
-        path = os.path.join(mount_point, ".snapshots", name, volume["name"])
-        with contextlib.closing(SnapshotFile(path)) as source:
+    writer.fields(BEGIN, _head(plan, resume))
+    with contextlib.closing(_opened(mount_point, plan["snapshot"], [one["name"] for one in volumes])) as sources:
+        for place, volume, source in zip(itertools.count(first), volumes, sources, strict=False):
+            writer.fields(VOLUME, {"place": place})
             extents = list(_from(volume["extents"], start))
             for offset, length, is_data in extents:
                 if not is_data:
                     writer.zero(offset, length)
             parts = (source.pieces(offset, length, is_data) for offset, length, is_data in extents)
-            for at, data in _read_ahead(chain.from_iterable(parts)):
+            for at, data in _read_ahead(itertools.chain.from_iterable(parts)):
                 writer.data(at, data)
                 done_bytes += len(data)
                 on_progress(done_bytes, total_bytes)
-        writer.fields(END_VOLUME, {})
+            writer.fields(END_VOLUME, {})
+            start = 0
     writer.fields(END, {})
     file.flush()
     return writer.stored_bytes
+
+
+def _head(plan: Answer, resume: ResumePoint | None) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "snapshot": plan["snapshot"],
+        "base": plan["base"],
+        "volumes": [{**one, "extents": None} for one in plan["volumes"]],
+        "gone": plan["gone"],
+        "resume": None if resume is None else [resume.volume_place, resume.offset],
+    }
+
+
+def _opened(mount_point: str, snapshot: Answer, names: Sequence[str]) -> Generator[SnapshotFile]:
+    """Files of a snapshot, one after the other; each is closed when the next one is asked for.
+
+    Many are opened before the first is given: those are read to their end also when the snapshot is deleted
+    meanwhile. Raises NotFoundError for others then.
+    """
+    ahead = deque[SnapshotFile]()
+    with snapshot_folder(mount_point, snapshot) as folder:
+
+        def opened(name: str) -> SnapshotFile:
+            return SnapshotFile(open_in_snapshot(folder, snapshot, name, os.O_DIRECT))
+
+        try:
+            ahead.extend(opened(one) for one in names[:_OPEN_AHEAD_COUNT])
+            for one in names:
+                with contextlib.closing(ahead.popleft() if ahead else opened(one)) as file:
+                    yield file
+        finally:
+            for file in ahead:
+                file.close()
+
+
+@contextlib.contextmanager
+def snapshot_folder(mount_point: str, snapshot: Answer) -> Iterator[int]:
+    """A descriptor of the folder of a snapshot that a command told of: what is opened in it is of that one alone.
+
+    A name may pass to another snapshot at any time. Raises NotFoundError when it did so before.
+    """
+    path = os.path.join(mount_point, ".snapshots", snapshot["name"])
+    with _there(snapshot):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with _there(snapshot):
+            if snapshot_id_of(os.fstat(fd).st_ino) != snapshot["snapshot_id"]:
+                raise FileNotFoundError
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_in_snapshot(folder: int, snapshot: Answer, name: str, flags: int = 0) -> int:
+    """A descriptor of a file in a :func:`snapshot_folder`. Raises NotFoundError."""
+    with _there(snapshot):
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _there(snapshot: Answer) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"the snapshot {snapshot['name']!r} was deleted or renamed meanwhile", "See the names with snapfs list"
+        ) from None
 
 
 def _from(extents: list[list[int]], start: int) -> Iterator[tuple[int, int, int]]:
@@ -139,17 +195,19 @@ def _from(extents: list[list[int]], start: int) -> Iterator[tuple[int, int, int]
 
 
 class SnapshotFile:
-    """A file of a snapshot, read past the kernel's page cache: twice as fast as through it.
+    """A file of a snapshot, opened with O_DIRECT: past the kernel's page cache it is read twice as fast.
 
     What it gives is good until it is asked for two more: it reads into three buffers in turn.
     """
 
-    def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        self._buffers = [memoryview(mmap.mmap(-1, DATA_BYTES_MAX)) for _ in range(3)]
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffers: list[memoryview] = []
 
     def pieces(self, offset: int, length: int, is_data: int) -> Iterator[tuple[int, memoryview]]:
         """An extent of data, in pieces of at most DATA_BYTES_MAX. Raises DamagedError at the file's end."""
+        # Not before it is read, for many may be open.
+        self._buffers = self._buffers or [memoryview(mmap.mmap(-1, DATA_BYTES_MAX)) for _ in range(3)]
         done = 0
         while is_data and done < length:
             wanted = min(DATA_BYTES_MAX, length - done)

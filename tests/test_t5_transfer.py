@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import blake3
 import pytest
@@ -17,11 +19,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snapfs import transfer
 from snapfs.cli.control import ask
-from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError, TooNewError
+from snapfs.errors import BadCommandError, DamagedError, ExistsError, NotFoundError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
-from snapfs.transfer import ResumePoint
+from snapfs.transfer import ResumePoint, send
 
 from .conftest import SNAPFS, Mounted, snapfs, wait_until
 
@@ -192,6 +195,72 @@ def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callab
     os.unlink(target.path / "b")
     received(target, whole)
     same(source.snapshots / "s", target.snapshots / "s")
+
+
+def sent_while(mounted: Mounted, name: str, meanwhile: Callable[[], object]) -> tuple[str, dict[int, bytes]]:
+    """A snapshot sent, with something done when a first part was: the name in the stream, and its volumes' data."""
+    file = io.BytesIO()
+    waiting = [meanwhile]
+
+    def on_progress(done: int, total: int) -> None:
+        if waiting:
+            waiting.pop()()
+
+    send(ask, str(mounted.path), name, file, on_progress=on_progress)
+    frames = list(read_stream(io.BytesIO(file.getvalue())))
+    found: dict[int, bytes] = {}
+    for frame in frames:
+        if frame.kind == VOLUME:
+            found[frame.fields["place"]] = b""
+        elif frame.kind == DATA:
+            found[max(found)] += frame.data
+    return frames[0].fields["snapshot"]["name"], found
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("name", ["daily", "@latest"])
+def test_all_volumes_of_a_stream_are_of_one_snapshot(mounted: Mounted, name: str) -> None:
+    for volume in "abc":
+        (mounted.path / volume).write_bytes(b"1" * 5000)
+    mounted.snapshot("daily")
+
+    def rotate() -> None:
+        for volume in "abc":
+            (mounted.path / volume).write_bytes(b"2" * 5000)
+        assert mounted.ask("delete daily")["ok"]
+        assert mounted.ask("snapshot daily")["ok"]
+        assert mounted.ask("reclaim need=1")["ok"] is False
+
+    assert sent_while(mounted, name, rotate) == ("daily", dict.fromkeys(range(3), b"1" * 5000))
+    # One that got another name is still the same.
+    rename = functools.partial(mounted.ask, "rename daily other")
+    assert sent_while(mounted, name, rename) == ("daily", dict.fromkeys(range(3), b"2" * 5000))
+
+
+@pytest.mark.mount
+def test_a_snapshot_that_goes_while_it_is_sent_is_told_of_in_words(
+    mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for volume in "abc":
+        (mounted.path / volume).write_bytes(b"1" * 5000)
+    mounted.snapshot("s")
+    mounted.snapshot("t")
+    monkeypatch.setattr(transfer, "_OPEN_AHEAD_COUNT", 2)
+    with pytest.raises(NotFoundError, match="'s' was deleted or renamed meanwhile"):
+        sent_while(mounted, "s", lambda: os.rmdir(mounted.snapshots / "s"))
+    with pytest.raises(NotFoundError, match="'t' was deleted or renamed meanwhile"):
+        sent_while(mounted, "t", functools.partial(mounted.ask, "delete t"))
+
+    # Another one by the time its folder is opened.
+    def ask_first(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+        answer = ask(mount_point, *words, options=options)
+        os.rename(mounted.snapshots / "u", mounted.snapshots / "old")
+        mounted.snapshot("u")
+        return answer
+
+    mounted.snapshot("u")
+    with pytest.raises(NotFoundError, match="'u' was deleted or renamed meanwhile"):
+        send(ask_first, str(mounted.path), "u", io.BytesIO())
 
 
 @pytest.mark.mount

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ..catalog import FIRST_VOLUME_ID
-from ..geometry import SnapshotId, VolumeId
+from ..geometry import INODE_ITEM_BITS, SnapshotId, VolumeId
+from ..geometry import snapshot_id_of as snapshot_id_of
 
 ROOT = 1
 SNAPSHOTS = 2
@@ -20,8 +21,7 @@ EVENTS = 6
 PROCESSORS = 7
 FIRST_PROCESSOR = 16
 _FIRST_CONTROL, _CONTROL_COUNT = 96, 128
-_ITEM_BITS = 32
-_ITEM_MASK = (1 << _ITEM_BITS) - 1
+_ITEM_MASK = (1 << INODE_ITEM_BITS) - 1
 _SNAPSHOT_FOLDER = 0
 _MOMENT_FOLDER = FIRST_VOLUME_ID - 1
 MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 2
@@ -37,12 +37,12 @@ def of_volume(volume_id: VolumeId) -> int:
 
 def of_snapshot(snapshot_id: SnapshotId) -> int:
     """A snapshot's folder."""
-    return snapshot_id << _ITEM_BITS | _SNAPSHOT_FOLDER
+    return snapshot_id << INODE_ITEM_BITS | _SNAPSHOT_FOLDER
 
 
 def of_moment(snapshot_id: SnapshotId) -> int:
     """A snapshot's folder under the name of a moment: of its own, since the kernel has a folder in one place only."""
-    return snapshot_id << _ITEM_BITS | _MOMENT_FOLDER
+    return snapshot_id << INODE_ITEM_BITS | _MOMENT_FOLDER
 
 
 def of_manifest(snapshot_id: SnapshotId, variant: int = 1) -> int:
@@ -51,12 +51,12 @@ def of_manifest(snapshot_id: SnapshotId, variant: int = 1) -> int:
     A variant is 1 to MANIFEST_VARIANT_MAX: with the write-back cache the kernel takes a file's size
     only with a new inode, so a manifest of another size gets another number.
     """
-    return snapshot_id << _ITEM_BITS | variant
+    return snapshot_id << INODE_ITEM_BITS | variant
 
 
 def of_snapshot_volume(snapshot_id: SnapshotId, volume_id: VolumeId) -> int:
     """A volume in a snapshot."""
-    return snapshot_id << _ITEM_BITS | volume_id
+    return snapshot_id << INODE_ITEM_BITS | volume_id
 
 
 def of_processor(processor_index: int) -> int:
@@ -95,11 +95,6 @@ class ControlNumbers:
     def closed(self, inode: int) -> None:
         """What was opened by this number is closed."""
         self._open_counts[inode] -= 1
-
-
-def snapshot_id_of(inode: int) -> SnapshotId:
-    """The snapshot that an inode lies in, 0 for none."""
-    return SnapshotId(inode >> _ITEM_BITS)
 
 
 def volume_id_of(inode: int) -> VolumeId | None:
