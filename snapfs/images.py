@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableError
@@ -19,12 +20,18 @@ OnProgress = Callable[[int, int], None]
 Extents = list[tuple[int, int]]
 
 
-def _qemu_img(*words: str) -> str:
-    """Run qemu-img; what it prints. Raises MissingToolError, UnreadableError with its words."""
+def _opened_path(file: IO[bytes]) -> str:
+    """A path to a file that is open, whatever has its name by now; for this process and those that are given it."""
+    return f"/proc/self/fd/{file.fileno()}"
+
+
+def _qemu_img(*words: str, file: IO[bytes] | None = None) -> str:
+    """Run qemu-img, which is handed ``file``; its words. Raises MissingToolError, UnreadableError with them."""
     tool = shutil.which("qemu-img")
     if tool is None:
         raise MissingToolError("qemu-img is not installed", "Install qemu-utils, or use the format raw")
-    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    given = [] if file is None else [file.fileno()]
+    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False, pass_fds=given)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise UnreadableError(said[-1], "See what qemu-img info says of it")
@@ -36,29 +43,41 @@ def export_image(source: str, extents: Extents, target: str, image_format: str, 
 
     Raises ExistsError when the target is there, MissingToolError, UnreadableError. What was begun is removed.
     """
-    if os.path.lexists(target):
-        raise ExistsError(f"{target} is there already", "Choose another name")
-    try:
+    with _new_file(target, f"{target} is there already") as image:
         if image_format == RAW:
-            _export_raw(source, extents, target, on_progress)
+            _export_raw(source, extents, image, on_progress)
         else:
             _qemu_img("convert", "-f", RAW, "-O", image_format, "--", source, target)
-    except BaseException:
-        if os.path.lexists(target):
-            os.unlink(target)
-        raise
 
 
-def _export_raw(source: str, extents: Extents, target: str, on_progress: OnProgress) -> None:
+@contextmanager
+def _new_file(path: str, reason: str) -> Iterator[IO[bytes]]:
+    """A new file, removed again if what is done with it fails. Raises ExistsError with ``reason`` when there is one."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        raise ExistsError(reason, "Choose another name") from None
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        try:
+            yield file
+        except BaseException:
+            # Not what somebody else put in its place.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(fd)):
+                    os.unlink(path)
+            raise
+
+
+def _export_raw(source: str, extents: Extents, image: IO[bytes], on_progress: OnProgress) -> None:
     total = sum(length for _, length in extents)
-    with open(source, "rb", buffering=0) as volume, open(target, "xb", buffering=0) as image:
+    with open(source, "rb", buffering=0) as volume:
         done = 0
         for at, data in _pieces(volume, extents):
             _write(image, at, data)
             done += len(data)
             on_progress(done, total)
         image.truncate(os.fstat(volume.fileno()).st_size)
-        os.fsync(image.fileno())
+    os.fsync(image.fileno())
 
 
 def _pieces(file: IO[bytes], extents: Extents) -> Iterator[tuple[int, bytes]]:
@@ -91,33 +110,23 @@ def image_format_of(path: str) -> str:
 
 def import_image(source: str, target: str, image_format: str, on_progress: OnProgress) -> None:
     """Copy an image to a new file of a mount. Raises as :func:`export_image`; what was begun is removed."""
-    if os.path.lexists(target):
-        raise ExistsError(f"there is a volume {target} already", "Choose another name")
-    try:
+    with _new_file(target, f"there is a volume {target} already") as volume:
         if image_format == RAW:
-            _import_raw(source, target, on_progress)
+            _import_raw(source, volume, on_progress)
         else:
-            size_bytes = json.loads(_qemu_img("info", "--output", "json", "--", source))["virtual-size"]
-            with open(target, "xb") as volume:
-                volume.truncate(size_bytes)
+            volume.truncate(json.loads(_qemu_img("info", "--output", "json", "--", source))["virtual-size"])
             # Into the file that is there: with -n it makes none.
-            _qemu_img("convert", "-n", "-f", image_format, "-O", RAW, "--", source, target)
-            with open(target, "r+b") as volume:
-                os.fsync(volume.fileno())
-    except BaseException:
-        if os.path.lexists(target):
-            os.unlink(target)
-        raise
+            _qemu_img("convert", "-n", "-f", image_format, "-O", RAW, "--", source, _opened_path(volume), file=volume)
+        os.fsync(volume.fileno())
 
 
-def _import_raw(source: str, target: str, on_progress: OnProgress) -> None:
-    with open(source, "rb", buffering=0) as image, open(target, "xb", buffering=0) as volume:
+def _import_raw(source: str, volume: IO[bytes], on_progress: OnProgress) -> None:
+    with open(source, "rb", buffering=0) as image:
         size_bytes = os.lseek(image.fileno(), 0, os.SEEK_END)
         volume.truncate(size_bytes)
         for at, data in _pieces(image, list(_data_extents(image.fileno(), size_bytes))):
             _write(volume, at, data)
             on_progress(at + len(data), size_bytes)
-        os.fsync(volume.fileno())
 
 
 def _data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

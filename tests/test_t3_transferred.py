@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError
+from snapfs.images import export_image, import_image
 from snapfs.receive import Receiver, resume_tokens
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
@@ -224,6 +225,63 @@ def test_a_forged_head_that_is_no_text_is_refused_in_words(tmp_path: Path, field
     StreamWriter(file).fields(BEGIN, {"version": VERSION, **head})
     with pytest.raises(DamagedError, match="its head is not as it should be"):
         Target(tmp_path / "mount").receive(file.getvalue())
+
+
+# -- images ------------------------------------------------------------------------------------
+
+
+def copied(how: str, source: Path, target: Path, on_progress: Callable[[int, int], None]) -> None:
+    way, image_format = how.split()
+    if way == "import":
+        import_image(str(source), str(target), image_format, on_progress)
+    else:
+        export_image(str(source), [(0, SIZE)], str(target), image_format, on_progress)
+
+
+def no_progress(done: int, total: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("how", ["import raw", "import qcow2", "export raw", "export qcow2"])
+def test_a_file_that_is_made_before_an_image_is_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * SIZE)
+    looked: list[object] = []
+    lexists = os.path.lexists
+
+    def seen_late(path: str) -> bool:
+        looked.append(path)
+        return len(looked) > 1 and lexists(path)
+
+    # It is made between a look and the making.
+    monkeypatch.setattr(os.path, "lexists", seen_late)
+    target.write_bytes(b"precious")
+    with pytest.raises(ExistsError):
+        copied(how, source, target, no_progress)
+    assert target.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("how", ["import raw", "export raw"])
+def test_of_an_image_that_fails_what_was_begun_is_removed_and_nothing_else(tmp_path: Path, how: str) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * SIZE)
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def replace_and_fail(done: int, total: int) -> None:
+        (tmp_path / "mine").write_bytes(b"precious")
+        (tmp_path / "mine").rename(target)
+        fail(done, total)
+
+    with pytest.raises(KeyboardInterrupt):
+        copied(how, source, target, fail)
+    assert not target.exists()
+    with pytest.raises(KeyboardInterrupt):
+        copied(how, source, target, replace_and_fail)
+    assert target.read_bytes() == b"precious"
 
 
 # -- kills -------------------------------------------------------------------------------------
