@@ -38,7 +38,7 @@ def _qemu_img(*words: str, file: IO[bytes] | None = None) -> str:
     return done.stdout
 
 
-def export_image(source: str, extents: Extents, target: str, image_format: str, on_progress: OnProgress) -> None:
+def export_image(source: IO[bytes], extents: Extents, target: str, image_format: str, on_progress: OnProgress) -> None:
     """Copy a file of a mount to a new image; ``extents`` are where it holds data.
 
     Raises ExistsError when the target is there, MissingToolError, UnreadableError. What was begun is removed.
@@ -47,7 +47,7 @@ def export_image(source: str, extents: Extents, target: str, image_format: str, 
         if image_format == RAW:
             _export_raw(source, extents, image, on_progress)
         else:
-            _qemu_img("convert", "-f", RAW, "-O", image_format, "--", source, target)
+            _qemu_img("convert", "-f", RAW, "-O", image_format, "--", _opened_path(source), target, file=source)
 
 
 @contextmanager
@@ -68,15 +68,14 @@ def _new_file(path: str, reason: str) -> Iterator[IO[bytes]]:
             raise
 
 
-def _export_raw(source: str, extents: Extents, image: IO[bytes], on_progress: OnProgress) -> None:
+def _export_raw(volume: IO[bytes], extents: Extents, image: IO[bytes], on_progress: OnProgress) -> None:
     total = sum(length for _, length in extents)
-    with open(source, "rb", buffering=0) as volume:
-        done = 0
-        for at, data in _pieces(volume, extents):
-            _write(image, at, data)
-            done += len(data)
-            on_progress(done, total)
-        image.truncate(os.fstat(volume.fileno()).st_size)
+    done = 0
+    for at, data in _pieces(volume, extents):
+        _write(image, at, data)
+        done += len(data)
+        on_progress(done, total)
+    image.truncate(os.fstat(volume.fileno()).st_size)
     os.fsync(image.fileno())
 
 

@@ -235,7 +235,8 @@ def copied(how: str, source: Path, target: Path, on_progress: Callable[[int, int
     if way == "import":
         import_image(str(source), str(target), image_format, on_progress)
     else:
-        export_image(str(source), [(0, SIZE)], str(target), image_format, on_progress)
+        with open(source, "rb", buffering=0) as volume:
+            export_image(volume, [(0, SIZE)], str(target), image_format, on_progress)
 
 
 def no_progress(done: int, total: int) -> None:

@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs import transfer
+from snapfs.cli import images
 from snapfs.cli.control import ask
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, NotFoundError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
 from snapfs.transfer import ResumePoint, send
 
-from .conftest import SNAPFS, Mounted, snapfs, wait_until
+from .conftest import SNAPFS, Mounted, invoke, snapfs, wait_until
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parent / "golden"
@@ -420,6 +421,37 @@ def test_images_go_out_and_come_in(mounted: Mounted, tmp_path: Path, image_forma
     snapfs("import", tmp_path / "none", mounted.path / "other", expect=1)
     snapfs("export", mounted.path / "none", tmp_path / "other", expect=1)
     assert not (mounted.path / "other").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_an_export_is_of_the_snapshot_whose_extents_were_asked_for(
+    mounted: Mounted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_format: str
+) -> None:
+    volume = mounted.path / "v"
+    volume.write_bytes(b"1" * 65536)
+    mounted.snapshot("one")
+
+    def ask_first(mount_point: str, *words: str) -> dict[str, Any]:
+        answer = ask(mount_point, *words)
+        with open(volume, "r+b") as file:
+            file.truncate(0)
+            file.seek(MIB)
+            file.write(b"2" * 65536)
+        mounted.snapshot("two")
+        return answer
+
+    monkeypatch.setattr(images, "ask", ask_first)
+    done = invoke("export", mounted.snapshots / "@latest" / "v", tmp_path / "image", "--format", image_format)
+    assert done.exit_code == 0, done.output
+    monkeypatch.undo()
+    snapfs("import", tmp_path / "image", mounted.path / "back")
+    assert (mounted.path / "back").read_bytes() == b"1" * 65536
+    # And a file of a snapshot that is none of its volumes.
+    for name in (".manifest.json", "none"):
+        failed = snapfs("export", mounted.snapshots / "one" / name, tmp_path / "other", expect=1)
+        assert "there is no volume" in failed.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.mount

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import click
 
 from ..errors import NotFoundError
-from ..images import FORMATS, RAW, export_image, image_format_of, import_image
+from ..images import FORMATS, RAW, Extents, export_image, image_format_of, import_image
+from ..transfer import open_in_snapshot, snapshot_folder
 from .control import ask, control_path
 from .output import progress_bar
 
@@ -24,23 +28,34 @@ def export_volume(volume: str, target: str, image_format: str) -> None:
     """
     path = os.path.abspath(volume)
     if not os.path.isfile(path):
-        raise NotFoundError(f"there is no volume {volume}", "Give the path of one, or of one in a snapshot")
-    with progress_bar(f"export {os.path.basename(path)}") as on_progress:
-        export_image(path, _extents(path), target, image_format, on_progress)
+        raise _no_volume(volume)
+    with progress_bar(f"export {os.path.basename(path)}") as on_progress, _opened(path) as (source, extents):
+        export_image(source, extents, target, image_format, on_progress)
 
 
-def _extents(path: str) -> list[tuple[int, int]]:
-    """Where a volume holds data: of one in a snapshot; all of a live one."""
+def _no_volume(path: str) -> NotFoundError:
+    return NotFoundError(f"there is no volume {path}", "Give the path of one, or of one in a snapshot")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[IO[bytes], Extents]]:
+    """A volume, and where it holds data: of one in a snapshot; all of a live one."""
     folder, name = os.path.split(path)
     outer, snapshot = os.path.split(folder)
     mount_point, snapshots = os.path.split(outer)
     if snapshots != ".snapshots":
-        return [(0, os.path.getsize(path))]
-    volumes = ask(mount_point, "extents", snapshot)["volumes"]
-    found = next((one["extents"] for one in volumes if one["name"] == name), None)
-    if found is None:
-        raise NotFoundError(f"the snapshot {snapshot} holds no volume {name}", "Give the path of one")
-    return [(offset, length) for offset, length, is_data in found if is_data]
+        with open(path, "rb", buffering=0) as source:
+            yield source, [(0, os.fstat(source.fileno()).st_size)]
+        return
+    # What it answers tells which one a moment names: by the next look that may be another.
+    plan = ask(mount_point, "extents", snapshot)
+    extents = next((one["extents"] for one in plan["volumes"] if one["name"] == name), None)
+    if extents is None:
+        raise _no_volume(path)
+    with snapshot_folder(mount_point, plan["snapshot"]) as opened:
+        fd = open_in_snapshot(opened, plan["snapshot"], name)
+    with os.fdopen(fd, "rb", buffering=0) as source:
+        yield source, [(offset, length) for offset, length, is_data in extents if is_data]
 
 
 @click.command("import")
