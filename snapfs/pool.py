@@ -296,7 +296,9 @@ class Pool:
             self.events,
         )
         self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.events)
-        self.freer = OldestFreer(self.changelogs, self.placement, self.snapshots, self.reclaimer, self.events)
+        self.freer = OldestFreer(
+            self.changelogs, self.placement, self.snapshots, self.reclaimer, self.reserve, self.events
+        )
         self.images = ImageWatch(self.catalog, self.volumes.traits, self.placement, self.events)
         self.scheduler = Scheduler(self.catalog, self.snapshots, self.events, catalog.schedules())
         self.jobs = Jobs()

@@ -457,18 +457,21 @@ class SnapshotTable:
             referenced += 0 if part is None else part.block_count * BLOCK_SIZE
         return referenced
 
-    async def account(self) -> SpaceAccount:
-        """Who holds which blocks in change logs, as it is now; what deleting any set of snapshots would free."""
+    async def account(self, device_ids: Collection[int] | None = None, also: Iterable[Snapshot] = ()) -> SpaceAccount:
+        """Who holds which blocks in change logs, as it is now; what deleting any set of snapshots would free.
+
+        With ``device_ids`` on these devices. ``also`` are deleted ones that are to be counted among those who hold.
+        """
         for processor in self.processors:
             await processor.commit([one for one in processor.portions.values() if one.failure is None])
         of_all: list[int] = []
         of_volumes: dict[VolumeId, list[int]] = {}
-        for snapshot in self.by_id.values():
+        for snapshot in [*self.by_id.values(), *also]:
             if snapshot.volume_ids is None:
                 of_all.append(snapshot.instant)
             for volume_id in snapshot.volume_ids or ():
                 of_volumes.setdefault(volume_id, []).append(snapshot.instant)
-        return await account_of(self.processors, self._volumes.traits, of_all, of_volumes, self._span_of)
+        return await account_of(self.processors, self._volumes.traits, of_all, of_volumes, self._span_of, device_ids)
 
     def _span_of(self, volume_id: VolumeId) -> VolumeSpan:
         facts = self._volumes.facts_of(volume_id)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import trio
@@ -62,16 +63,43 @@ class SpaceAccount:
 
     def freed_blocks(self, chosen: Collection[int]) -> int:
         """Blocks that deleting the snapshots of these instants would free."""
+        return sum(count for _, count in self._freed(chosen))
+
+    def first_needed(self, allowed: Iterable[int], needed_blocks: int) -> list[int]:
+        """The first of these instants, as many as free so many blocks when they are deleted, or as many as free any.
+
+        Without those whose deletion frees nothing, also with all the others.
+        """
+        ordered = sorted(allowed)
+        useful = self._hold_any(holders for holders, _ in self._freed(ordered))
+        ordered = [one for one in ordered if one in useful]
+        enough = min(needed_blocks, self.freed_blocks(ordered))
+        return ordered[: bisect_left(range(len(ordered)), enough, key=lambda count: self.freed_blocks(ordered[:count]))]
+
+    def _freed(self, chosen: Collection[int]) -> Iterator[tuple[Holders, int]]:
+        """The counts of what deleting the snapshots of these instants would free."""
         before = self._counted(chosen)
 
         def is_covered(row: Row) -> bool:
             return before[row.group][row.last + 1] - before[row.group][row.first] == row.last - row.first + 1
 
-        return sum(
-            count
-            for holders, count in self.counts.items()
-            if not holders.is_live and holders.rows and all(is_covered(row) for row in holders.rows)
-        )
+        for holders, count in self.counts.items():
+            if not holders.is_live and holders.rows and all(is_covered(row) for row in holders.rows):
+                yield holders, count
+
+    def _hold_any(self, wanted: Iterable[Holders]) -> set[int]:
+        """The instants in rows of these holders."""
+        steps = {group: [0] * (len(instants) + 1) for group, instants in self.instants.items()}
+        for holders in wanted:
+            for row in holders.rows:
+                steps[row.group][row.first] += 1
+                steps[row.group][row.last + 1] -= 1
+        return {
+            instant
+            for group, instants in self.instants.items()
+            for instant, depth in zip(instants, accumulate(steps[group]), strict=False)
+            if depth
+        }
 
     def referenced_blocks(self, chosen: Collection[int]) -> int:
         """Blocks that any of the snapshots of these instants names."""
@@ -132,8 +160,9 @@ async def account_of(
     of_all: Iterable[int],
     of_volumes: dict[VolumeId, list[int]],
     span_of: SpanOf,
+    device_ids: Collection[int] | None = None,
 ) -> SpaceAccount:
-    """Count all blocks in change logs by who holds them.
+    """Count all blocks in change logs by who holds them; with ``device_ids`` those on these devices.
 
     ``of_all`` are the instants of snapshots of all volumes; ``of_volumes`` has those of snapshots that name
     volumes, by volume. Everything must be committed.
@@ -143,7 +172,11 @@ async def account_of(
     account = SpaceAccount(instants)
     for processor in processors:
         store = processor.access.store
-        logs = {int(row.log_id): row for row in await processor.access.ask(store.all_logs) if row.kind == CHANGE_LOG}
+        logs = {
+            int(row.log_id): row
+            for row in await processor.access.ask(store.all_logs)
+            if row.kind == CHANGE_LOG and (device_ids is None or row.device_id in device_ids)
+        }
         sources = {volume_id: int(row.log_id) for volume_id, row in processor.sources.items()}
         counting = _Counting(account, store, traits, logs, span_of, sources)
         done: set[VolumeId] = set()

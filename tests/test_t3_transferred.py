@@ -1,6 +1,6 @@
 """What receiving, exporting and importing leave where they are killed, and where others make files meanwhile.
 
-The target is a folder of the local filesystem, which answers as a mount does.
+The target is a folder of the local filesystem, which answers as a mount does. And what is deleted for want of room.
 """
 
 from __future__ import annotations
@@ -10,17 +10,28 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
+from snapfs import freeing
+from snapfs.backends import MemoryDevice
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError
 from snapfs.images import export_image, import_image
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool
 from snapfs.receive import Receiver, resume_tokens
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
+
+from .harness import World, open_world
+from .test_t3_space import account_of_rows
 
 BLOCK = 4096
 SIZE = 2 * BLOCK
@@ -382,3 +393,121 @@ def again(target: Target, is_made: bool, goes_on: bool, *volumes: dict[str, obje
     stream = a_stream(*volumes, **options, token=tokens[0] if tokens else None)
     with pytest.raises(ExistsError, match="received already") if is_made else contextlib.nullcontext():
         target.receive(stream, is_resumable=goes_on)
+
+
+# -- the oldest snapshots, deleted for want of room --------------------------------------------
+
+
+@asynccontextmanager
+async def nearly_full_soon() -> AsyncIterator[Pool]:
+    """A pool with a volume whose change logs have room for 100 blocks, where the oldest are freed."""
+    world = World(processor_count=2)
+    world.devices["logs"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["logs"], 100 * BLOCK, frees_oldest=True)
+        await pool.maker.create(VolumeWish(b"v", 1 << 20, changelog_name=b"logs"))
+        yield pool
+
+
+async def write(pool: Pool, block_count: int, letter: bytes) -> None:
+    async with pool.volumes.opened(b"v") as volume:
+        await volume.write(0, letter * BLOCK * block_count)
+
+
+async def until(is_done: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not is_done():
+            await trio.sleep(0.01)
+
+
+def reasons(pool: Pool) -> list[str]:
+    """Why freeing stopped, as events told."""
+    lines = [json.loads(line) for line in pool.events.contents.splitlines()]
+    return [line["reason"] for line in lines if line["event"] == "freeing-stopped"]
+
+
+@pytest.fixture
+def looked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freeing, "_REST_S_MIN", 0.01)
+    monkeypatch.setattr(freeing, "_REST_FACTOR", 1)
+
+
+async def test_no_snapshot_is_deleted_that_would_free_nothing_there(looked_often: None) -> None:
+    async with nearly_full_soon() as pool:
+        await write(pool, 120, b"A")
+        for number in range(5):
+            await pool.snapshots.create(b"s%d" % number)
+        # All of it live: what the snapshots hold lies elsewhere.
+        await write(pool, 96, b"B")
+        await until(lambda: bool(reasons(pool)))
+        await trio.sleep(0.5)
+        assert len(pool.snapshots.by_name) == 5
+        assert reasons(pool) == ["no snapshot that may be deleted holds anything there alone"]
+        # Of one that would, it alone goes, and there is still no room to be had from the others.
+        await pool.snapshots.create(b"s5")
+        await write(pool, 2, b"C")
+        await until(lambda: b"s5" not in pool.snapshots.by_name)
+        await trio.sleep(0.5)
+        assert len(pool.snapshots.by_name) == 5
+        assert len(reasons(pool)) == 1
+        assert pool.changelogs.get(b"logs").used_blocks == 96
+
+
+async def test_snapshots_that_hold_the_same_blocks_go_together_and_those_before_stay(looked_often: None) -> None:
+    async with nearly_full_soon() as pool:
+        await write(pool, 120, b"A")
+        await pool.snapshots.create(b"before")
+        await write(pool, 60, b"B")
+        for number in range(3):
+            await pool.snapshots.create(b"s%d" % number)
+        await pool.snapshots.create(b"held", hold_tags=["keep"])
+        await write(pool, 36, b"C")
+        await until(lambda: bool(reasons(pool)))
+        assert len(pool.snapshots.by_name) == 5
+        await pool.snapshots.release(b"held", "keep")
+        await until(lambda: pool.changelogs.get(b"logs").percent < 95)
+        assert set(pool.snapshots.by_name) == {b"before"}
+        assert pool.changelogs.get(b"logs").used_blocks == 60
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_a_reader_of_the_oldest_is_waited_for(looked_often: None, is_deleted: bool) -> None:
+    async with nearly_full_soon() as pool:
+        await write(pool, 30, b"A")
+        await pool.snapshots.create(b"before")
+        await write(pool, 30, b"B")
+        oldest = await pool.snapshots.create(b"oldest")
+        await write(pool, 30, b"C")
+        await pool.snapshots.create(b"next")
+        members = await pool.snapshots.members(oldest)
+        reader = await pool.snapshots.open_volume(oldest, members.get(b"v")[0])
+        if is_deleted:
+            await pool.snapshots.delete(b"oldest")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(100 * BLOCK, b"D" * 36 * BLOCK)
+        await until(lambda: bool(reasons(pool)))
+        await trio.sleep(0.5)
+        assert (b"oldest" in pool.snapshots.by_name) != is_deleted
+        assert b"next" in pool.snapshots.by_name
+        assert reasons(pool) == ["snapshot 'oldest', the oldest to be deleted, is open"]
+        assert bytes(await reader.read(0, BLOCK)) == b"B" * BLOCK
+        pool.snapshots.close_volume(reader)
+        await until(lambda: pool.changelogs.get(b"logs").percent < 95)
+        assert set(pool.snapshots.by_name) == {b"before", b"next"}
+
+
+instant_rows = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(1, 9)), max_size=14)
+
+
+@given(instant_rows, st.integers(0, 60), st.sets(st.integers(0, 7)))
+def test_the_first_that_are_needed_are_no_more_and_no_fewer(
+    held: list[tuple[int, int, int]], needed: int, tagged: set[int]
+) -> None:
+    account = account_of_rows(held, 8)
+    allowed = [10 * (place + 1) for place in range(8) if place not in tagged]
+    found = account.first_needed(allowed, needed)
+    enough = min(needed, account.freed_blocks(allowed))
+    assert account.freed_blocks(found) >= enough
+    assert not found or account.freed_blocks(found[:-1]) < enough
+    useful = [one for one in allowed if account.freed_blocks(allowed) > account.freed_blocks({*allowed} - {one})]
+    assert found == useful[: len(found)]
