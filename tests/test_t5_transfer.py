@@ -198,6 +198,46 @@ def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callab
     same(source.snapshots / "s", target.snapshots / "s")
 
 
+@pytest.mark.mount
+@pytest.mark.parametrize("rename_count", [0, 2, 3, 4])
+def test_a_stream_whose_receiver_was_killed_while_names_moved_goes_on(
+    mounts: Callable[..., Mounted], rename_count: int
+) -> None:
+    source, target = mounts(), mounts()
+    for name in "abcd":
+        (source.path / name).write_bytes(name.encode() * 9000)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    # Exchanged, and one in the place of another.
+    for before, after in (("a", "x"), ("b", "a"), ("x", "b"), ("c", "d")):
+        os.rename(source.path / before, source.path / after)
+    for name in "abd":
+        with open(source.path / name, "r+b") as file:
+            file.write(b"new")
+    source.snapshot("two")
+
+    done: list[str] = []
+    rename = Receiver._rename
+
+    def killed(receiver: Receiver, before: str, after: str) -> None:
+        if len(done) == rename_count:
+            raise KeyboardInterrupt
+        rename(receiver, before, after)
+        done.append(after)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Receiver, "_rename", killed)
+        receiver = Receiver(ask, str(target.path), force=False, is_resumable=True)
+        with pytest.raises(KeyboardInterrupt):
+            receiver.receive(io.BytesIO(sent(source, "two", "--from", "one")))
+    target.remount()
+    token = snapfs("receive", target.path, "--tokens").stdout.strip()
+    received(target, sent(source, "two", "--from", "one", "--resume-token", token), "--resumable")
+    same(source.snapshots / "two", target.snapshots / "two")
+    same(source.path, target.path)
+    assert snapfs("receive", target.path, "--tokens").stdout == ""
+
+
 def sent_while(mounted: Mounted, name: str, meanwhile: Callable[[], object]) -> tuple[str, dict[int, bytes]]:
     """A snapshot sent, with something done when a first part was: the name in the stream, and its volumes' data."""
     file = io.BytesIO()
