@@ -112,7 +112,7 @@ class DeviceDescriptor:
         fields = _read_json(contents, where, "device")
         _check_version(fields, where)
         pool_id, device_id = fields.get("pool_id"), fields.get("device_id")
-        # Those of before 0.7.0 have none.
+        # Those of before 0.8.0 have none.
         generation = fields.get("generation", 0)
         if not (isinstance(pool_id, str) and isinstance(device_id, int) and isinstance(generation, int)):
             raise DamagedError(f"{where}/{DEVICE_FILE} lacks a field", "Restore it from a copy")
