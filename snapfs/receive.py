@@ -132,7 +132,7 @@ class ReceiveState:
     """How far a stream has come, as the target keeps it.
 
     ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
-    ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.7.0): who has
+    ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.8.0): who has
     the name may be another by now. ``aside`` begins the names that are this stream's alone. ``base_guid`` is that of
     its base, empty for a whole stream; None: not noted.
     """
