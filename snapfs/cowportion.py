@@ -125,8 +125,8 @@ class CowPortion(Portion):
 
         Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
         """
-        if self.failure is not None:
-            raise SyncFailedError(self.failure.reason, self.failure.fix)
+        if self.refusal is not None:
+            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
         source = self._logs.known[self._source_id]
         source.liveness.check_now()
         if not source.dirty:

@@ -127,6 +127,8 @@ class Portion:
         self.is_gone = is_gone
         self.users = 0
         self.failure: SyncFailedError | None = None
+        # Why it takes no more writes: its own failure, or that of the same volume's portion on another processor.
+        self.refusal: SyncFailedError | None = None
         self.objects: dict[int, ObjectState] = {}
         self.pending: dict[int, list[CopyRow]] = {}
         self.commits = 0
@@ -342,8 +344,8 @@ class Portion:
 
         Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
         """
-        if self.failure is not None:
-            raise SyncFailedError(self.failure.reason, self.failure.fix)
+        if self.refusal is not None:
+            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
         if log.liveness.is_over:
             raise NotResidentError(log.liveness.fetch)
         if not log.dirty:
@@ -910,7 +912,7 @@ class Portion:
         self._candidates = changes.candidates + self._candidates
         self._count_changed = self._count_changed or changes.count_changed
         if sync_failed:
-            self.failure = SyncFailedError(
+            self.failure = self.refusal = SyncFailedError(
                 f"a sync of volume {self.volume_id} failed ({error})",
                 "It takes no more writes. Save what its writer still has, then unmount and mount the pool",
             )

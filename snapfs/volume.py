@@ -13,7 +13,7 @@ import trio
 from .backends import Buffer
 from .blockmap import BlockMap
 from .catalogaccess import CatalogAccess
-from .errors import DamagedError, SnapfsError, TooLargeError
+from .errors import DamagedError, SnapfsError, SyncFailedError, TooLargeError
 from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
     BLOCK_SHIFT,
@@ -257,6 +257,7 @@ class Volume(VolumeView):
             self.portions = [processor.portion(self.volume_id) for processor in self.processors]
             for portion in self.portions:
                 portion.users += 1
+            self._refuse_everywhere()
 
     def close(self) -> None:
         """Undo one :meth:`open`."""
@@ -487,13 +488,17 @@ class Volume(VolumeView):
         """
         mark = self.size_mark()
         trimmed = self._trim == _TRIM_DONE
-        await side_by_side(
-            [
-                partial(processor.commit, [portion])
-                for processor, portion in self._loaded_portions()
-                if portion.is_dirty or portion.failure is not None
-            ]
-        )
+        try:
+            await side_by_side(
+                [
+                    partial(processor.commit, [portion])
+                    for processor, portion in self._loaded_portions()
+                    if portion.is_dirty or portion.failure is not None
+                ]
+            )
+        except SyncFailedError:
+            self._refuse_everywhere()
+            raise
         self.data_synced(mark)
         if trimmed and self._trim == _TRIM_DONE:
             self._trim = _TRIM_NONE
@@ -501,6 +506,13 @@ class Volume(VolumeView):
             await self._catalog.save([self])
         # Or a power cut may bring forth a removal that had failed.
         await self._catalog.settle()
+
+    def _refuse_everywhere(self) -> None:
+        """Of a volume that could not be synced no processor takes writes any more."""
+        portions = [portion for _, portion in self._loaded_portions()]
+        failure = next((portion.failure for portion in portions if portion.failure is not None), None)
+        for portion in portions:
+            portion.refusal = portion.refusal or failure
 
     def _loaded_portions(self) -> list[tuple[Processor, Portion]]:
         found = []

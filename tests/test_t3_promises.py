@@ -13,7 +13,7 @@ import trio
 from snapfs import blockmap, changelog, cowportion, reclaim
 from snapfs.backends import CrashPlan, DeviceFile, MemoryDevice
 from snapfs.backends.memory import MemoryFile
-from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError
+from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, SyncFailedError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
@@ -413,3 +413,39 @@ async def test_an_old_copy_of_the_pools_directory_takes_nothing_from_its_devices
 
 def in_memory(world: World) -> dict[str, MemoryDevice]:
     return {path: device for path, device in world.devices.items() if isinstance(device, MemoryDevice)}
+
+
+async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: MemoryFile) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    world = World(2)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        volume, other = [await pool.volumes.create(name) for name in (b"v", b"other")]
+        async with pool.volumes.opened(b"v"):
+            for place in (0, OBJECT):
+                await volume.write(place, b"A" * BLOCK)
+            await volume.sync()
+            await volume.write(0, b"B" * BLOCK)
+            with monkeypatch.context() as patch:
+                patch.setattr(MemoryFile, "sync", fail)
+                with pytest.raises(SyncFailedError):
+                    await volume.sync()
+            for place in (0, OBJECT):
+                with pytest.raises(SyncFailedError):
+                    await volume.write(place, b"C" * BLOCK)
+        async with pool.volumes.opened(b"v"):
+            for place in (0, OBJECT):
+                with pytest.raises(SyncFailedError):
+                    await volume.write(place, b"C" * BLOCK)
+        async with pool.volumes.opened(b"other"):
+            await other.write(0, b"D" * BLOCK)
+            await other.sync()
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
+    async with open_world(world) as pool:
+        assert (await read_volume(pool, b"v"))[OBJECT:] == b"A" * BLOCK
+        assert await read_volume(pool, b"other") == b"D" * BLOCK
