@@ -148,6 +148,13 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def claim(self) -> None:
+        """Be the only user of the device until :meth:`close`, or raise :class:`LockHolder`, which tells nobody's name.
+
+        Nothing is written for that. Where the filesystem has no locks for directories nobody is kept out.
+        """
+
+    @abstractmethod
     def local_path(self, name: str) -> str | None:
         """Path of the file in the host's filesystem, where there is such a thing."""
 

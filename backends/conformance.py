@@ -47,6 +47,18 @@ def check_lock(make: Callable[[], Device]) -> None:
         first.close()
     second.lock("lock", "the second")
     second.close()
+    first, second = make(), make()
+    names = set(first.names(""))
+    first.claim()
+    try:
+        second.claim()
+    except LockHolder:
+        _expect(set(first.names("")) == names, "nothing is written to claim a device")
+    else:
+        _expect(False, "the second is kept out of what is claimed")
+    first.close()
+    second.claim()
+    second.close()
 
 
 def _expect(fact: bool, words: str) -> None:

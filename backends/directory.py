@@ -402,6 +402,13 @@ class DirectoryDevice(Device):
             on_failure.pop_all()
         self._lock_fd = fd
 
+    def claim(self) -> None:
+        """See :meth:`Device.claim`; flock(2) on the directory."""
+        try:
+            self._lock_folder()
+        except BlockingIOError:
+            raise LockHolder("") from None
+
     def _lock_folder(self) -> None:
         """Keep those out who find no file to lock. Not every filesystem has locks for directories."""
         try:

@@ -262,6 +262,10 @@ class MemoryDevice(Device):
             raise LockHolder(self._holder)
         self._holder = holder
 
+    def claim(self) -> None:
+        """See :meth:`Device.claim`."""
+        self.lock("", "")
+
     def local_path(self, name: str) -> None:
         """See :meth:`Device.local_path`; there is none."""
         return

@@ -112,6 +112,10 @@ class AbsentDevice(Device):
         """Not there."""
         _refuse(errno.ENODEV)
 
+    def claim(self) -> None:
+        """Not there."""
+        _refuse(errno.ENODEV)
+
     def local_path(self, name: str) -> str | None:
         """None."""
         return None

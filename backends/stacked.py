@@ -31,6 +31,10 @@ class StackedDevice(Device):
         """See :meth:`Device.lock`."""
         self.inner.lock(name, holder)
 
+    def claim(self) -> None:
+        """See :meth:`Device.claim`."""
+        self.inner.claim()
+
     def local_path(self, name: str) -> str | None:
         """See :meth:`Device.local_path`; none, so that nothing goes round this device."""
         return None

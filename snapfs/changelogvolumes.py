@@ -6,15 +6,17 @@ with a capacity. Each processor keeps its part of the logs there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
 from .backends import Device
 from .catalogaccess import CatalogAccess
+from .descriptor import claim_device
 from .errors import BusyVolumeError, ExistsError, NotFoundError, UnreadableError
 from .events import EventLog
 from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor
@@ -127,6 +129,7 @@ class ChangeLogVolumes:
                         for device_id, path in zip(opened, dict.fromkeys(paths), strict=True)
                     ]
                     await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows))
+                    await in_thread(self._note_generation, opened)
                 except BaseException:
                     for device in opened.values():
                         if self._catalog.is_settled:
@@ -154,6 +157,7 @@ class ChangeLogVolumes:
                 raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir") from None
             raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give an empty directory") from error
         try:
+            claim_device(device, path)
             if DEVICE_FILE in device.names(""):
                 raise ExistsError(f"{path} is a device of a pool already", "Give an empty directory")
             device.write_file(DEVICE_FILE, DeviceDescriptor(self._pool_id, device_id).to_json())
@@ -161,6 +165,13 @@ class ChangeLogVolumes:
             device.close()
             raise
         return device
+
+    def _note_generation(self, devices: Mapping[int, Device]) -> None:
+        """Have new devices tell how new the pool's directory must be that knows them. Blocks."""
+        for device_id, device in devices.items():
+            descriptor = DeviceDescriptor(self._pool_id, device_id, self._catalog.catalog.generation)
+            with contextlib.suppress(OSError):
+                device.write_file(DEVICE_FILE, descriptor.to_json())
 
     async def resize(self, name: bytes, capacity_bytes: int) -> None:
         """Give one another capacity, durably. Less than is in use is allowed: then nothing more goes in."""

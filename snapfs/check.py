@@ -138,7 +138,7 @@ def check_pool(home: Device, where: str, open_device: OpenDevice, has_image: Has
         except (FileNotFoundError, _TooDamagedError, DamagedError):
             report.add(DAMAGE, CATALOG_FILE, "the catalog is missing or unreadable; restore the pool from a copy")
             return report
-        devices = open_devices(catalog, descriptor, open_device, "check")
+        devices = open_devices(catalog, descriptor, open_device)
         stack.callback(lambda: [device.close() for device in devices.values()])
         try:
             _check_catalog(catalog, descriptor, devices, report, home, stack, has_image)

@@ -81,6 +81,9 @@ class CowPortion(Portion):
         state = self._state_with_instant(object_index)
         if state.copied and state.kept is None:
             is_pending = any(row.instant == state.copied for row in self.pending.get(object_index, ()))
+            if is_pending and self.failure is not None:
+                # It will never be durable.
+                raise SyncFailedError(self.failure.reason, self.failure.fix)
             raise NotResidentError(self._commit_kept if is_pending else partial(self._look_up_kept, object_index))
         return state
 

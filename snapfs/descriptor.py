@@ -48,6 +48,17 @@ def lock_pool(home: Device, where: str, purpose: str) -> None:
         ) from None
 
 
+def claim_device(device: Device, where: str) -> None:
+    """Keep other processes out of a device that lies outside of the pool's directory. Raises InUseError."""
+    try:
+        device.claim()
+    except LockHolder:
+        raise InUseError(
+            f"the device {where} is in use by another process, which has a copy of the pool's directory",
+            "Unmount that one first; mount the one that was used last",
+        ) from None
+
+
 def _describe(holder: str) -> str:
     try:
         fields = json.loads(holder)

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -20,12 +21,13 @@ from .catalogaccess import CatalogAccess
 from .changelogvolumes import ChangeLogVolumes
 from .clones import Clones
 from .damage import DamageLedger
-from .descriptor import lock_pool, open_home, read_descriptor
+from .descriptor import claim_device, lock_pool, open_home, read_descriptor
 from .errors import (
     ClosedError,
     DamagedError,
     DeviceMissingError,
     ExistsError,
+    NoMemoryError,
     SnapfsError,
 )
 from .events import EventLog
@@ -57,12 +59,13 @@ from .shardstate import EpochClock
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
 from .snapshots import SnapshotTable
-from .tasks import Wakeup, in_thread, kept_up, side_by_side
+from .tasks import Wakeup, in_thread, kept_up, side_by_side, within
 from .traits import TraitsTable
 from .volumes import VolumeTable
 
 PROCESSOR_COUNT_DEFAULT = 4
 SYNC_PERIOD_S = 5.0
+_NOTE_S = 5.0
 _STARTED = "init.started"
 
 OpenDevice = Callable[[str], Device]
@@ -96,9 +99,7 @@ def create_pool(
     return descriptor
 
 
-def open_devices(
-    catalog: Catalog, descriptor: PoolDescriptor, open_device: OpenDevice, purpose: str
-) -> dict[int, Device]:
+def open_devices(catalog: Catalog, descriptor: PoolDescriptor, open_device: OpenDevice) -> dict[int, Device]:
     """Open the pool's devices, and lock them.
 
     Raises DeviceMissingError when one is not there or is another's; InUseError when a copy of the pool's directory has
@@ -110,7 +111,7 @@ def open_devices(
             device = devices[device_id] = open_device_of(descriptor, device_id, path, open_device)
             if path:
                 # The one inside the pool's directory is copied and locked with that.
-                lock_pool(device, path, purpose)
+                claim_device(device, path)
                 _check_device_generation(catalog, device, path)
     except BaseException:
         for device in devices.values():
@@ -216,6 +217,8 @@ class Pool:
         self.is_closing = False
         self.lost: Sequence[str] = ()
         self._is_recovered = False
+        # Devices that are being told how new the pool's directory is.
+        self._told: set[int] = set()
         self.after_crash = not catalog.meta("clean")
         self._published_instant = catalog.meta("next_instant")
         seen = max(catalog.epoch_max(), *(store.epoch_max() for store in stores))
@@ -339,7 +342,7 @@ class Pool:
                     " number",
                     "Restore it from a copy",
                 )
-            devices = open_devices(catalog, descriptor, open_device, purpose)
+            devices = open_devices(catalog, descriptor, open_device)
             for index in range(descriptor.processor_count):
                 stores.append(ShardStore.open(home, index, descriptor.pool_id))
             check_generations(catalog, stores)
@@ -357,7 +360,7 @@ class Pool:
 
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
         await self.reserve.helped(self._recover_rows)
-        await in_thread(self._note_generation)
+        await self._note_generation()
         await self.changelogs.load()
         await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
@@ -379,15 +382,27 @@ class Pool:
                 await processor.recover_from_crash()
         self._is_recovered = True
 
-    def _note_generation(self) -> None:
-        """Have each device tell how new the pool's directory must be at least. Blocks."""
-        catalog = self.catalog.catalog
-        for device_id, path in catalog.device_paths().items():
-            if path and device_id in self.devices:
-                descriptor = DeviceDescriptor(self.descriptor.pool_id, device_id, catalog.generation)
-                # Without room it tells what it told before.
-                with contextlib.suppress(OSError):
-                    self.devices[device_id].write_file(DEVICE_FILE, descriptor.to_json())
+    async def _note_generation(self) -> None:
+        """Have each device tell how new the pool's directory must be at least.
+
+        One that does not answer soon, or has no room, tells what it told before.
+        """
+        paths = await self.catalog.ask(self.catalog.catalog.device_paths)
+        generation = self.catalog.catalog.generation
+        # The one inside the pool's directory is copied with that.
+        told = [device_id for device_id, path in paths.items() if path and device_id in self.devices]
+        await side_by_side([partial(self._tell_generation_soon, device_id, generation) for device_id in told])
+
+    async def _tell_generation_soon(self, device_id: int, generation: int) -> None:
+        call = partial(self._tell_generation, device_id, generation)
+        await (within(_NOTE_S, call) if self.devices[device_id].may_hang else call())
+
+    async def _tell_generation(self, device_id: int, generation: int) -> None:
+        device, descriptor = self.devices[device_id], DeviceDescriptor(self.descriptor.pool_id, device_id, generation)
+        self._told.add(device_id)
+        with contextlib.suppress(OSError, NoMemoryError):
+            await in_thread(device.write_file, DEVICE_FILE, descriptor.to_json())
+        self._told.discard(device_id)
 
     async def run(self) -> None:
         """The pool's tasks; until cancelled."""
@@ -450,12 +465,14 @@ class Pool:
                     await self._trim_images()
                     await self.images.note()
                     await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
-                    await in_thread(self._note_generation)
+                    await self._note_generation()
             finally:
                 await side_by_side([processor.close for processor in self.processors])
                 await self.catalog.close()
-                for device in self.devices.values():
-                    device.close()
+                for device_id, device in self.devices.items():
+                    # What hangs in a thread still has its directory open.
+                    if device_id not in self._told:
+                        device.close()
 
 
 def space_in(rooms: Mapping[int, Room | OSError | None]) -> Space:

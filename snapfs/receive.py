@@ -23,7 +23,7 @@ import blake3
 from .errors import BadCommandError, ChangedTargetError, DamagedError, ExistsError, MissingBaseError, SnapfsError
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
 from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
-from .units import OFFSET_MAX, check_name
+from .units import OFFSET_MAX, check_name, storable_ns
 
 _NOTE_EVERY_BYTES = 256 << 20
 _ASIDE = ".receiving-"
@@ -102,8 +102,8 @@ def _parse_volume(one: dict[str, Any]) -> StreamVolume:
         _number(one["mode"]) & 0o777,
         _number(one["uid"]),
         _number(one["gid"]),
-        _number(one["atime_ns"]),
-        _number(one["mtime_ns"]),
+        _moment_ns(one["atime_ns"]),
+        _moment_ns(one["mtime_ns"]),
     )
 
 
@@ -118,6 +118,12 @@ def _text(value: object, *, empty: bool = False) -> str:
         raise ValueError(f"{value!r:.60} is no name")
     # Nothing that could not be handed over.
     os.fsencode(value)
+    return value
+
+
+def _moment_ns(value: object) -> int:
+    if not isinstance(value, int) or value != storable_ns(value):
+        raise ValueError(f"{value!r:.60} is no time")
     return value
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import blockmap, changelog, cowportion, reclaim
-from snapfs.backends import CrashPlan, DeviceFile, MemoryDevice
+from snapfs.backends import CrashPlan, Device, DeviceFile, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, SyncFailedError
-from snapfs.formats import COPY_ON_WRITE
+from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, DeviceDescriptor
+from snapfs.fuse.command import CommandContext
+from snapfs.fuse.control import run_line
+from snapfs.fuse.ownmount import OwnMount
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.receive import _parse_volume
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
@@ -399,7 +405,7 @@ async def test_an_old_copy_of_the_pools_directory_takes_nothing_from_its_devices
     async with open_world(world) as pool:
         async with pool.volumes.opened(b"v") as volume:
             await volume.write(0, b"new" * BLOCK)
-        with pytest.raises(InUseError, match="0 is in use by process"):
+        with pytest.raises(InUseError, match="the device 0 is in use by another process"):
             Pool.open(copy.home, WHERE, copy.open_device)
     copy.home.close()
     for look in (lambda: Pool.open(copy.home, WHERE, copy.open_device), copy.check):
@@ -449,3 +455,153 @@ async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monk
     async with open_world(world) as pool:
         assert (await read_volume(pool, b"v"))[OBJECT:] == b"A" * BLOCK
         assert await read_volume(pool, b"other") == b"D" * BLOCK
+
+
+async def test_a_failed_copy_on_write_volume_that_was_removed_refuses_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has preserved is never durable: whoever waits for that waits for ever."""
+
+    def fail(file: MemoryFile) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    world = World(1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        volume = await copy_on_write(pool, b"A" * 2 * BLOCK)
+        pool.volumes.open(volume)
+        await pool.snapshots.create(b"s")
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFile, "sync", fail)
+            with pytest.raises(SyncFailedError):
+                await volume.write(0, b"B" * BLOCK)
+        await pool.volumes.remove(b"v")
+        with pytest.raises(SyncFailedError):
+            await volume.write(0, b"C" * BLOCK)
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pool_with_a_full_device_outside_opens_and_frees_room() -> None:
+    world = World(1, 2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(20):
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(0, b"%d" % number * 9000)
+            await pool.snapshots.create(b"%d" % number)
+    for device in in_memory(world).values():
+        device.capacity_bytes = device._used_pages * BLOCK
+    async with open_world(world) as pool:
+        for name in list(pool.snapshots.by_name):
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+    for device in in_memory(world).values():
+        device.capacity_bytes = None
+    world.check_clean()
+
+
+async def test_the_device_of_a_new_change_log_volume_is_the_pools_alone() -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        world.devices["/d"] = MemoryDevice()
+        await pool.changelogs.create(b"logs", ["/d"], MIB)
+        with pytest.raises(LockHolder):
+            world.devices["/d"].claim()
+        generation = DeviceDescriptor.from_json(world.devices["/d"].read_file(DEVICE_FILE), "/d").generation
+        assert generation == pool.catalog.catalog.generation
+    async with open_world(world) as pool:
+        await pool.changelogs.remove(b"logs")
+        assert not [name for name in world.devices["/d"].names("") if not name.endswith("/")]
+        await pool.changelogs.create(b"logs", ["/d"], MIB)
+    world.check_clean()
+
+
+class Hanging(FaultyDevice):
+    """A device that takes no new files until it is let go on."""
+
+    may_hang = True
+
+    def __init__(self, inner: Device) -> None:
+        super().__init__(inner, self._hold)
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def _hold(self, kind: str, name: str) -> None:
+        if kind == "create":
+            self.go_on.wait()
+
+
+async def test_a_device_that_hangs_keeps_no_pool_from_closing(mock_clock: trio.testing.MockClock) -> None:
+    world = World(1, 2)
+    memory = in_memory(world)["1"]
+    hanging = Hanging(memory)
+    world.devices["1"] = hanging
+    running = Running(world)
+    mock_clock.rate = 100.0
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        hanging.go_on.clear()
+        await running.close()
+    hanging.go_on.set()
+    world.devices["1"] = memory.crash(CrashPlan(0, 1.0, 0.0))
+    world.check_clean()
+
+
+async def test_a_helper_that_could_not_be_started_anew_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def invalidate(inode: int) -> None:
+        """Nobody asks for it."""
+
+    async def refuse(*arguments: object, **options: object) -> trio.Process:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    own_mount = OwnMount(SimpleNamespace(helper_pid=0), "/nowhere", invalidate)  # type: ignore[arg-type]
+    await own_mount.start()
+    assert own_mount._process is not None
+    own_mount._process.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr(trio.lowlevel, "open_process", refuse)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Cannot allocate memory"):
+                await own_mount._call("device_of", "/")
+    assert await own_mount._call("device_of", "/") == os.stat("/").st_dev
+    await own_mount.stop()
+    with pytest.raises(OSError):
+        await own_mount._call("device_of", "/")
+
+
+def test_times_before_1970_are_received() -> None:
+    volume = {"name": "v", "base_name": None, "size_bytes": 0, "mode": 0o600, "uid": 0, "gid": 0}
+    found = _parse_volume({**volume, "atime_ns": -(1 << 63), "mtime_ns": -(10**18)})
+    assert (found.atime_ns, found.mtime_ns) == (-(1 << 63), -(10**18))
+    with pytest.raises(ValueError, match="is no time"):
+        _parse_volume({**volume, "atime_ns": 0, "mtime_ns": 1 << 63})
+
+
+async def test_what_reclaim_has_chosen_is_deleted_by_whatever_name_it_has_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for name in (b"a", b"b"):
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(0, name * 10 * BLOCK)
+            await pool.snapshots.create(name)
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"c" * 10 * BLOCK)
+        delete = pool.snapshots.delete
+
+        async def rename_first(name: bytes) -> Snapshot:
+            if not pool.snapshots.deleted:
+                await pool.snapshots.rename(b"b", b"other")
+                await pool.snapshots.create(b"b")
+            return await delete(name)
+
+        monkeypatch.setattr(pool.snapshots, "delete", rename_first)
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            """Nobody asks for it."""
+
+        assert await run_line(CommandContext(pool, resize), b"reclaim need=80K")
+        assert list(pool.snapshots.by_name) == [b"b"]

@@ -56,6 +56,7 @@ class OwnMount:
         self._folder = os.path.join(mount_point, os.fsdecode(names.META_NAME))
         self._turn = trio.Lock()
         self._process: trio.Process | None = None
+        self._is_over = False
         self._unread = bytearray()
 
     async def start(self) -> None:
@@ -70,7 +71,11 @@ class OwnMount:
         self._namespace.helper_pid = self._process.pid
 
     async def stop(self) -> None:
-        """Let the helper end."""
+        """Let the helper end. No other is started then."""
+        self._is_over = True
+        await self._end_helper()
+
+    async def _end_helper(self) -> None:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return
@@ -95,7 +100,9 @@ class OwnMount:
                     line = await self._answer_to(request)
                 except _HelperGoneError:
                     # Every call may be made twice. Somebody has killed it, or the kernel, for want of memory.
-                    await self.stop()
+                    if self._is_over:
+                        raise
+                    await self._end_helper()
                     await self.start()
                     line = await self._answer_to(request)
         answer = json.loads(line)
@@ -105,7 +112,9 @@ class OwnMount:
 
     async def _answer_to(self, request: bytes) -> bytes:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        if process is None:
+            raise _HelperGoneError
+        assert process.stdin is not None and process.stdout is not None
         try:
             await process.stdin.send_all(request)
             while b"\n" not in self._unread:

@@ -119,15 +119,18 @@ async def _reclaim(context: CommandContext, command: Command) -> Answer:
             f" and {format_size(need_bytes)} are needed",
             "Nothing was deleted. Release holds, or remove volumes",
         )
-    names = [free_to_go[instant].name or b"" for instant in choice.instants]
-    shown = [show_name(name) for name in names]
+    chosen = [free_to_go[instant] for instant in choice.instants]
+    shown = [show_name(one.name or b"") for one in chosen]
     size_bytes = choice.freed_blocks * BLOCK_SIZE
     if command.flag("dry-run"):
         return {"would_delete": shown, "would_free_bytes": size_bytes, "is_smallest": choice.is_smallest}
-    gone = [await pool.snapshots.delete(name) for name in names]
+    for one in chosen:
+        # By the name it has now; it may have been deleted by somebody else.
+        if one.snapshot_id in pool.snapshots.by_id:
+            await pool.snapshots.delete(one.name or b"")
     await pool.reclaimer.reclaim_all()
     # One that was opened since it was chosen gives its space back when it is closed.
-    is_freed = not any(one.snapshot_id in pool.snapshots.deleted for one in gone)
+    is_freed = not any(one.snapshot_id in pool.snapshots.deleted for one in chosen)
     return {"deleted": shown, "freed_bytes": size_bytes, "is_freed": is_freed, "is_smallest": choice.is_smallest}
 
 
