@@ -10,12 +10,13 @@ import pytest
 import trio
 from xxhash import xxh3_64_digest
 
-from snapfs import changelog, cowportion, shardstate, snapshots, volume
+from snapfs import blockmap, changelog, cowportion, shardstate, snapshots, volume
 from snapfs.backends import MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
+from snapfs.database import Database
 from snapfs.errors import DamagedError, NotFoundError
-from snapfs.formats import COPY_ON_WRITE
+from snapfs.formats import COPY_ON_WRITE, shard_file
 from snapfs.geometry import BLOCKS_PER_OBJECT, volume_size_bytes_max
 from snapfs.making import VolumeWish
 from snapfs.notresident import NotResidentError, OldBlocks
@@ -567,12 +568,14 @@ async def test_snapshots_of_some_and_of_all_volumes_in_turn() -> None:
         for name in (b"v", b"w"):
             await pool.volumes.create(name)
         expected = {}
-        for number in range(8):
-            contents = b"%d" % number * BLOCK
-            for name in (b"v", b"w"):
-                await put(pool, name, 0, contents)
-            await pool.snapshots.create(b"%d" % number, ([b"v"], None, None, [b"w"])[number % 4])
-            expected[b"%d" % number] = contents
+        # Open all the time: an epoch that was begun in memory counts.
+        async with pool.volumes.opened(b"v"), pool.volumes.opened(b"w"):
+            for number in range(8):
+                contents = b"%d" % number * BLOCK
+                for name in (b"v", b"w"):
+                    await put(pool, name, 0, contents)
+                await pool.snapshots.create(b"%d" % number, ([b"v"], None, None, [b"w"])[number % 4])
+                expected[b"%d" % number] = contents
         for name, contents in expected.items():
             snapshot = pool.snapshots.get(name)
             for one in (await pool.snapshots.members(snapshot)).by_name:
@@ -627,3 +630,42 @@ async def test_nothing_of_a_deleted_snapshot_is_opened_though_it_is_there_still(
 async def test_devices_and_change_log_volumes_are_numbered_apart() -> None:
     async with open_world(World(processor_count=1, device_count=3)) as pool:
         assert pool.catalog.catalog.next_changelog_ids() == (3, 1)
+
+
+def test_runs_that_differ_are_as_long_as_can_be() -> None:
+    old = blockmap.with_range(blockmap.with_range(blockmap.HOLE, 10, 20, 1), 20, 30, 2)
+    new = blockmap.with_range(blockmap.keep(old), 12, 28, 3)
+    assert list(blockmap.changed_runs(old, new)) == [(12, 16, 3)]
+    assert list(blockmap.changed_runs(new, old)) == [(12, 8, 1), (20, 8, 2)]
+
+
+async def test_ids_of_logs_go_on_where_they_were() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(3):
+            await put(pool, b"v", 0, b"%d" % number * BLOCK)
+            await pool.snapshots.create(b"%d" % number)
+        next_log_id = pool.processors[0].logs.next_log_id
+    async with open_world(world) as pool:
+        assert pool.processors[0].logs.next_log_id == next_log_id == 4
+
+
+async def test_zeros_amid_blocks_are_written_and_nothing_beside_them() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"A" * 3 * BLOCK)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 100, bytes(BLOCK))
+        assert await read_volume(pool, b"v") == b"A" * 100 + bytes(BLOCK) + b"A" * (2 * BLOCK - 100)
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM meta WHERE key = ?", "UPDATE meta SET value = 'x' WHERE key = ?"])
+def test_a_shard_store_without_a_number_is_damaged(change: str) -> None:
+    world = World(processor_count=1)
+    database = Database(world.home, shard_file(0), "a store")
+    database.execute(change, ("next_log_id",))
+    database.close()
+    with pytest.raises(DamagedError, match="lacks its next_log_id"):
+        Pool.open(world.home, WHERE, world.open_device)
