@@ -130,18 +130,19 @@ async def test_every_quarter_of_an_hour(autojump_clock: None) -> None:
 
 async def test_three_years_of_hours_days_months_and_years(autojump_clock: None) -> None:
     simulation = Simulation(clock_check_s=86400.0)
-    await simulation.scheduler.add(make_schedule("h", "1h", keep="24h,30d,12m,5y"))
+    await simulation.scheduler.add(make_schedule("h", "6h", keep="24h,30d,12m,5y"))
     await simulation.run_for(3 * 365 * 86400)
-    end = START + timedelta(days=3 * 365) - timedelta(hours=1)
+    end = START + timedelta(days=3 * 365) - timedelta(hours=6)
     kept = simulation.kept("h")
-    assert len(simulation.snapshots.made_ns) == 3 * 365 * 24 - 1
-    hours = {end - timedelta(hours=number) for number in range(24)}
+    assert len(simulation.snapshots.made_ns) == 3 * 365 * 4 - 1
+    # Of the last 24 hours in which there are any: six days.
+    hours = {end - timedelta(hours=6 * number) for number in range(24)}
     assert hours <= set(kept)
     days = [max(when for when in kept if when.date() == (end - timedelta(days=number)).date()) for number in range(30)]
-    assert all(when.hour == 23 for when in days)
+    assert all(when.hour == 18 for when in days)
     months = {(when.year, when.month) for when in kept}
     assert len(months) == 12 + 2 and {when.year for when in kept} == {2026, 2027, 2028}
-    assert len(kept) == 24 + 29 + 11 + 2
+    assert len(kept) == 24 + 24 + 11 + 2
 
 
 async def test_several_side_by_side_and_a_time_of_day(autojump_clock: None) -> None:
