@@ -129,10 +129,10 @@ class OldestFreer:
         return [allowed[one] for one in instants]
 
     async def _delete(self, snapshot: Snapshot, quota: Quota) -> None:
-        if snapshot.snapshot_id not in self._snapshots.by_id or snapshot.name is None:
+        if snapshot.snapshot_id not in self._snapshots.by_id:
             return
-        name = snapshot.name
-        await self._snapshots.delete(name)
+        await self._snapshots.delete_this(snapshot)
+        name = snapshot.name or b""
         self._events.note("snapshot-freed", logging.WARNING, name=show_name(name), change_log_volume=quota.name)
         await self._reclaimer.reclaim_all()
 

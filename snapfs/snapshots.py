@@ -508,24 +508,36 @@ class SnapshotTable:
         """
         async with self.lock:
             snapshot = self.get(name)
-            check_not_held(snapshot)
-            restoring = [one for one in self._volumes.by_name.values() if self._volumes.is_restoring(one)]
-            instants = [self._volumes.traits.get(one.volume_id).restore_instant for one in restoring]
-            if snapshot.instant in instants:
-                raise HeldError(
-                    f"a rollback to snapshot {show_name(name)!r} is not finished", "Unmount and mount, to finish it"
-                )
-            batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, None)])
-            await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
-            del self.by_name[name]
-            del self.by_id[snapshot.snapshot_id]
-            self._members.pop(snapshot.snapshot_id, None)
-            self.deleted[snapshot.snapshot_id] = snapshot
-            self._events.note("snapshot-deleted", name=show_name(name))
-            self._reclaim_wakeup.set()
+            await self._delete(snapshot, name)
         if not by_kernel:
             await self.forget_name(name)
         return snapshot
+
+    async def delete_this(self, snapshot: Snapshot) -> None:
+        """Like :meth:`delete`, of a snapshot that was chosen, by whatever name it has by now."""
+        async with self.lock:
+            if snapshot.snapshot_id not in self.by_id or snapshot.name is None:
+                raise NotFoundError("the snapshot is deleted already")
+            name = snapshot.name
+            await self._delete(snapshot, name)
+        await self.forget_name(name)
+
+    async def _delete(self, snapshot: Snapshot, name: bytes) -> None:
+        check_not_held(snapshot)
+        restoring = [one for one in self._volumes.by_name.values() if self._volumes.is_restoring(one)]
+        instants = [self._volumes.traits.get(one.volume_id).restore_instant for one in restoring]
+        if snapshot.instant in instants:
+            raise HeldError(
+                f"a rollback to snapshot {show_name(name)!r} is not finished", "Unmount and mount, to finish it"
+            )
+        batch = CatalogBatch(renamed_snapshots=[(snapshot.snapshot_id, None)])
+        await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
+        del self.by_name[name]
+        del self.by_id[snapshot.snapshot_id]
+        self._members.pop(snapshot.snapshot_id, None)
+        self.deleted[snapshot.snapshot_id] = snapshot
+        self._events.note("snapshot-deleted", name=show_name(name))
+        self._reclaim_wakeup.set()
 
     # -- holds -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import trio.testing
 from snapfs import blockmap, changelog, cowportion, reclaim
 from snapfs.backends import CrashPlan, Device, DeviceFile, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.memory import MemoryFile
-from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, SyncFailedError
+from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
 from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, DeviceDescriptor
 from snapfs.fuse.command import CommandContext
 from snapfs.fuse.control import run_line
@@ -590,15 +590,17 @@ async def test_what_reclaim_has_chosen_is_deleted_by_whatever_name_it_has_and_no
             await pool.snapshots.create(name)
         async with pool.volumes.opened(b"v") as volume:
             await volume.write(0, b"c" * 10 * BLOCK)
-        delete = pool.snapshots.delete
+        delete_this = pool.snapshots.delete_this
 
-        async def rename_first(name: bytes) -> Snapshot:
+        async def rename_first(snapshot: Snapshot) -> None:
             if not pool.snapshots.deleted:
                 await pool.snapshots.rename(b"b", b"other")
                 await pool.snapshots.create(b"b")
-            return await delete(name)
+            await delete_this(snapshot)
+            with pytest.raises(NotFoundError):
+                await delete_this(snapshot)
 
-        monkeypatch.setattr(pool.snapshots, "delete", rename_first)
+        monkeypatch.setattr(pool.snapshots, "delete_this", rename_first)
 
         async def resize(name: bytes, size_bytes: int) -> None:
             """Nobody asks for it."""

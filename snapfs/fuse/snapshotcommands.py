@@ -125,9 +125,9 @@ async def _reclaim(context: CommandContext, command: Command) -> Answer:
     if command.flag("dry-run"):
         return {"would_delete": shown, "would_free_bytes": size_bytes, "is_smallest": choice.is_smallest}
     for one in chosen:
-        # By the name it has now; it may have been deleted by somebody else.
+        # It may have been deleted by somebody else.
         if one.snapshot_id in pool.snapshots.by_id:
-            await pool.snapshots.delete(one.name or b"")
+            await pool.snapshots.delete_this(one)
     await pool.reclaimer.reclaim_all()
     # One that was opened since it was chosen gives its space back when it is closed.
     is_freed = not any(one.snapshot_id in pool.snapshots.deleted for one in chosen)
