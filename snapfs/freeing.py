@@ -89,8 +89,10 @@ class OldestFreer:
     async def _free(self, changelog_id: int, quota: Quota) -> str:
         """Delete the oldest snapshots until there is room; what keeps it from that, in words, or nothing."""
         while _is_short(quota):
-            if changelog_id in self._read and self._read[changelog_id].opens:
-                return _is_read(self._read[changelog_id])
+            read = self._read.pop(changelog_id, None)
+            if read is not None and read.opens and not read.hold_tags:
+                self._read[changelog_id] = read
+                return _is_read(read)
             began = trio.current_time()
             # What is on its way back already is no reason to delete anything.
             await self._reclaimer.reclaim_all()

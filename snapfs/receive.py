@@ -176,7 +176,8 @@ class ReceiveState:
                 _number(stage),
                 {_name(name): _number(inode) for name, inode in inodes.items()},
                 [_name(one) for one in touched],
-                *([_name(own[0]), _text(own[1], empty=True)] if own else []),
+                _name(own[0]) if own else _ASIDE,
+                None if not own or own[1] is None else _text(own[1], empty=True),
             )
         except (TypeError, ValueError, SnapfsError) as error:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error

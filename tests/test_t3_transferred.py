@@ -26,7 +26,7 @@ from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsErro
 from snapfs.images import export_image, import_image
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
-from snapfs.receive import Receiver, resume_tokens
+from snapfs.receive import Receiver, ReceiveState, resume_tokens
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
 
@@ -511,3 +511,28 @@ def test_the_first_that_are_needed_are_no_more_and_no_fewer(
     assert not found or account.freed_blocks(found[:-1]) < enough
     useful = [one for one in allowed if account.freed_blocks(allowed) > account.freed_blocks({*allowed} - {one})]
     assert found == useful[: len(found)]
+
+
+def test_a_state_of_an_earlier_version_survives_being_kept_again() -> None:
+    state = ReceiveState.from_fields([1, 4096, 0, ["a"], ["b"]])
+    assert state.base_guid is None
+    assert ReceiveState.from_fields(json.loads(state.to_json())) == state
+
+
+async def test_a_reader_of_what_may_not_go_is_not_waited_for(looked_often: None) -> None:
+    async with nearly_full_soon() as pool:
+        await write(pool, 30, b"A")
+        await pool.snapshots.create(b"before")
+        await write(pool, 30, b"B")
+        oldest = await pool.snapshots.create(b"oldest")
+        await write(pool, 30, b"C")
+        await pool.snapshots.create(b"next")
+        members = await pool.snapshots.members(oldest)
+        reader = await pool.snapshots.open_volume(oldest, members.get(b"v")[0])
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(100 * BLOCK, b"D" * 36 * BLOCK)
+        await until(lambda: bool(reasons(pool)))
+        await pool.snapshots.hold(b"oldest", "mine")
+        await until(lambda: len(reasons(pool)) == 2)
+        assert reasons(pool)[1] == "no snapshot that may be deleted holds anything there alone"
+        pool.snapshots.close_volume(reader)

@@ -128,6 +128,14 @@ def helper_of(mounted: Mounted) -> int:
     return pid
 
 
+def kill_helper(mounted: Mounted) -> None:
+    """And see it dead: what it has begun cannot be done twice."""
+    pid = helper_of(mounted)
+    ended = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(ended)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_for_all_of_the_daemons_processes_loses_nothing(
     mounted_in_memory: Mounted, number: signal.Signals
@@ -154,10 +162,10 @@ def test_a_helper_that_was_killed_is_started_anew(mounted_in_memory: Mounted) ->
     with open(path, "wb", buffering=0) as file:
         for number in range(3):
             file.write(b"%d" % number * BLOCK)
-            os.kill(helper_of(mounted_in_memory), signal.SIGKILL)
+            kill_helper(mounted_in_memory)
             assert (mounted_in_memory.snapshot(f"{number}") / "v").stat().st_size == (number + 1) * BLOCK
     os.truncate(path, 5)
-    os.kill(helper_of(mounted_in_memory), signal.SIGKILL)
+    kill_helper(mounted_in_memory)
     assert mounted_in_memory.ask("rollback 2")["ok"]
     assert path.stat().st_size == 3 * BLOCK
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from snapfs.cli.transfer import _mounted as mounted_for_a_while
 from snapfs.errors import BadCommandError, SnapfsError
 
-from .conftest import SNAPFS, Mounted, main_here, run
+from .conftest import SNAPFS, Mounted, main_here, run, wait_for_end
 
 pytestmark = pytest.mark.mount
 
@@ -79,6 +81,18 @@ def test_what_could_not_be_unmounted_after_receiving_is_kept(mounted_in_memory: 
             assert volume.read_bytes() == b"contents"
         assert main_here("umount", folder) == 0
         os.rmdir(folder)
+
+
+def test_a_dead_mount_is_not_left_behind_by_receiving(mounted_in_memory: Mounted) -> None:
+    mounted_in_memory.unmount()
+    with pytest.raises(OSError), mounted_for_a_while(str(mounted_in_memory.pool)) as folder:
+        pid = int(json.loads((Path(folder) / ".snapfs" / "status.json").read_text())["pid"])
+        ended = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        wait_for_end(ended)
+        os.listdir(folder)
+    assert os.fsencode(folder) not in Path("/proc/mounts").read_bytes()
+    assert not os.path.exists(folder)
 
 
 def test_mounting_and_sending_without_standard_streams(mounted_in_memory: Mounted) -> None:

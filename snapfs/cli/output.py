@@ -21,9 +21,12 @@ _ANY_NAME = "snapfs-any-name"
 
 def open_closed_streams() -> None:
     """Have no file or pipe get the number of a standard stream that is closed: what is printed would go there."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
+    for wanted in range(3):
+        try:
+            os.fstat(wanted)
+        except OSError:
+            # The lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process is there
 

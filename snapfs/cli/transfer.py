@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def _mounted(where: str) -> Iterator[str]:
             _mount(where, folder)
             yield folder
         except BaseException:
-            if os.path.ismount(folder):
+            if _is_mounted_on(folder):
                 _take_away_after_failure(folder)
             raise
         take_away(folder)
@@ -42,6 +43,15 @@ def _mounted(where: str) -> Iterator[str]:
         # Never with what is in it, which is the pool's when it could not be unmounted.
         with contextlib.suppress(OSError):
             os.rmdir(folder)
+
+
+def _is_mounted_on(folder: str) -> bool:
+    """Whether a mount is there, also one whose daemon is dead."""
+    try:
+        os.stat(folder)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return os.path.ismount(folder)
 
 
 def _mount(pool: str, folder: str) -> None:

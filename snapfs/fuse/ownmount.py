@@ -37,10 +37,11 @@ class FlushError(SnapfsError):
 
 
 class _HelperGoneError(OSError):
-    """The helper process has ended."""
+    """The helper process has ended; whether it may have begun what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, was_under_way: bool) -> None:
         super().__init__(errno.EIO, "the helper process is gone")
+        self.was_under_way = was_under_way
 
 
 class OwnMount:
@@ -98,12 +99,15 @@ class OwnMount:
                 request = json.dumps({"call": call, "arguments": arguments_now()}).encode() + b"\n"
                 try:
                     line = await self._answer_to(request)
-                except _HelperGoneError:
-                    # Every call may be made twice. Somebody has killed it, or the kernel, for want of memory.
+                except _HelperGoneError as gone:
+                    # Somebody has killed it, or the kernel, for want of memory.
                     if self._is_over:
                         raise
                     await self._end_helper()
                     await self.start()
+                    if call == "fsync" and gone.was_under_way:
+                        # An error of the one that has gone is not told again (fsync(2)); others may be made twice.
+                        raise
                     line = await self._answer_to(request)
         answer = json.loads(line)
         if "errno" in answer:
@@ -113,17 +117,17 @@ class OwnMount:
     async def _answer_to(self, request: bytes) -> bytes:
         process = self._process
         if process is None:
-            raise _HelperGoneError
+            raise _HelperGoneError(was_under_way=False)
         assert process.stdin is not None and process.stdout is not None
         try:
             await process.stdin.send_all(request)
-            while b"\n" not in self._unread:
-                part = await process.stdout.receive_some(65536)
-                if not part:
-                    raise _HelperGoneError
-                self._unread += part
         except trio.BrokenResourceError:
-            raise _HelperGoneError from None
+            raise _HelperGoneError(was_under_way=False) from None
+        while b"\n" not in self._unread:
+            part = await process.stdout.receive_some(65536)
+            if not part:
+                raise _HelperGoneError(was_under_way=True)
+            self._unread += part
         line, _, rest = bytes(self._unread).partition(b"\n")
         self._unread[:] = rest
         return line
