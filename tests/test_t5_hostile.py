@@ -10,12 +10,13 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, Mounted, run, snapfs, wait_for_end, wait_until
+from .conftest import MEMORY, SNAPFS, Mounted, clear_away, mounted_filesystem, run, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 BLOCK = 4096
@@ -233,3 +234,27 @@ def test_a_command_does_not_wait_for_one_that_takes_long(mounted_in_memory: Moun
     assert mounted.status()["jobs"]
     scrub.communicate()
     assert scrub.returncode == 0
+
+
+def test_a_pool_with_a_full_device_outside_is_mounted(tmp_path: Path) -> None:
+    """To lock the device nothing is written there."""
+    with (
+        mounted_filesystem("tmpfs", tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m") as disk,
+        tempfile.TemporaryDirectory(dir=MEMORY) as folder,
+    ):
+        (disk / "device").mkdir()
+        mounted = Mounted(Path(folder), "--device", disk / "device")
+        try:
+            (mounted.path / "v").write_bytes(b"kept" * 1000)
+            mounted.snapshot("s")
+            mounted.unmount()
+            with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+            mounted.mount()
+            assert (mounted.path / "v").read_bytes() == b"kept" * 1000
+            os.rmdir(mounted.snapshots / "s")
+            mounted.unmount()
+            mounted.check()
+        finally:
+            clear_away(mounted)

@@ -14,7 +14,7 @@ import pytest
 from snapfs.cli.transfer import _mounted as mounted_for_a_while
 from snapfs.errors import BadCommandError, SnapfsError
 
-from .conftest import SNAPFS, Mounted, main_here, run, wait_for_end
+from .conftest import SNAPFS, Mounted, main_here, run, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -90,6 +90,8 @@ def test_a_dead_mount_is_not_left_behind_by_receiving(mounted_in_memory: Mounted
         ended = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
         wait_for_end(ended)
+        # For a second the kernel answers from what it keeps.
+        wait_until(lambda: not os.path.exists(folder), "the mount is dead")
         os.listdir(folder)
     assert os.fsencode(folder) not in Path("/proc/mounts").read_bytes()
     assert not os.path.exists(folder)
