@@ -163,6 +163,17 @@ async def open_world(world: World) -> AsyncIterator[Pool]:
         await running.stop()
 
 
+@asynccontextmanager
+async def open_until_power_is_lost(world: World) -> AsyncIterator[Pool]:
+    """An open pool with its tasks, which at the end loses power, and all that was not synced."""
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        yield running.pool
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
+
+
 async def read_snapshot(pool: Pool, snapshot: Snapshot, name: bytes) -> bytes:
     """A volume's contents in a snapshot."""
     members = await pool.snapshots.members(snapshot)

@@ -26,7 +26,7 @@ from snapfs.receive import _parse_volume
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
-from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, open_until_power_is_lost, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -37,6 +37,10 @@ async def settled() -> None:
     """Whatever can go on has done so."""
     for _ in range(30):
         await trio.to_thread.run_sync(lambda: None)
+
+
+def no_sync(file: MemoryFile) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 async def copy_on_write(pool: Pool, contents: bytes) -> Volume:
@@ -177,10 +181,7 @@ async def test_nobody_writes_over_what_a_dropped_copy_hands_on_before_that_is_du
 
 async def test_a_commit_for_which_there_is_no_memory_loses_no_volumes_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(1)
-    running = Running(world)
-    async with trio.open_nursery() as nursery:
-        await running.start(nursery)
-        pool = running.pool
+    async with open_until_power_is_lost(world) as pool:
         for name in (b"a", b"b"):
             await pool.volumes.create(name)
         async with pool.volumes.opened(b"a") as a, pool.volumes.opened(b"b") as b:
@@ -201,8 +202,6 @@ async def test_a_commit_for_which_there_is_no_memory_loses_no_volumes_changes(mo
                     await pool.snapshots.create(b"s")
             for volume in (a, b):
                 await volume.sync()
-        await running.crash(CrashPlan(1, 0.0, 0.0))
-        nursery.cancel_scope.cancel()
     async with open_world(world) as pool:
         assert [await read_volume(pool, name) for name in (b"a", b"b")] == [b"a" * BLOCK, b"b" * BLOCK]
 
@@ -311,15 +310,11 @@ async def test_a_failed_append_is_not_seen_when_the_volume_grows(mode: str, monk
 
 async def test_cutting_a_volume_that_holds_nothing_is_durable() -> None:
     world = World(1)
-    running = Running(world)
-    async with trio.open_nursery() as nursery:
-        await running.start(nursery)
-        volume = await running.pool.volumes.create(b"v")
-        await running.pool.volumes.truncate(volume, 10 << 30)
-        await running.pool.volumes.sync_all()
-        await running.pool.volumes.truncate(volume, 5)
-        await running.crash(CrashPlan(1, 0.0, 0.0))
-        nursery.cancel_scope.cancel()
+    async with open_until_power_is_lost(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        await pool.volumes.truncate(volume, 10 << 30)
+        await pool.volumes.sync_all()
+        await pool.volumes.truncate(volume, 5)
     async with open_world(world) as pool:
         assert pool.volumes.get(b"v").size_bytes == 5
 
@@ -422,14 +417,8 @@ def in_memory(world: World) -> dict[str, MemoryDevice]:
 
 
 async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(file: MemoryFile) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     world = World(2)
-    running = Running(world)
-    async with trio.open_nursery() as nursery:
-        await running.start(nursery)
-        pool = running.pool
+    async with open_until_power_is_lost(world) as pool:
         volume, other = [await pool.volumes.create(name) for name in (b"v", b"other")]
         async with pool.volumes.opened(b"v"):
             for place in (0, OBJECT):
@@ -437,7 +426,7 @@ async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monk
             await volume.sync()
             await volume.write(0, b"B" * BLOCK)
             with monkeypatch.context() as patch:
-                patch.setattr(MemoryFile, "sync", fail)
+                patch.setattr(MemoryFile, "sync", no_sync)
                 with pytest.raises(SyncFailedError):
                     await volume.sync()
             for place in (0, OBJECT):
@@ -450,8 +439,6 @@ async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monk
         async with pool.volumes.opened(b"other"):
             await other.write(0, b"D" * BLOCK)
             await other.sync()
-        await running.crash(CrashPlan(1, 0.0, 0.0))
-        nursery.cancel_scope.cancel()
     async with open_world(world) as pool:
         assert (await read_volume(pool, b"v"))[OBJECT:] == b"A" * BLOCK
         assert await read_volume(pool, b"other") == b"D" * BLOCK
@@ -460,26 +447,18 @@ async def test_after_a_failed_sync_no_processor_takes_writes_of_that_volume(monk
 async def test_a_failed_copy_on_write_volume_that_was_removed_refuses_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has preserved is never durable: whoever waits for that waits for ever."""
 
-    def fail(file: MemoryFile) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     world = World(1)
-    running = Running(world)
-    async with trio.open_nursery() as nursery:
-        await running.start(nursery)
-        pool = running.pool
+    async with open_until_power_is_lost(world) as pool:
         volume = await copy_on_write(pool, b"A" * 2 * BLOCK)
         pool.volumes.open(volume)
         await pool.snapshots.create(b"s")
         with monkeypatch.context() as patch:
-            patch.setattr(MemoryFile, "sync", fail)
+            patch.setattr(MemoryFile, "sync", no_sync)
             with pytest.raises(SyncFailedError):
                 await volume.write(0, b"B" * BLOCK)
         await pool.volumes.remove(b"v")
         with pytest.raises(SyncFailedError):
             await volume.write(0, b"C" * BLOCK)
-        await running.crash(CrashPlan(1, 0.0, 0.0))
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_pool_with_a_full_device_outside_opens_and_frees_room() -> None:

@@ -25,8 +25,10 @@ from snapfs.backends import MemoryDevice
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError
 from snapfs.images import export_image, import_image
 from snapfs.making import VolumeWish
+from snapfs.placement import Quota
 from snapfs.pool import Pool
 from snapfs.receive import Receiver, ReceiveState, resume_tokens
+from snapfs.snapshot import SnapshotVolume
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
 
@@ -417,7 +419,8 @@ async def write(pool: Pool, block_count: int, letter: bytes) -> None:
 async def until(is_done: Callable[[], bool]) -> None:
     with trio.fail_after(20):
         while not is_done():
-            await trio.sleep(0.01)
+            # By way of a thread: others go on, and it is not waited for awake.
+            await trio.to_thread.run_sync(lambda: None)
 
 
 def reasons(pool: Pool) -> list[str]:
@@ -426,13 +429,34 @@ def reasons(pool: Pool) -> list[str]:
     return [line["reason"] for line in lines if line["event"] == "freeing-stopped"]
 
 
+class Looks:
+    """Counts how often what is nearly full is looked at."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def some(self) -> None:
+        """Several more."""
+        wanted = self.count + 5
+        await until(lambda: self.count >= wanted)
+
+
 @pytest.fixture
-def looked_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    """It is looked at again and again."""
     monkeypatch.setattr(freeing, "_REST_S_MIN", 0.01)
     monkeypatch.setattr(freeing, "_REST_FACTOR", 1)
+    found, look_at = Looks(), freeing.OldestFreer._look_at
+
+    async def counted(freer: freeing.OldestFreer, changelog_id: int, quota: Quota) -> None:
+        await look_at(freer, changelog_id, quota)
+        found.count += 1
+
+    monkeypatch.setattr(freeing.OldestFreer, "_look_at", counted)
+    return found
 
 
-async def test_no_snapshot_is_deleted_that_would_free_nothing_there(looked_often: None) -> None:
+async def test_no_snapshot_is_deleted_that_would_free_nothing_there(looks: Looks) -> None:
     async with nearly_full_soon() as pool:
         await write(pool, 120, b"A")
         for number in range(5):
@@ -440,20 +464,20 @@ async def test_no_snapshot_is_deleted_that_would_free_nothing_there(looked_often
         # All of it live: what the snapshots hold lies elsewhere.
         await write(pool, 96, b"B")
         await until(lambda: bool(reasons(pool)))
-        await trio.sleep(0.5)
+        await looks.some()
         assert len(pool.snapshots.by_name) == 5
         assert reasons(pool) == ["no snapshot that may be deleted holds anything there alone"]
         # Of one that would, it alone goes, and there is still no room to be had from the others.
         await pool.snapshots.create(b"s5")
         await write(pool, 2, b"C")
         await until(lambda: b"s5" not in pool.snapshots.by_name)
-        await trio.sleep(0.5)
+        await looks.some()
         assert len(pool.snapshots.by_name) == 5
         assert len(reasons(pool)) == 1
         assert pool.changelogs.get(b"logs").used_blocks == 96
 
 
-async def test_snapshots_that_hold_the_same_blocks_go_together_and_those_before_stay(looked_often: None) -> None:
+async def test_snapshots_that_hold_the_same_blocks_go_together_and_those_before_stay(looks: Looks) -> None:
     async with nearly_full_soon() as pool:
         await write(pool, 120, b"A")
         await pool.snapshots.create(b"before")
@@ -470,23 +494,33 @@ async def test_snapshots_that_hold_the_same_blocks_go_together_and_those_before_
         assert pool.changelogs.get(b"logs").used_blocks == 60
 
 
-@pytest.mark.parametrize("is_deleted", [False, True])
-async def test_a_reader_of_the_oldest_is_waited_for(looked_often: None, is_deleted: bool) -> None:
+@asynccontextmanager
+async def with_a_reader_of_the_oldest() -> AsyncIterator[tuple[Pool, SnapshotVolume]]:
+    """Three snapshots that hold something there, of which the one that is to go first is open."""
     async with nearly_full_soon() as pool:
-        await write(pool, 30, b"A")
-        await pool.snapshots.create(b"before")
-        await write(pool, 30, b"B")
-        oldest = await pool.snapshots.create(b"oldest")
-        await write(pool, 30, b"C")
-        await pool.snapshots.create(b"next")
+        for name, contents in ((b"before", b"A"), (b"oldest", b"B"), (b"next", b"C")):
+            await write(pool, 30, contents)
+            await pool.snapshots.create(name)
+        oldest = pool.snapshots.get(b"oldest")
         members = await pool.snapshots.members(oldest)
         reader = await pool.snapshots.open_volume(oldest, members.get(b"v")[0])
+        yield pool, reader
+
+
+async def fill_up(pool: Pool) -> None:
+    """Until it is told what keeps room from being made."""
+    async with pool.volumes.opened(b"v") as volume:
+        await volume.write(100 * BLOCK, b"D" * 36 * BLOCK)
+    await until(lambda: bool(reasons(pool)))
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_a_reader_of_the_oldest_is_waited_for(looks: Looks, is_deleted: bool) -> None:
+    async with with_a_reader_of_the_oldest() as (pool, reader):
         if is_deleted:
             await pool.snapshots.delete(b"oldest")
-        async with pool.volumes.opened(b"v") as volume:
-            await volume.write(100 * BLOCK, b"D" * 36 * BLOCK)
-        await until(lambda: bool(reasons(pool)))
-        await trio.sleep(0.5)
+        await fill_up(pool)
+        await looks.some()
         assert (b"oldest" in pool.snapshots.by_name) != is_deleted
         assert b"next" in pool.snapshots.by_name
         assert reasons(pool) == ["snapshot 'oldest', the oldest to be deleted, is open"]
@@ -494,6 +528,15 @@ async def test_a_reader_of_the_oldest_is_waited_for(looked_often: None, is_delet
         pool.snapshots.close_volume(reader)
         await until(lambda: pool.changelogs.get(b"logs").percent < 95)
         assert set(pool.snapshots.by_name) == {b"before", b"next"}
+
+
+async def test_a_reader_of_what_may_not_go_is_not_waited_for(looks: Looks) -> None:
+    async with with_a_reader_of_the_oldest() as (pool, reader):
+        await fill_up(pool)
+        await pool.snapshots.hold(b"oldest", "mine")
+        await until(lambda: len(reasons(pool)) == 2)
+        assert reasons(pool)[1] == "no snapshot that may be deleted holds anything there alone"
+        pool.snapshots.close_volume(reader)
 
 
 instant_rows = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(1, 9)), max_size=14)
@@ -517,22 +560,3 @@ def test_a_state_of_an_earlier_version_survives_being_kept_again() -> None:
     state = ReceiveState.from_fields([1, 4096, 0, ["a"], ["b"]])
     assert state.base_guid is None
     assert ReceiveState.from_fields(json.loads(state.to_json())) == state
-
-
-async def test_a_reader_of_what_may_not_go_is_not_waited_for(looked_often: None) -> None:
-    async with nearly_full_soon() as pool:
-        await write(pool, 30, b"A")
-        await pool.snapshots.create(b"before")
-        await write(pool, 30, b"B")
-        oldest = await pool.snapshots.create(b"oldest")
-        await write(pool, 30, b"C")
-        await pool.snapshots.create(b"next")
-        members = await pool.snapshots.members(oldest)
-        reader = await pool.snapshots.open_volume(oldest, members.get(b"v")[0])
-        async with pool.volumes.opened(b"v") as volume:
-            await volume.write(100 * BLOCK, b"D" * 36 * BLOCK)
-        await until(lambda: bool(reasons(pool)))
-        await pool.snapshots.hold(b"oldest", "mine")
-        await until(lambda: len(reasons(pool)) == 2)
-        assert reasons(pool)[1] == "no snapshot that may be deleted holds anything there alone"
-        pool.snapshots.close_volume(reader)

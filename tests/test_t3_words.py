@@ -8,9 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,52 +118,42 @@ def test_a_daemon_without_an_answer_is_told_of_in_words(monkeypatch: pytest.Monk
         cli_control.ask("anywhere", "diff", "a")
 
 
-@asynccontextmanager
-async def turns_of_the_loop() -> AsyncIterator[Callable[[], float]]:
-    """Takes turns all the time; tells which part of the time passed in the longest wait for one."""
-    began = last = time.perf_counter()
-    longest = 0.0
+class Noted:
+    """Calls, and of each whether it was made in the event loop."""
 
-    async def take_turns() -> None:
-        nonlocal last, longest
-        while True:
-            await trio.lowlevel.checkpoint()
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+    def __init__(self) -> None:
+        self.in_loop: list[bool] = []
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(take_turns)
-        await trio.lowlevel.checkpoint()
-        yield lambda: longest / (time.perf_counter() - began)
-        nursery.cancel_scope.cancel()
-
-
-async def test_a_long_answer_is_encoded_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    extents = [{"offset": number * 8192, "length": 4096, "kind": "data"} for number in range(400_000)]
-
-    async def long(context: CommandContext, command: Command) -> Answer:
-        return {"volumes": [{"name": "v", "extents": extents}]}
-
-    monkeypatch.setattr(control, "COMMANDS", {"long": long})
-    async with open_world(World()) as pool, turns_of_the_loop() as longest_share:
-        session = session_of(pool)
-        await session.write(b"long\n")
-        await trio.sleep(0.01)
-        assert longest_share() < 0.5
-        answer = json.loads(session.read(1 << 30))
-        assert answer["ok"] and answer["volumes"][0]["extents"] == extents
-
-
-async def test_a_manifest_is_made_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_loop: list[bool] = []
-
-    def noted(call: Callable[..., object]) -> Callable[..., object]:
+    def of(self, call: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object) -> object:
-            in_loop.append(threading.current_thread() is threading.main_thread())
+            self.in_loop.append(threading.current_thread() is threading.main_thread())
             return call(*args)
 
         return run
 
+
+async def test_a_long_answer_is_encoded_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in pieces, between which the loop goes on: the encoder in C lets no other thread run."""
+    extents = [{"offset": number * 8192, "length": 4096, "kind": "data"} for number in range(40_000)]
+    document: Answer = {"volumes": [{"name": "v", "extents": extents}]}
+    noted = Noted()
+
+    async def long(context: CommandContext, command: Command) -> Answer:
+        return document
+
+    monkeypatch.setattr(control, "COMMANDS", {"long": long})
+    monkeypatch.setattr(control, "encoded", noted.of(jsontext.encoded))
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        await session.write(b"long\n")
+        assert noted.in_loop == [False]
+        answer = json.loads(session.read(1 << 30))
+        assert answer["ok"] and answer["volumes"][0]["extents"] == extents
+    assert max(map(len, jsontext.pieces(document))) < 1 << 16
+
+
+async def test_a_manifest_is_made_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = Noted()
     count = 50
     async with open_world(World(processor_count=1)) as pool:
         volume = await pool.volumes.create(b"v")
@@ -173,10 +162,10 @@ async def test_a_manifest_is_made_beside_the_loop(monkeypatch: pytest.MonkeyPatc
             # Those in a row are not alike, or they would be told as one.
             await put(pool, b"v", number * OBJECT, b"x" * BLOCK * (1 + number % 2))
         snapshot = await pool.snapshots.create(b"s")
-        monkeypatch.setattr(manifest, "_references", noted(manifest._references))
-        monkeypatch.setattr(manifest, "indented", noted(jsontext.indented))
+        monkeypatch.setattr(manifest, "_references", noted.of(manifest._references))
+        monkeypatch.setattr(manifest, "indented", noted.of(jsontext.indented))
         text = await manifest.manifest_of(pool, snapshot)
-        assert in_loop == [False] * (count + 1)
+        assert noted.in_loop == [False] * (count + 1)
         told = json.loads(text)
         assert text == json.dumps(told, indent=1).encode() + b"\n"
         (part,) = told["intermediate_snapshots"][0]["volumes"]
