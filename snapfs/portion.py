@@ -121,6 +121,7 @@ class Portion:
         is_gone: bool = False,
     ) -> None:
         self.volume_id = volume_id
+        self._processor_index = access.store.processor_index
         self.birth_epoch = birth_epoch
         self.named_epoch = named_epoch
         self.last_instant = last_instant
@@ -418,7 +419,7 @@ class Portion:
         if log_id == HOLE:
             return bytes(BLOCK_SIZE)
         offset = log_offset(object_index, self._processor_count) + (block << BLOCK_SHIFT)
-        known = old_blocks.get((self._access.store.processor_index, log_id, offset))
+        known = old_blocks.get((self._processor_index, log_id, offset))
         if known is not None:
             return known
         log = self._logs.known.get(log_id)
@@ -714,9 +715,9 @@ class Portion:
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
         """Bring a log's row into memory."""
         row = await self._access.ask(self._access.store.log, log_id)
-        if row is None and (self._access.store.processor_index, log_id, _WAS_MISSING) not in old_blocks:
+        if row is None and (self._processor_index, log_id, _WAS_MISSING) not in old_blocks:
             # It may have died since its map was looked at; the caller looks again, once.
-            old_blocks[(self._access.store.processor_index, log_id, _WAS_MISSING)] = b""
+            old_blocks[(self._processor_index, log_id, _WAS_MISSING)] = b""
             return
         if row is None:
             raise DamagedError(
@@ -739,9 +740,9 @@ class Portion:
         try:
             self._logs.open_file(log)
         except DamagedError:
-            if (self._access.store.processor_index, log_id, _WAS_MISSING) in old_blocks:
+            if (self._processor_index, log_id, _WAS_MISSING) in old_blocks:
                 raise
-            old_blocks[(self._access.store.processor_index, log_id, _WAS_MISSING)] = b""
+            old_blocks[(self._processor_index, log_id, _WAS_MISSING)] = b""
 
     async def _look_up_log(self, epoch: int, old_blocks: OldBlocks) -> None:
         """Learn whether the store has a log that takes this volume's writes."""
@@ -763,7 +764,7 @@ class Portion:
                 self.report(damage)
                 raise
             return
-        old_blocks[(self._access.store.processor_index, log.log_id, offset)] = bytes(buffer)
+        old_blocks[(self._processor_index, log.log_id, offset)] = bytes(buffer)
 
     def report(self, damage: DamagedBlockError) -> None:
         """Tell whoever keeps track of damage."""
