@@ -148,9 +148,9 @@ class MemoryFile(DeviceFile):
         node = self._node
         missing = [page for page in range(length // PAGE_SIZE) if page not in node.pages]
         taken = self._device.take_pages(len(missing))
+        node.pages.update(dict.fromkeys(missing[:taken], _ZEROS))
         for page in missing[:taken]:
-            node.pages[page] = _ZEROS
-            node.unsynced.setdefault(page, []).append(_ZEROS)
+            node.note(page)
         if taken < len(missing):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         node.size = max(node.size, length)

@@ -273,7 +273,9 @@ class CrashImages:
     def __init__(self, journal: Journal, start: int = 0) -> None:
         self._journal = journal
         self._base = _Replay(journal)
-        self._base_place = 0
+        # Calls that are not in the base: some cut may not leave them, or such a one of the same file came before.
+        self._waiting: list[int] = []
+        self._seen = 0
         self._settle_base(start)
 
     def _is_durable(self, place: int, before: int) -> bool:
@@ -281,16 +283,27 @@ class CrashImages:
         return durable_at is not None and durable_at < before
 
     def _settle_base(self, before: int) -> None:
-        """Do what every later cut leaves, up to the first call that it may not leave."""
-        while self._base_place < before and self._is_durable(self._base_place, before):
-            self._base.redo(self._base_place)
-            self._base_place += 1
+        """Do what every later cut leaves; the calls of one file, and those of a device's names, in their order."""
+        held_up: set[tuple[str, int | None]] = set()
+        waiting = []
+        for place in (*self._waiting, *range(self._seen, before)):
+            operation = self._journal.operations[place]
+            if operation.kind in (SYNC, SYNC_NAMES):
+                continue
+            is_of_names = operation.kind in (CREATE, REMOVE, RENAME)
+            key = operation.device, None if is_of_names else operation.file
+            if key not in held_up and self._is_durable(place, before):
+                self._base.redo(place)
+            else:
+                held_up.add(key)
+                waiting.append(place)
+        self._waiting, self._seen = waiting, max(self._seen, before)
 
     def after(self, cut: PowerCut) -> dict[str, MemoryDevice]:
         """What a cut leaves, by what the devices are called in the journal."""
         self._settle_base(cut.place)
         replay = self._base.copy()
-        for place in range(self._base_place, cut.place):
+        for place in self._waiting:
             if place in cut.kept or self._is_durable(place, cut.place):
                 replay.redo(place, cut)
         return replay.settled()

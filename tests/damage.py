@@ -16,10 +16,11 @@ from snapfs.pool import Pool
 from snapfs.rescue import rescued_pool
 from snapfs.scrub import verify
 
+from .contents import PAGE
 from .faults import FaultRunner
-from .harness import WHERE, Running, World, read_snapshot, read_volume, without_threads
+from .harness import WHERE, Running, World, snapshot_contents, volume_contents, without_threads
 from .model import Operation
-from .powercut import OBJECT, PAGE, State
+from .powercut import OBJECT, State
 
 WORKLOAD: list[Operation] = [
     ("create", b"a"),
@@ -138,14 +139,14 @@ class Damages:
     async def _read_all(self, pool: Pool, outcome: Outcome) -> None:
         for name, versions in self._state.volumes.items():
             try:
-                if await read_volume(pool, name) != versions[-1]:
+                if await volume_contents(pool, name) != versions[-1]:
                     outcome.wrong.append(f"volume {name!r}")
             except (SnapfsError, OSError):
                 outcome.unread.append(f"volume {name!r}")
         for name, held in self._state.snapshots.items():
             for one, data in held.items():
                 try:
-                    if await read_snapshot(pool, pool.snapshots.get(name), one) != data:
+                    if await snapshot_contents(pool, pool.snapshots.get(name), one) != data:
                         outcome.wrong.append(f"{name!r}/{one!r}")
                 except (SnapfsError, OSError):
                     outcome.unread.append(f"{name!r}/{one!r}")
@@ -156,7 +157,8 @@ class Damages:
             async with pool.volumes.opened(name) as volume:
                 for index, place in enumerate(range(0, len(contents), OBJECT)):
                     try:
-                        if await volume.read(place, OBJECT) != contents[place : place + OBJECT]:
+                        wanted = contents.piece(place, min(OBJECT, len(contents) - place))
+                        if await volume.read(place, OBJECT) != wanted:
                             outcome.wrong.append(f"object {index} of volume {name!r}")
                     except (SnapfsError, OSError):
                         outcome.unread_objects.add((name, index))
@@ -170,10 +172,10 @@ class Damages:
                 outcome.is_told_by_verify = True
 
 
-def device_contents(device: Device) -> dict[str, bytes]:
-    """All files of a device but the lock's."""
+def device_contents(device: Device) -> dict[str, tuple[int, dict[int, bytes]]]:
+    """All files of a device but the lock's: their sizes and pages."""
     assert isinstance(device, MemoryDevice)
-    return {name: device.read_file(name) for name in all_names(device) if name != "lock"}
+    return {name: (one.size, dict(one.pages)) for name, one in device._files.items() if name != "lock"}
 
 
 def all_names(device: MemoryDevice) -> list[str]:

@@ -21,9 +21,10 @@ from snapfs.errors import SnapfsError
 from snapfs.pool import Pool
 from snapfs.status import pool_status
 
+from .contents import PAGE, Contents
 from .harness import Running, World, without_threads
 from .model import Operation, Runner
-from .powercut import OBJECT, PAGE, Mark, State, found_in
+from .powercut import OBJECT, Mark, State, found_in
 
 WORKLOAD: list[Operation] = [
     ("create", b"a"),
@@ -260,12 +261,14 @@ def failed_volumes(pool: Pool) -> set[bytes]:
     return {name for name, volume in pool.volumes.by_name.items() if volume.failure is not None}
 
 
-def timeless(snapshots: Mapping[bytes, Mapping[bytes, bytes]]) -> dict[bytes, Mapping[bytes, bytes]]:
+def timeless(snapshots: Mapping[bytes, Mapping[bytes, Contents]]) -> dict[bytes, Mapping[bytes, Contents]]:
     """The same, with what a rollback kept called alike in every run."""
     return {b"undo" if name.endswith(b"-before-rollback") else name: held for name, held in snapshots.items()}
 
 
-def hold_against(mark: Mark, volumes: Mapping[bytes, bytes], snapshots: Mapping[bytes, Mapping[bytes, bytes]]) -> None:
+def hold_against(
+    mark: Mark, volumes: Mapping[bytes, Contents], snapshots: Mapping[bytes, Mapping[bytes, Contents]]
+) -> None:
     """Fail when this is not what may be found during an operation."""
     allowed = [State(state.volumes, timeless(state.snapshots)) for state in mark.allowed()]
     if mark.what[0] == "rollback":

@@ -20,6 +20,7 @@ from snapfs.snapshot import Snapshot
 from snapfs.threads import Threads
 
 from .conftest import MEMORY
+from .contents import Contents, contents_of
 
 WHERE = "memory"
 
@@ -189,6 +190,23 @@ async def read_volume(pool: Pool, name: bytes) -> bytes:
     """A volume's contents."""
     async with pool.volumes.opened(name) as volume:
         return bytes(await volume.read(0, volume.size_bytes))
+
+
+async def snapshot_contents(pool: Pool, snapshot: Snapshot, name: bytes) -> Contents:
+    """A volume's contents in a snapshot, piece by piece."""
+    members = await pool.snapshots.members(snapshot)
+    volume_id, _ = members.get(name)
+    volume = await pool.snapshots.open_volume(snapshot, volume_id)
+    try:
+        return await contents_of(volume.read, volume.size_bytes)
+    finally:
+        pool.snapshots.close_volume(volume)
+
+
+async def volume_contents(pool: Pool, name: bytes) -> Contents:
+    """A volume's contents, piece by piece."""
+    async with pool.volumes.opened(name) as volume:
+        return await contents_of(volume.read, volume.size_bytes)
 
 
 async def everything_is_proven(pool: Pool) -> None:

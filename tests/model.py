@@ -19,9 +19,9 @@ from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 
-from .harness import Running, World, everything_is_proven, read_snapshot, read_volume, without_threads
+from .contents import Contents, first_of_no_version
+from .harness import Running, World, everything_is_proven, snapshot_contents, volume_contents, without_threads
 
-SECTOR = 512
 SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
 NAMES = [b"a", b"b", b"c"]
 IMAGE = bytes(index * 7 & 0xFF for index in range(9000)) + bytes(5 << 20) + b"end" * 3000
@@ -34,28 +34,29 @@ Operation = tuple[Any, ...]
 class ModelVolume:
     """What a volume holds, and what it may hold after a power cut: every version since the last sync."""
 
-    data: bytearray = field(default_factory=bytearray)
+    data: Contents = field(default_factory=Contents)
     identity: object = field(default_factory=object)
-    versions: list[bytes] = field(default_factory=lambda: [b""])
+    versions: list[Contents] = field(default_factory=lambda: [Contents()])
 
     def note(self) -> None:
-        self.versions.append(bytes(self.data))
+        self.versions.append(self.data.copy())
 
     def synced(self) -> None:
-        self.versions = [bytes(self.data)]
+        self.versions = [self.data.copy()]
 
-    def adopt(self, found: bytes, *, exact_size: bool = True) -> None:
-        """After a power cut: each sector is one of its versions; what is found is the truth from now on.
+    def write(self, offset: int, data: bytes) -> None:
+        self.data.write(offset, data)
+        self.note()
 
-        The kernel hands its pages over in pieces, between which a file has a size of its own: then not ``exact_size``.
-        """
-        sizes = {len(version) for version in self.versions}
-        assert len(found) in sizes if exact_size else min(sizes) <= len(found) <= max(sizes), (len(found), sizes)
-        for start in range(0, len(found), SECTOR):
-            piece = found[start : start + SECTOR]
-            allowed = {version[start : start + len(piece)].ljust(len(piece), b"\0") for version in self.versions}
-            assert piece in allowed, f"offset {start} is of no version"
-        self.data = bytearray(found)
+    def discard(self, offset: int, length: int) -> None:
+        self.data.clear(offset, offset + length)
+        self.note()
+
+    def adopt(self, found: Contents, *, exact_size: bool = True) -> None:
+        """After a power cut: each sector is one of its versions; what is found is the truth from now on."""
+        wrong = first_of_no_version(found, self.versions, exact_size=exact_size)
+        assert wrong is None, wrong
+        self.data = found.copy()
         self.synced()
 
 
@@ -71,7 +72,7 @@ async def named_blocks(pool: Pool) -> int:
 class Model:
     def __init__(self) -> None:
         self.volumes: dict[bytes, ModelVolume] = {}
-        self.snapshots: dict[bytes, dict[bytes, tuple[object, bytes]]] = {}
+        self.snapshots: dict[bytes, dict[bytes, tuple[object, Contents]]] = {}
         self.held: set[bytes] = set()
         self.in_place: set[object] = set()
 
@@ -134,10 +135,7 @@ class Runner:
             return
         data = bytes((fill + index) & 0xFF or 1 for index in range(251)) * (length // 251 + 1)
         data = data[:length]
-        if len(volume.data) < offset + length:
-            volume.data.extend(bytes(offset + length - len(volume.data)))
-        volume.data[offset : offset + length] = data
-        volume.note()
+        volume.write(offset, data)
         async with self.running.pool.volumes.opened(name) as real:
             await real.write(offset, data)
 
@@ -146,10 +144,7 @@ class Runner:
         if volume is None:
             return
         offset, length = block * 4096, count * 4096
-        if len(volume.data) < offset + length:
-            volume.data.extend(bytes(offset + length - len(volume.data)))
-        volume.data[offset : offset + length] = bytes(length)
-        volume.note()
+        volume.write(offset, bytes(length))
         async with self.running.pool.volumes.opened(name) as real:
             await real.write(offset, bytes(length))
 
@@ -160,10 +155,7 @@ class Runner:
             return
         head = b"h" * (-offset % 4096)
         data = head + b"".join(b"d" * 4096 if one else bytes(4096) for one in pattern) + b"t" * 100
-        if len(volume.data) < offset + len(data):
-            volume.data.extend(bytes(offset + len(data) - len(volume.data)))
-        volume.data[offset : offset + len(data)] = data
-        volume.note()
+        volume.write(offset, data)
         async with self.running.pool.volumes.opened(name) as real:
             await real.write(offset, data)
 
@@ -171,10 +163,7 @@ class Runner:
         volume = self.model.volumes.get(name)
         if volume is None:
             return
-        end = min(offset + length, len(volume.data))
-        if end > offset:
-            volume.data[offset:end] = bytes(end - offset)
-        volume.note()
+        volume.discard(offset, length)
         await self.running.pool.volumes.discard(self.running.pool.volumes.get(name), offset, length)
 
     async def do_truncate(self, name: bytes, size: int) -> None:
@@ -184,8 +173,9 @@ class Runner:
         pool = self.running.pool
         if size < len(volume.data) and pool.volumes.get(name).block_count:
             # Durable at once: no version reaches behind it any more.
-            volume.versions = [version[:size] for version in volume.versions]
-        volume.data = volume.data[:size].ljust(size, b"\0")
+            for version in volume.versions:
+                version.truncate(min(size, len(version)))
+        volume.data.truncate(size)
         volume.note()
         await pool.volumes.truncate(pool.volumes.get(name), size)
 
@@ -207,7 +197,7 @@ class Runner:
             self.world.make_image(path, contents)
         change_mode = REDIRECT if kind == "image" else COPY_ON_WRITE
         await self.running.pool.maker.create(VolumeWish(name, None, change_mode, path))
-        self.model.volumes[name] = ModelVolume(bytearray(contents))
+        self.model.volumes[name] = ModelVolume(Contents(contents))
         self.model.volumes[name].synced()
         if change_mode == COPY_ON_WRITE:
             self.model.in_place.add(self.model.volumes[name].identity)
@@ -241,7 +231,7 @@ class Runner:
         self.keep(name, held)
 
     def keep(self, name: bytes, held: dict[bytes, ModelVolume]) -> None:
-        self.model.snapshots[name] = {one: (volume.identity, bytes(volume.data)) for one, volume in held.items()}
+        self.model.snapshots[name] = {one: (volume.identity, volume.data.copy()) for one, volume in held.items()}
         for volume in held.values():
             volume.synced()
 
@@ -291,7 +281,7 @@ class Runner:
                 await self.running.pool.clones.clone(snapshot, source, new)
             return
         await self.running.pool.clones.clone(snapshot, source, new)
-        self.model.volumes[new] = ModelVolume(bytearray(found[1]))
+        self.model.volumes[new] = ModelVolume(found[1].copy())
         self.model.volumes[new].synced()
 
     async def do_rollback(self, snapshot: bytes, name: bytes | None) -> None:
@@ -313,7 +303,7 @@ class Runner:
         self.keep(undo.name, {now[i][0]: now[i][1] for i, _ in wanted.values() if i in now})
         for one, (identity, data) in wanted.items():
             volume = now[identity][1] if identity in now else ModelVolume(identity=identity)
-            volume.data = bytearray(data)
+            volume.data = data.copy()
             volume.synced()
             if identity not in now:
                 self.model.volumes[one] = volume
@@ -347,21 +337,21 @@ class Runner:
         pool = self.running.pool
         assert set(pool.volumes.by_name) == set(self.model.volumes)
         for name, volume in self.model.volumes.items():
-            volume.adopt(await read_volume(pool, name))
+            volume.adopt(await volume_contents(pool, name))
         await self.verify()
 
     async def verify(self) -> None:
         pool = self.running.pool
         assert set(pool.volumes.by_name) == set(self.model.volumes)
         for name, volume in self.model.volumes.items():
-            assert await read_volume(pool, name) == volume.data
+            assert await volume_contents(pool, name) == volume.data
         assert set(pool.snapshots.by_name) == set(self.model.snapshots)
         for name, contents in self.model.snapshots.items():
             snapshot = pool.snapshots.get(name)
             members = await pool.snapshots.members(snapshot)
             assert set(members.by_name) == set(contents)
             for volume_name, (_, data) in contents.items():
-                assert await read_snapshot(pool, snapshot, volume_name) == data
+                assert await snapshot_contents(pool, snapshot, volume_name) == data
 
     async def finish(self) -> None:
         await self.verify()

@@ -20,10 +20,10 @@ from snapfs.backends import CrashImages, Journal, MemoryDevice, PowerCut, Record
 from snapfs.errors import NoSpaceError
 from snapfs.pool import Pool
 
-from .harness import Running, World, read_snapshot, read_volume, without_threads
-from .model import SECTOR, Model, Operation, Runner
+from .contents import PAGE, Contents, first_of_no_version
+from .harness import Running, World, snapshot_contents, volume_contents, without_threads
+from .model import Model, Operation, Runner
 
-PAGE = 4096
 OBJECT = 4 << 20
 NAMES = (b"a", b"b")
 SNAPSHOTS = (b"s0", b"s1", b"s2")
@@ -37,17 +37,17 @@ LENGTHS = (1, 700, PAGE, PAGE + 1, 3 * PAGE)
 class State:
     """What the model allows: for each volume the versions of its contents, for each snapshot its volumes' contents."""
 
-    volumes: Mapping[bytes, tuple[bytes, ...]]
-    snapshots: Mapping[bytes, Mapping[bytes, bytes]]
+    volumes: Mapping[bytes, tuple[Contents, ...]]
+    snapshots: Mapping[bytes, Mapping[bytes, Contents]]
 
     @classmethod
     def of(cls, model: Model) -> State:
         return cls(
-            {name: tuple(dict.fromkeys([*one.versions, bytes(one.data)])) for name, one in model.volumes.items()},
+            {name: (*(each.copy() for each in one.versions), one.data.copy()) for name, one in model.volumes.items()},
             {name: {one: data for one, (_, data) in held.items()} for name, held in model.snapshots.items()},
         )
 
-    def difference(self, volumes: Mapping[bytes, bytes], snapshots: Mapping[bytes, Mapping[bytes, bytes]]) -> str:
+    def difference(self, volumes: Mapping[bytes, Contents], snapshots: Mapping[bytes, Mapping[bytes, Contents]]) -> str:
         """What of this was found otherwise; empty when nothing."""
         if set(volumes) != set(self.volumes):
             return f"volumes {sorted(volumes)} instead of {sorted(self.volumes)}"
@@ -63,22 +63,6 @@ class State:
             if (where := first_of_no_version(data, self.volumes[name])) is not None:
                 return f"volume {name!r}: {where}"
         return ""
-
-
-def first_of_no_version(found: bytes, versions: tuple[bytes, ...]) -> str | None:
-    """Where a sector is of none of the versions, in words."""
-    if found in versions:
-        return None
-    if len(found) not in {len(version) for version in versions}:
-        return f"{len(found)} bytes, which no version has"
-    for page in range(0, len(found), PAGE):
-        if found[page : page + PAGE] == versions[-1][page : page + PAGE]:
-            continue
-        for start in range(page, min(page + PAGE, len(found)), SECTOR):
-            piece = found[start : start + SECTOR]
-            if all(piece != version[start : start + len(piece)].ljust(len(piece), b"\0") for version in versions):
-                return f"what lies at {start} is of no version"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +173,7 @@ class FullRunner(Runner):
             assert set(pool.snapshots.by_name) == set(before.snapshots), operation
             for name, volume in before.volumes.items():
                 # A part of it may have been written.
-                volume.data = bytearray(await read_volume(pool, name))
+                volume.data = await volume_contents(pool, name)
                 volume.note()
 
     async def do_snapshot(self, name: bytes, names: list[bytes] | None) -> None:
@@ -226,13 +210,13 @@ async def record(
     return recording
 
 
-async def found_in(pool: Pool) -> tuple[dict[bytes, bytes], dict[bytes, dict[bytes, bytes]]]:
+async def found_in(pool: Pool) -> tuple[dict[bytes, Contents], dict[bytes, dict[bytes, Contents]]]:
     """The contents of all volumes and of all snapshots."""
-    volumes = {name: await read_volume(pool, name) for name in list(pool.volumes.by_name)}
+    volumes = {name: await volume_contents(pool, name) for name in list(pool.volumes.by_name)}
     snapshots = {}
     for name, snapshot in list(pool.snapshots.by_name.items()):
         members = await pool.snapshots.members(snapshot)
-        snapshots[name] = {one: await read_snapshot(pool, snapshot, one) for one in members.by_name}
+        snapshots[name] = {one: await snapshot_contents(pool, snapshot, one) for one in members.by_name}
     return volumes, snapshots
 
 

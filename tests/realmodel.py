@@ -16,6 +16,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 from .conftest import MEMORY, Mounted, clear_away, run
+from .contents import Contents
 from .model import NAMES, SNAPSHOT_NAMES, Model, ModelVolume, Operation
 
 BLOCK = 4096
@@ -70,18 +71,13 @@ class RealRunner:
         assert "error" not in answer, answer
         return answer
 
-    def note_write(self, volume: ModelVolume, offset: int, data: bytes) -> None:
-        volume.data.extend(bytes(max(0, offset + len(data) - len(volume.data))))
-        volume.data[offset : offset + len(data)] = data
-        volume.note()
-
     def do_write(self, name: str, offset: int, length: int, fill: int) -> None:
         volume = self.model.volumes.get(name.encode())
         if volume is not None:
             data = bytes([fill]) * length
             with open(self.path(name), "r+b", buffering=0) as file:
                 assert os.pwrite(file.fileno(), data, offset) == length
-            self.note_write(volume, offset, data)
+            volume.write(offset, data)
 
     def do_map(self, name: str, offset: int, length: int, fill: int) -> None:
         """Stores through a shared mapping, made durable by msync."""
@@ -92,7 +88,7 @@ class RealRunner:
         with open(self.path(name), "r+b") as file, mmap.mmap(file.fileno(), len(volume.data)) as mapped:
             mapped[offset : offset + length] = data
             mapped.flush()
-        self.note_write(volume, offset, data)
+        volume.write(offset, data)
 
     def do_direct(self, name: str, block: int, count: int, fill: int) -> None:
         volume = self.model.volumes.get(name.encode())
@@ -105,7 +101,7 @@ class RealRunner:
                 assert os.pwrite(fd, buffer, block * BLOCK) == count * BLOCK
             finally:
                 os.close(fd)
-        self.note_write(volume, block * BLOCK, bytes([fill]) * (count * BLOCK))
+        volume.write(block * BLOCK, bytes([fill]) * (count * BLOCK))
 
     def do_sync(self, name: str) -> None:
         volume = self.model.volumes.get(name.encode())
@@ -118,7 +114,7 @@ class RealRunner:
         volume = self.model.volumes.get(name.encode())
         if volume is not None:
             os.truncate(self.path(name), size)
-            volume.data = volume.data[:size].ljust(size, b"\0")
+            volume.data.truncate(size)
             volume.note()
 
     def do_create(self, name: str, mode: str) -> None:
@@ -150,7 +146,7 @@ class RealRunner:
     def keep(self, name: str, held: list[bytes]) -> None:
         volumes = {one: self.model.volumes[one] for one in held}
         self.model.snapshots[name.encode()] = {
-            one: (volume.identity, bytes(volume.data)) for one, volume in volumes.items()
+            one: (volume.identity, volume.data.copy()) for one, volume in volumes.items()
         }
         for volume in volumes.values():
             volume.synced()
@@ -169,7 +165,7 @@ class RealRunner:
         found = self.model.snapshots.get(snapshot.encode(), {}).get(source.encode())
         if found is not None and new.encode() not in self.model.volumes:
             self.ask(f"clone {snapshot}/{source} {new}")
-            volume = self.model.volumes[new.encode()] = ModelVolume(bytearray(found[1]))
+            volume = self.model.volumes[new.encode()] = ModelVolume(found[1].copy())
             volume.synced()
 
     def do_rollback(self, snapshot: str, name: str) -> None:
@@ -181,7 +177,7 @@ class RealRunner:
             return
         undo = str(self.ask(f"rollback {snapshot} volume={name} force=yes")["undo"])
         os.rmdir(self.mounted.snapshots / undo)
-        volume.data = bytearray(found[1])
+        volume.data = found[1].copy()
         volume.synced()
 
     def do_flatten(self, name: str) -> None:
@@ -192,10 +188,7 @@ class RealRunner:
         volume = self.model.volumes.get(name.encode())
         if volume is not None:
             self.ask(f"discard {name} {offset} {length}")
-            end = min(offset + length, len(volume.data))
-            if end > offset:
-                volume.data[offset:end] = bytes(end - offset)
-            volume.note()
+            volume.discard(offset, length)
 
     def do_start_again(self, number: int) -> None:
         """The daemon is killed, or stopped, or all is synced, which is quicker."""
@@ -205,7 +198,7 @@ class RealRunner:
             self.mounted.check()
             self.mounted.mount()
             for name, volume in self.model.volumes.items():
-                volume.adopt(self.path(name.decode()).read_bytes(), exact_size=False)
+                volume.adopt(Contents(self.path(name.decode()).read_bytes()), exact_size=False)
         elif number == 1:
             self.mounted.remount()
         else:
@@ -227,11 +220,10 @@ class RealRunner:
             for one, (_, data) in held.items():
                 self.compare(folder / one.decode(), data)
 
-    def compare(self, path: Path, wanted: bytes | bytearray) -> None:
-        found = path.read_bytes()
-        if found != wanted:
-            differing = next((at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
-            raise AssertionError(f"{path}: {len(found)} bytes for {len(wanted)}, the first that differs at {differing}")
+    def compare(self, path: Path, wanted: Contents) -> None:
+        found = Contents(path.read_bytes())
+        differing = [one for one in sorted(found.pages.keys() | wanted.pages) if found.page(one) != wanted.page(one)]
+        assert found == wanted, f"{path}: {len(found)} bytes for {len(wanted)}, the pages {differing[:20]} differ"
 
     def start(self) -> None:
         """Take away whatever an example before this one left."""

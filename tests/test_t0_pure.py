@@ -8,6 +8,7 @@ import shlex
 import zlib
 from array import array
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -31,6 +32,8 @@ from snapfs.fuse.command import split_words
 from snapfs.fuse.patience import Patience
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 from snapfs.unnamed import mask_runs, objects_with_data
+
+from .contents import Contents, first_of_no_version
 
 BLOCKS = geometry.BLOCKS_PER_OBJECT
 SOURCE = Path(__file__).resolve().parent.parent
@@ -396,3 +399,46 @@ def test_waiting_awake_goes_on_while_it_goes_well_and_is_tried_again_now_and_the
     assert 0 < sum(later) < 40
     patience.note(has_come=True)
     assert patience.is_worth_it()
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("write"), st.integers(0, 20000), st.binary(max_size=9000)),
+            st.tuples(st.just("write"), st.integers(0, 20000), st.integers(0, 9000).map(bytes)),
+            st.tuples(st.just("clear"), st.integers(0, 30000), st.integers(0, 30000)),
+            st.tuples(st.just("truncate"), st.integers(0, 30000), st.none()),
+        )
+    )
+)
+def test_contents_are_what_bytes_would_be(changes: list[tuple[str, int, Any]]) -> None:
+    contents, plain = Contents(), bytearray()
+    for kind, place, what in changes:
+        before, plain_before = contents.copy(), bytes(plain)
+        if kind == "write":
+            contents.write(place, what)
+            plain.extend(bytes(max(0, place + len(what) - len(plain))))
+            plain[place : place + len(what)] = what
+        elif kind == "clear":
+            contents.clear(place, what)
+            plain[place:what] = bytes(len(plain[place:what]))
+        else:
+            contents.truncate(place)
+            plain = plain[:place].ljust(place, b"\0")
+        assert contents == Contents(bytes(plain)) and len(contents) == len(plain)
+        assert contents.piece(0, len(plain)) == plain and contents.piece(4000, 5000) == plain[4000:9000].ljust(
+            5000, b"\0"
+        )
+        assert (contents == before) == (plain == plain_before)
+        assert (first_of_no_version(contents, [before], exact_size=False) is None) == (
+            len(plain) == len(plain_before) and plain == plain_before
+        )
+
+
+def test_each_sector_may_be_of_another_version() -> None:
+    old, new = Contents(b"o" * 10000), Contents(b"n" * 10000)
+    mixed = Contents(b"o" * 512 + b"n" * 1024 + b"o" * (10000 - 1536))
+    assert first_of_no_version(mixed, [old, new]) is None
+    assert first_of_no_version(Contents(b"o" * 100 + b"n" * 9900), [old, new]) == "what lies at 0 is of no version"
+    assert first_of_no_version(Contents(b"o" * 9999), [old, new]) == "9999 bytes, which no version has"
+    assert first_of_no_version(Contents(b"o" * 9999), [Contents(b"o" * 9990), new, old], exact_size=False) is None
