@@ -1,6 +1,6 @@
 """What is on disk: names of files, schemas of the stores, and their records. Pure.
 
-``docs/on-disk-format.md`` tells the same in prose; golden pools of every released version prove it.
+``docs/on-disk-format.md`` tells the same in prose; golden pools of every format version prove it.
 The comments of the schemas are the authority on what a column holds.
 """
 
@@ -262,7 +262,7 @@ CREATE TABLE meta (             -- one row a key
                                 -- next_volume_id, next_snapshot_id, clean (1: closed, nothing is to be recovered)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE devices (
-  device_id INTEGER PRIMARY KEY,  -- 0 and up; never used again
+  device_id INTEGER PRIMARY KEY,  -- 0 and up
   path TEXT NOT NULL              -- absolute; empty for the one inside the pool
 ) STRICT;
 CREATE TABLE shards (           -- what each shard store must at least have reached
@@ -297,7 +297,7 @@ CREATE TABLE removed (          -- removed volumes whose maps are still to be ta
   epoch INTEGER NOT NULL          -- the volume's epoch when it was removed
 ) STRICT;
 CREATE TABLE snapshots (
-  snapshot_id INTEGER PRIMARY KEY,  -- 1 and up; never used again
+  snapshot_id INTEGER PRIMARY KEY,  -- 1 and up
   name BLOB UNIQUE,                 -- NULL: deleted, its space is being freed
   instant INTEGER NOT NULL UNIQUE,
   created_ns INTEGER NOT NULL,
@@ -321,7 +321,7 @@ ALTER TABLE snapshots ADD COLUMN
   guid TEXT NOT NULL DEFAULT '';            -- of the snapshot it was received from, in another pool; empty: made here
 CREATE TABLE receives (         -- streams that are being received, or were cut off
   guid TEXT PRIMARY KEY,          -- of the snapshot they bring
-  state TEXT NOT NULL             -- JSON, see transfer.py
+  state TEXT NOT NULL             -- JSON, see receive.py
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE holds (            -- tags that keep a snapshot from being deleted
   snapshot_id INTEGER NOT NULL,
@@ -430,7 +430,7 @@ ALTER TABLE traits ADD COLUMN
   restore_instant INTEGER NOT NULL DEFAULT 0;   -- a rollback in place to this instant is under way, 0 for none
 CREATE TABLE hooks (            -- programs that run before and after snapshots
   name TEXT PRIMARY KEY,
-  rule TEXT NOT NULL              -- JSON, see hooks.py
+  rule TEXT NOT NULL              -- JSON, see hook.py
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -448,7 +448,7 @@ CREATE TABLE sums (             -- checksums of the blocks of logs that take no 
   digests BLOB NOT NULL,          -- 16 bytes a block
   PRIMARY KEY (log_id, object_index)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE contents (         -- the content hash of a portion as the last sealed snapshot has it, see contenthash.py
+CREATE TABLE contents (         -- the content hash of a portion as a sealed snapshot has it, see contenthash.py
   volume_id INTEGER PRIMARY KEY,
   instant INTEGER NOT NULL,
   value BLOB NOT NULL             -- 384 bytes, and 8 over the row

@@ -16,6 +16,14 @@ from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableErro
 RAW = "raw"
 FORMATS = (RAW, "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 _PIECE_BYTES = 1 << 20
+# What such images begin with: by the specification of each, as file(1) knows them.
+_MAGICS = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"KDMV", "vmdk"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"conectix", "vpc"),
+    (0, b"vhdxfile", "vhdx"),
+)
 OnProgress = Callable[[int, int], None]
 Extents = list[tuple[int, int]]
 
@@ -98,10 +106,18 @@ def _write(file: IO[bytes], offset: int, data: bytes) -> None:
 
 
 def image_format_of(path: str) -> str:
-    """What kind of image a file is; raw without qemu-img. Raises NotFoundError."""
+    """What kind of image a file is. Raises NotFoundError; MissingToolError when it is one that qemu-img must read."""
     if not os.path.exists(path):
         raise NotFoundError(f"there is no image {path}", "Give the path of one")
     if shutil.which("qemu-img") is None:
+        with open(path, "rb", buffering=0) as file:
+            head = os.pread(file.fileno(), 512, 0)
+        for offset, magic, kind in _MAGICS:
+            if head.startswith(magic, offset):
+                raise MissingToolError(
+                    f"{path} looks like {kind}, and qemu-img is not installed",
+                    "Install qemu-utils; or say --format raw, if it is to be copied as it is",
+                )
         return RAW
     found = json.loads(_qemu_img("info", "--output", "json", "--", path))["format"]
     return str(found)

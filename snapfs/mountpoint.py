@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .errors import DamagedError, DeviceMissingError, MountError
+from .errors import BadCommandError, DamagedError, DeviceMissingError, MountError
 from .fuse import helper
 
 KNOWN_OPTIONS = frozenset(
@@ -39,12 +39,12 @@ class MountRequest:
 
 
 def check_options(options: frozenset[str]) -> None:
-    """Raises MountError for options that snapfs does not have, and for groups that are not there."""
+    """Raises BadCommandError for options that snapfs does not have, MountError for groups that are not there."""
     control_gid(options)
     unknown = sorted(one for one in options - KNOWN_OPTIONS if not one.startswith(_CONTROL_GROUP))
     if unknown:
         known = ", ".join([*sorted(KNOWN_OPTIONS), f"{_CONTROL_GROUP}GROUP"])
-        raise MountError(f"there is no mount option {unknown[0]!r}", f"Options: {known}")
+        raise BadCommandError(f"there is no mount option {unknown[0]!r}", f"Options: {known}")
 
 
 def control_gid(options: frozenset[str]) -> int | None:

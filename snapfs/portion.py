@@ -117,8 +117,8 @@ class Portion:
         *,
         birth_epoch: int,
         named_epoch: int,
-        last_instant: int = NEVER,
-        is_gone: bool = False,
+        last_instant: int,
+        is_gone: bool,
     ) -> None:
         self.volume_id = volume_id
         self._processor_index = access.store.processor_index

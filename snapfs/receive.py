@@ -1,8 +1,8 @@
 """Receiving a stream into a mount.
 
 What is received goes into volumes of the target, which for a stream with a base must be as that snapshot
-holds them. The snapshot is made when all has come, was read back and is as it was sent; until then there is
-none. What a broken stream leaves is taken back, or kept to be gone on with. A stream may come from anyone:
+holds them. The snapshot is made when all has come; then it is read back, and deleted if it is not as it was
+sent. What a broken stream leaves is taken back, or kept to be gone on with. A stream may come from anyone:
 nothing in it is believed before it was looked at.
 """
 

@@ -121,7 +121,7 @@ class Sealer:
                 sealed = await self._look_at(snapshot)
                 if sealed is not None:
                     lot.append(sealed)
-            await rest(0)
+            await rest()
         if lot:
             with self._noting_failure(lot[0].snapshot):
                 await self._note_contents()
@@ -146,7 +146,7 @@ class Sealer:
             self._told.add(told)
             self._events.note("sealing-failed", logging.WARNING, what=what, reason=str(error))
 
-    async def _rest(self, size_bytes: int) -> None:
+    async def _rest(self) -> None:
         await self._pace.rest(is_pressed=self._is_behind)
 
     def is_covered(self, volume_id: VolumeId) -> bool:

@@ -30,11 +30,11 @@ _STEP_BLOCKS = 16384
 _RUN_BLOCKS_MAX = 256
 _BATCH = 256
 _LOT_LOGS = 64
-Pace = Callable[[int], Awaitable[None]]
+Pace = Callable[[], Awaitable[None]]
 OnFailure = Callable[[str, Exception], None]
 
 
-async def at_full_pace(size_bytes: int) -> None:
+async def at_full_pace() -> None:
     """As fast as it goes."""
     await trio.lowlevel.checkpoint()
 
@@ -73,8 +73,7 @@ class _Lot:
 async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure: OnFailure = raise_failure) -> bool:
     """Give all closed logs their checksums; whether all have them now.
 
-    ``pace`` is told of bytes read, and may wait. ``on_failure`` is told of a log that cannot be read; then the others
-    go on.
+    ``pace`` is awaited after each step. ``on_failure`` is told of a log that cannot be read; then the others go on.
     """
     is_complete = True
     lot = _Lot()
@@ -132,7 +131,7 @@ async def _read_log(processor: Processor, row: LogRow, lot: _Lot, pace: Pace) ->
         for some in _short_steps(objects):
             sums, block_count = await processor.access.in_thread(_read_some, processor, row.log_id, file, some)
             lot.add(sums, block_count)
-            await pace(block_count << BLOCK_SHIFT)
+            await pace()
             await lot.keep_some(processor)
     finally:
         file.close()

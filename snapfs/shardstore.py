@@ -507,7 +507,7 @@ class ShardStore:
         return [row[0] for row in rows]
 
     def content(self, volume_id: VolumeId) -> ContentRow | None:
-        """The content hash of a portion as the last sealed snapshot has it; None also when it is damaged."""
+        """The content hash of a portion as a sealed snapshot has it; None also when it is damaged."""
         row = self.database.row("SELECT * FROM contents WHERE volume_id = ?", (volume_id,))
         return None if row is None else _content(row)
 

@@ -65,9 +65,7 @@ class Counters:
                 name = f"s{self.snapshot_number}"
                 folder = self.mounted.snapshot(name)
                 self.snapshots[name] = {
-                    one.name: blake3(one.read_bytes()).hexdigest()
-                    for one in folder.iterdir()
-                    if one.name in "ab"
+                    one.name: blake3(one.read_bytes()).hexdigest() for one in folder.iterdir() if one.name in "ab"
                 }
                 if len(self.snapshots) > 4:
                     oldest = next(iter(self.snapshots))

@@ -442,3 +442,11 @@ def test_each_sector_may_be_of_another_version() -> None:
     assert first_of_no_version(Contents(b"o" * 100 + b"n" * 9900), [old, new]) == "what lies at 0 is of no version"
     assert first_of_no_version(Contents(b"o" * 9999), [old, new]) == "9999 bytes, which no version has"
     assert first_of_no_version(Contents(b"o" * 9999), [Contents(b"o" * 9990), new, old], exact_size=False) is None
+
+
+@pytest.mark.parametrize("is_backwards", [False, True])
+def test_a_map_that_was_written_block_by_block_from_either_end_is_one_number(is_backwards: bool) -> None:
+    block_map: blockmap.BlockMap = blockmap.HOLE
+    for block in reversed(range(BLOCKS)) if is_backwards else range(BLOCKS):
+        block_map = blockmap.with_range(block_map, block, block + 1, 7)
+    assert block_map == 7

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import trio
+import trio.testing
 from xxhash import xxh3_64_digest
 
 from snapfs import blockmap, changelog, cowportion, shardstate, snapshots, volume
-from snapfs.backends import MemoryDevice
+from snapfs.backends import DeviceFile, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
 from snapfs.database import Database
@@ -20,12 +23,14 @@ from snapfs.formats import COPY_ON_WRITE, shard_file
 from snapfs.geometry import BLOCKS_PER_OBJECT, volume_size_bytes_max
 from snapfs.making import VolumeWish
 from snapfs.notresident import NotResidentError, OldBlocks
+from snapfs.pace import Pace
 from snapfs.pool import Pool
+from snapfs.processor import COMMIT_CHECK_S
 from snapfs.reclaimer import RETRY_S
 from snapfs.sealedfile import DamagedBlockError
 
 from .cramped import cramped
-from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
+from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume, without_threads
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -669,3 +674,69 @@ def test_a_shard_store_without_a_number_is_damaged(change: str) -> None:
     database.close()
     with pytest.raises(DamagedError, match="lacks its next_log_id"):
         Pool.open(world.home, WHERE, world.open_device)
+
+
+async def test_the_room_of_a_copy_on_write_volume_is_told_before_it_is_opened() -> None:
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", OBJECT - BLOCK, b"v" * 2 * BLOCK)
+    async with open_world(world) as pool:
+        assert pool.volumes.get(b"v").block_count == 2
+
+
+async def test_a_log_that_goes_as_it_is_opened_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * BLOCK)
+    open_file = changelog.ChangeLogs.open_file
+    count = 0
+
+    def opened(logs: changelog.ChangeLogs, log: changelog.ChangeLog) -> DeviceFile:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise DamagedError("its file is missing", "")
+        return open_file(logs, log)
+
+    async with open_world(world) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(changelog.ChangeLogs, "open_file", opened)
+            assert await read_volume(pool, b"v") == b"a" * BLOCK
+        assert count > 1
+
+
+async def test_what_a_commit_frees_is_given_back_without_another_one(mock_clock: trio.testing.MockClock) -> None:
+    world = World(processor_count=1)
+    (device,) = world.devices.values()
+    with without_threads(1):
+        async with open_world(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, b"a" * 8 * BLOCK)
+            await pool.sync()
+            mock_clock.jump(COMMIT_CHECK_S)
+            await trio.testing.wait_all_tasks_blocked()
+            free_bytes = device.space().free_bytes
+            await pool.volumes.discard(volume, BLOCK, 4 * BLOCK)
+            await pool.sync()
+            mock_clock.jump(COMMIT_CHECK_S)
+            await trio.testing.wait_all_tasks_blocked()
+            assert device.space().free_bytes == free_bytes + 4 * BLOCK
+
+
+async def test_reclaiming_does_not_rest_while_somebody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurries: list[bool] = []
+
+    @contextmanager
+    def hurried(_: Pace, is_hurried: bool = True) -> Iterator[None]:
+        hurries.append(is_hurried)
+        yield
+
+    async with open_world(World(processor_count=1)) as pool:
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(Pace, "hurried", hurried)
+        await pool.reclaimer.reclaim_all()
+        assert hurries.pop()
+        await pool.reclaimer.reclaim_all(gently=True)
+        assert not hurries.pop()

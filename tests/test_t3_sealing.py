@@ -328,7 +328,7 @@ async def test_a_volume_removed_while_open_is_not_sealed_while_it_is_written(cha
             await volume.sync()
             await pool.snapshots.create(b"other", [b"w"])
 
-            async def write_meanwhile(size_bytes: int) -> None:
+            async def write_meanwhile() -> None:
                 await volume.write(0, b"2" * BLOCK)
 
             for processor in pool.processors:

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ from hypothesis import strategies as st
 
 from snapfs import freeing
 from snapfs.backends import MemoryDevice
-from snapfs.errors import BadCommandError, DamagedError, ExistsError, SnapfsError
-from snapfs.images import export_image, import_image
+from snapfs.errors import BadCommandError, DamagedError, ExistsError, MissingToolError, SnapfsError
+from snapfs.images import export_image, image_format_of, import_image
 from snapfs.making import VolumeWish
 from snapfs.placement import Quota
 from snapfs.pool import Pool
@@ -250,6 +251,20 @@ def copied(how: str, source: Path, target: Path, on_progress: Callable[[int, int
     else:
         with open(source, "rb", buffering=0) as volume:
             export_image(volume, [(0, SIZE)], str(target), image_format, on_progress)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "vhdx"])
+def test_an_image_that_needs_qemu_img_is_not_taken_for_raw_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_format: str
+) -> None:
+    image, raw = tmp_path / "image", tmp_path / "raw"
+    raw.write_bytes(b"disk" * 4096)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", image_format, raw, image], check=True)
+    assert (image_format_of(str(image)), image_format_of(str(raw))) == (image_format, "raw")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingToolError, match=f"looks like {image_format}"):
+        image_format_of(str(image))
+    assert image_format_of(str(raw)) == "raw"
 
 
 def no_progress(done: int, total: int) -> None:

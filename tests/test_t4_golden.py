@@ -99,7 +99,23 @@ async def test_a_pool_of_0_3_0_opens(tmp_path: Path) -> None:
         assert (hook["name"], hook["time_limit_s"], hook["volumes"]) == ("app", 20, ("v",))
 
 
-@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0"])
+async def test_a_pool_of_0_8_0_opens(tmp_path: Path) -> None:
+    """As that of 0.3.0, and: z, in every second block 'zero', then from 1 on in every third 'more', then from 2 on in
+    every sixth 'last', with snapshots z0, z1, z2; 'live' in it. Maps of such copies are deflated."""
+    path = unpacked("0.8.0", tmp_path)
+    assert not checked(path).is_damaged, checked(path).findings
+    async with snapfs.open_pool(path) as pool:
+        assert pool.snapshots.get(b"second").root == "713fbfb4560ffa8ae50e6691cdd3268c8883a7ec4ae640c2bdc17e5bae27ba3d"
+        contents = bytearray(898 * 4096 + 4)
+        for number, text in enumerate((b"zero", b"more", b"last")):
+            for block in range(number, 900, number * number + 2):
+                contents[block * 4096 : block * 4096 + 4] = text
+            assert await read_snapshot(pool, pool.snapshots.get(b"z%d" % number), b"z") == contents
+        assert await read_volume(pool, b"z") == b"live" + contents[4:]
+        await everything_is_proven(pool)
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0", "0.8.0"])
 async def test_what_is_left_of_a_pool_of_an_earlier_version_is_read_and_nothing_changed(
     version: str, tmp_path: Path
 ) -> None:

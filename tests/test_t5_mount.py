@@ -479,7 +479,7 @@ def test_bad_uses_of_the_command_line(
         (("mount", empty, full / "file"), 1, "not a directory"),
         (("mount", full, empty), 1, "holds no pool"),
         (("mount", tmp_path / "nowhere", empty), 1, "there is no directory"),
-        (("mount", pool, empty, "-o", "frob"), 1, "no mount option 'frob'"),
+        (("mount", pool, empty, "-o", "frob"), 2, "no mount option 'frob'"),
         (("mount", pool, shared_mount.path), 1, "already"),
         (("mount", pool, empty), 1, "is in use by process"),
         (("umount", empty), 1, "no snapfs is mounted"),

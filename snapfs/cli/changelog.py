@@ -63,7 +63,10 @@ def resize(where: str, name: str, capacity: str, as_json: bool) -> None:
 @click.argument("where", **_WHERE)  # type: ignore[arg-type]
 @click.argument("name")
 def remove(where: str, name: str) -> None:
-    """Remove the change log volume NAME, which nothing may use any more. Its directories are left empty of it."""
+    """Remove the change log volume NAME, which nothing may use any more.
+
+    Its directories keep empty folders below logs/; remove those before they are used again.
+    """
     ask_anywhere(where, "changelog", "remove", name)
 
 

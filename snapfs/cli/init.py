@@ -32,7 +32,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
     """Make a pool in the directory POOL, which is made or must be empty.
 
     Without --device its data lies inside it. A device is a directory of a local filesystem; a
-    volume's data is spread over all of them.
+    volume's data is spread over as many of them as there are processors, that of all volumes over all.
     """
     paths = [os.path.abspath(path) for path in devices]
     if len(set(paths)) != len(paths):

@@ -20,7 +20,8 @@ def rollback(mount_point: str, name: str, volumes: tuple[str, ...], force: bool,
     All volumes of the snapshot go back at one instant, or those given with --volume. The present is
     kept as a snapshot first, whose name is printed: a rollback to that one undoes this one. Newer
     snapshots stay. Volumes removed since come back; volumes made since stay as they are. Takes the
-    same time whatever the size.
+    same time whatever the size; but copy-on-write volumes are copied back, which takes as long as what
+    changed, and one that was removed cannot come back: clone it.
 
     A volume that is open is refused (EBUSY). With --force its users read the old contents from the
     next read on; a filesystem that is mounted from it will not expect that, so unmount it first.

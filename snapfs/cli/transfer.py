@@ -112,8 +112,8 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
     """Read a stream of snapfs send from standard input, and make its snapshot.
 
     A whole stream makes its volumes; none of those names may be taken. A stream with a base needs that
-    snapshot here, and its volumes as that holds them. The snapshot is made when all has come, and what was
-    sent was read back from it and found equal; before that there is none.
+    snapshot here, and its volumes as that holds them. The snapshot is made when all has come; what was sent
+    is then read back from it, and it is deleted if it differs.
 
     A stream that breaks off leaves nothing behind. With --resumable what came is kept, and a token is
     told: give it to snapfs send --resume-token, and receive that stream with --resumable as well.

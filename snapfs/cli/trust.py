@@ -23,7 +23,8 @@ def scrub(mount_point: str, rate: str | None, as_json: bool) -> None:
 
     What snapshots hold is sealed in the background soon after they are made; what was written since, and
     the sources of copy-on-write volumes, are not, and are not looked at. Each damaged block is named
-    with the volumes and snapshots that have it, also in .snapfs/status.json until a scrub finds it no more.
+    with the volumes and snapshots that have it, up to 4,096 of them, also in .snapfs/status.json until a
+    scrub finds it no more or the pool is unmounted.
 
     Exit codes: 0 nothing damaged, 4 damage found.
     """

@@ -42,6 +42,14 @@ async def make(folder: str) -> None:
         await pool.snapshots.create(b"second", [b"v"])
         await pool.clones.rollback(b"first", [b"v"])
         await pool.clones.rollback(b"first", [b"w"])
+        await pool.volumes.create(b"z")
+        # Blocks of three change logs by turns: its map is long, and kept deflated.
+        for number, text in enumerate((b"zero", b"more", b"last")):
+            for block in range(number, 900, number * number + 2):
+                await write(pool, b"z", block * 4096, text)
+            await pool.snapshots.create(b"z%d" % number, [b"z"])
+        await write(pool, b"z", 0, b"live")
+        await pool.sync()
         await pool.scheduler.add(make_schedule("daily", "1d", "03:30", keep="7d,12m"))
         await pool.hooks.add(make_hook("app", "/bin/true before", "/bin/true after", "20s", ["v"], shell=False))
         await pool.sealer.seal_all()
