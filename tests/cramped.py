@@ -9,6 +9,7 @@ import pytest
 
 from snapfs import (
     changelog,
+    checksums,
     clones,
     counting,
     diff,
@@ -36,6 +37,7 @@ _BATCH_BLOCKS = 2
 _READ_BLOCKS = 4
 _BOUNDS = (
     (changelog, "OPEN_FILES_MAX", 4),
+    (checksums, "_RANGES_PAY_BLOCKS", 1),
     (changelog, "KNOWN_LOGS_MAX", 24),
     (clones, "_FLATTEN_BATCH", 1),
     (counting, "_STEP", 1),

@@ -740,3 +740,25 @@ async def test_reclaiming_does_not_rest_while_somebody_waits_for_it(monkeypatch:
         assert hurries.pop()
         await pool.reclaimer.reclaim_all(gently=True)
         assert not hurries.pop()
+
+
+async def test_preserving_that_fails_takes_no_room_of_a_change_log_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    world.devices["/logs"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs"], 100 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", 10 * BLOCK, COPY_ON_WRITE, changelog_name=b"logs"))
+        await put(pool, b"v", 0, b"1" * 10 * BLOCK)
+        await pool.snapshots.create(b"s")
+
+        def fail(*args: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cowportion, "_write_runs", fail)
+            with pytest.raises(OSError):
+                await put(pool, b"v", 0, b"2" * 5 * BLOCK)
+        assert pool.changelogs.get(b"logs").used_blocks == 0
+        await put(pool, b"v", 0, b"2" * 5 * BLOCK)
+        assert pool.changelogs.get(b"logs").used_blocks == 5
+    world.check_clean()
