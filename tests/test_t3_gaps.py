@@ -18,7 +18,7 @@ from snapfs.backends import DeviceFile, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.checksums import SumsMaker
 from snapfs.database import Database
-from snapfs.errors import DamagedError, NotFoundError
+from snapfs.errors import DamagedError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, shard_file
 from snapfs.geometry import BLOCKS_PER_OBJECT, volume_size_bytes_max
 from snapfs.making import VolumeWish
@@ -761,4 +761,19 @@ async def test_preserving_that_fails_takes_no_room_of_a_change_log_volume(monkey
         assert pool.changelogs.get(b"logs").used_blocks == 0
         await put(pool, b"v", 0, b"2" * 5 * BLOCK)
         assert pool.changelogs.get(b"logs").used_blocks == 5
+    world.check_clean()
+
+
+async def test_a_write_over_two_objects_that_finds_no_room_changes_nothing() -> None:
+    world = World(processor_count=1)
+    world.devices["/logs"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["/logs"], 6 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", 2 * OBJECT, changelog_name=b"logs"))
+        await put(pool, b"v", OBJECT - 4 * BLOCK, b"1" * 8 * BLOCK)
+        await pool.snapshots.create(b"s")
+        with pytest.raises(NoSpaceError):
+            await put(pool, b"v", OBJECT - 4 * BLOCK, b"2" * 8 * BLOCK)
+        assert pool.changelogs.get(b"logs").used_blocks == 0
+        assert (await read_volume(pool, b"v"))[OBJECT - 4 * BLOCK : OBJECT + 4 * BLOCK] == b"1" * 8 * BLOCK
     world.check_clean()
