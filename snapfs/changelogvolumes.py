@@ -17,7 +17,7 @@ import trio
 from .backends import Device
 from .catalogaccess import CatalogAccess
 from .descriptor import claim_device
-from .errors import BusyVolumeError, ExistsError, NotFoundError, UnreadableError
+from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, UnreadableError
 from .events import EventLog
 from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor
 from .geometry import BLOCK_SHIFT
@@ -44,6 +44,7 @@ class ChangeLogVolumes:
         open_device: OpenDevice,
         pool_id: str,
         events: EventLog,
+        volumes_lock: trio.Lock,
     ) -> None:
         self.nearly_full = Wakeup()
         self._catalog = catalog
@@ -55,6 +56,7 @@ class ChangeLogVolumes:
         self._pool_id = pool_id
         self._events = events
         self._lock = trio.Lock()
+        self._volumes_lock = volumes_lock
 
     async def load(self) -> None:
         """Count what is in use. What recovery freed before is left out of the stores already."""
@@ -129,7 +131,6 @@ class ChangeLogVolumes:
                         for device_id, path in zip(opened, dict.fromkeys(paths), strict=True)
                     ]
                     await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows))
-                    await in_thread(self._note_generation, opened)
                 except BaseException:
                     for device in opened.values():
                         if self._catalog.is_settled:
@@ -143,6 +144,9 @@ class ChangeLogVolumes:
             quota.on_level = self._on_level
             for device_id in opened:
                 self._placement.add_device(device_id, changelog_id)
+            # The catalog has them: nothing that fails from here on makes them any less the pool's.
+            with contextlib.suppress(SnapfsError, OSError, MemoryError):
+                await in_thread(self._note_generation, opened)
         self._events.note("change-log-volume-created", name=show_name(name), capacity_bytes=capacity_bytes)
 
     def _prepare_device(self, path: str, device_id: int) -> Device:
@@ -184,7 +188,8 @@ class ChangeLogVolumes:
 
     async def remove(self, name: bytes) -> None:
         """Remove one that no volume names and that is empty, durably. Raises BusyVolumeError."""
-        async with self._lock:
+        # A volume that is being made may come to name it.
+        async with self._lock, self._volumes_lock:
             quota = self.get(name)
             changelog_id = quota.row.changelog_id
             if quota.used_blocks or any(row.changelog_id == changelog_id for row in self._traits.rows.values()):

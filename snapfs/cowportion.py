@@ -26,7 +26,7 @@ from . import blockmap
 from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog
-from .errors import DamagedError, NoSpaceError, SyncFailedError
+from .errors import DamagedError, NoSpaceError, NotFoundError, SyncFailedError
 from .formats import IMAGE_LOG, CopyRow, FreedRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
 from .notresident import NotResidentError, OldBlocks, when_resident
@@ -98,6 +98,8 @@ class CowPortion(Portion):
 
     def _check_preserved(self, object_index: int, first: int, last: int) -> None:
         """Raises NotResidentError when something is still to be preserved before these blocks are overwritten."""
+        if self.is_gone:
+            raise NotFoundError(f"volume {self.volume_id} was removed", "Its source is its snapshots' alone")
         state = self._known_state(object_index)
         source = self._logs.known.get(self._source_id)
         if source is None or source.file is None:
@@ -128,8 +130,7 @@ class CowPortion(Portion):
 
         Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
         """
-        if self.refusal is not None:
-            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
+        self._check_refusal()
         source = self._logs.known[self._source_id]
         source.liveness.check_now()
         if not source.dirty:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import trio
 
 from .changelogvolumes import FULL_PERCENT, ChangeLogVolumes
-from .errors import SnapfsError
+from .errors import NotFoundError, SnapfsError
 from .events import EventLog
 from .geometry import BLOCK_SHIFT
 from .placement import Placement, Quota
@@ -95,12 +95,12 @@ class OldestFreer:
                 return _is_read(read)
             began = trio.current_time()
             # What is on its way back already is no reason to delete anything.
-            await self._reclaimer.reclaim_all()
+            failure = await self._reclaim()
             used_blocks = quota.used_blocks
             chosen = await self._chosen(changelog_id, quota)
             self._look_s = trio.current_time() - began
             if not chosen and _is_short(quota):
-                return _NOTHING_TO_FREE
+                return _hindrance(failure, _NOTHING_TO_FREE)
             for snapshot in chosen:
                 if snapshot.opens:
                     # Deleted or not, it gives nothing back before it is closed; no newer one goes in its place.
@@ -109,7 +109,7 @@ class OldestFreer:
                 if _is_short(quota):
                     await self._delete(snapshot, quota)
             if quota.used_blocks >= used_blocks and _is_short(quota):
-                return _NOTHING_FREED
+                return _hindrance(failure, _NOTHING_FREED)
         return ""
 
     async def _chosen(self, changelog_id: int, quota: Quota) -> Sequence[Snapshot]:
@@ -133,10 +133,28 @@ class OldestFreer:
     async def _delete(self, snapshot: Snapshot, quota: Quota) -> None:
         if snapshot.snapshot_id not in self._snapshots.by_id:
             return
-        await self._snapshots.delete_this(snapshot)
+        try:
+            await self._snapshots.delete_this(snapshot)
+        except NotFoundError:
+            # Somebody else was first.
+            return
         name = snapshot.name or b""
         self._events.note("snapshot-freed", logging.WARNING, name=show_name(name), change_log_volume=quota.name)
-        await self._reclaimer.reclaim_all()
+        await self._reclaim()
+
+    async def _reclaim(self) -> SnapfsError | OSError | None:
+        """Free what is deleted; what failed of that, which may be for want of the very room that is looked for."""
+        try:
+            await self._reclaimer.reclaim_all()
+        except (SnapfsError, OSError) as error:
+            return error
+        return None
+
+
+def _hindrance(failure: SnapfsError | OSError | None, otherwise: str) -> str:
+    if failure is not None:
+        raise failure
+    return otherwise
 
 
 def _is_short(quota: Quota) -> bool:

@@ -92,6 +92,12 @@ class VolumeMaker:
             def traits_of(volume_id: VolumeId) -> VolumeTraits | None:
                 if is_plain:
                     return None
+                # Again, for now others are kept out: they may have changed since it was looked at.
+                self._check_unused(source, wish)
+                if self._changelog_id(wish.changelog_name) != changelog_id:
+                    raise NotFoundError(
+                        f"change log volume {show_name(wish.changelog_name)!r} was removed meanwhile", "Try again"
+                    )
                 base = source if source is not None else VolumeTraits(volume_id, volume_id)
                 return base._replace(
                     volume_id=volume_id,
@@ -141,13 +147,9 @@ class VolumeMaker:
             raise BadCommandError(f"the source {path} is not an absolute path", "Write it from / on")
         if self.is_own_path(path):
             raise BadCommandError(f"{path} lies in the pool or its mount", "Take an image that lies outside")
-        rows = [row for row in self._volumes.traits.rows.values() if row.source_path]
 
         def look() -> tuple[str, int, int]:
             real = os.path.realpath(path)
-            for row in rows:
-                if row.source_path == real and not row.change_mode == REDIRECT == wish.change_mode:
-                    raise InUseError(f"{path} is the source of another volume", "An image can be written by one only")
             file: DeviceFile = self._open_image(real, wish.change_mode == COPY_ON_WRITE)
             try:
                 return real, file.size(), source_mtime_ns(real)
@@ -161,7 +163,18 @@ class VolumeMaker:
         except OSError as error:
             raise UnreadableError(f"{path} cannot be opened: {error.strerror}", "Give a raw image") from error
         none = VolumeId(0)
-        return VolumeTraits(none, none, source_path=real, source_size_bytes=size_bytes, source_mtime_ns=mtime_ns)
+        found = VolumeTraits(none, none, source_path=real, source_size_bytes=size_bytes, source_mtime_ns=mtime_ns)
+        self._check_unused(found, wish)
+        return found
+
+    def _check_unused(self, source: VolumeTraits | None, wish: VolumeWish) -> None:
+        """Raises InUseError for an image of another volume, unless all of its volumes only read it."""
+        path = "" if source is None else source.source_path
+        known = [row for row in self._volumes.traits.rows.values() if path and row.source_path == path]
+        if any(not row.change_mode == REDIRECT == wish.change_mode for row in known):
+            raise InUseError(
+                f"{wish.source_path} is the source of another volume", "An image can be written by one only"
+            )
 
     async def _prepare(self, volume_id: VolumeId, wish: VolumeWish, source: VolumeTraits | None) -> None:
         epoch = Epoch(self._volumes.epoch)

@@ -297,6 +297,7 @@ class Pool:
             open_device,
             descriptor.pool_id,
             self.events,
+            self.volumes.lock,
         )
         self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.events)
         self.freer = OldestFreer(

@@ -282,6 +282,7 @@ class Portion:
             return
         if _is_zero(inside, data) and not blockmap.any_in(state.block_map, first, last, log.log_id):
             # Blocks of zeros become holes; one that the current log has is overwritten, so that it stays open.
+            self._check_refusal()
             self.unmap_now(object_index, first, last)
             return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
@@ -346,7 +347,8 @@ class Portion:
         Raises SyncFailedError when it must not be, NotResidentError while its device has to answer first.
         """
         if self.refusal is not None:
-            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
+            # Not asked by a call: every write comes by here.
+            self._check_refusal()
         if log.liveness.is_over:
             raise NotResidentError(log.liveness.fetch)
         if not log.dirty:
@@ -354,6 +356,10 @@ class Portion:
             self._dirty_logs.append(log)
         assert log.file is not None, "the current change log is open"
         return log.file
+
+    def _check_refusal(self) -> None:
+        if self.refusal is not None:
+            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
 
     def _give_back(self, log: ChangeLog, state: ObjectState, base: int, first: int, last: int) -> None:
         """After a failed write: free what it left in the log where no map points."""

@@ -141,13 +141,16 @@ class Reclaimer:
             aborted.pop(0)
         for volume_id, epoch in self._volumes.to_dismantle():
             await self._reserve.helped(partial(self._dismantle, volume_id, epoch, gently=gently))
-        for processor in self._processors:
-            await reclaim.free_candidates(processor, self._rest if gently else trio.lowlevel.checkpoint)
+        await self._free_candidates(gently=gently)
+        failed: SnapfsError | OSError | None = None
         for snapshot in list(self._snapshots.deleted.values()):
-            await self._settle_inheritors(snapshot)
+            try:
+                await self._reserve.helped(partial(self._settle_inheritors, snapshot))
+            except (SnapfsError, OSError) as error:
+                # A clone for whose maps there is no room, say, must not keep others' space from coming back.
+                failed = error
         while released := self._to_release():
             await self._reserve.helped(partial(self._release, released, gently=gently))
-        failed: SnapfsError | OSError | None = None
         for volume in self._volumes.to_trim():
             try:
                 await self._reserve.helped(volume.trim)
@@ -155,13 +158,18 @@ class Reclaimer:
                 # One whose change log is full must not keep the others from being freed.
                 failed = error
         await self._prune_traits()
+        await self._free_candidates(gently=gently)
         for processor in self._processors:
-            await reclaim.free_candidates(processor, self._rest if gently else trio.lowlevel.checkpoint)
             await processor.scrub_suspect_logs()
             await processor.punch_freed()
         await self._reserve.refill()
         if failed is not None:
             raise failed
+
+    async def _free_candidates(self, *, gently: bool) -> None:
+        rest = self._rest if gently else trio.lowlevel.checkpoint
+        for processor in self._processors:
+            await self._reserve.helped(partial(reclaim.free_candidates, processor, rest))
 
     async def _on_each(self, part: Callable[..., Awaitable[None]], *, gently: bool = False) -> None:
         """Run the processors' parts of something: one after the other with rests, or side by side."""

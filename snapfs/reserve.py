@@ -55,7 +55,7 @@ class Reserve:
             file.close()
         self.is_spent = True
 
-    async def helped(self, call: Callable[[], Awaitable[None]]) -> None:
+    async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that frees room; if it finds none, run it once more with the reserve given up."""
         try:
             await call()

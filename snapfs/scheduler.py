@@ -6,6 +6,7 @@ machine that slept is noticed. What was missed is made up once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, NotFoundError, SnapfsError
+from .errors import ExistsError, HeldError, NotFoundError, SnapfsError
 from .events import EventLog
 from .formats import CatalogBatch, ScheduleRow
 from .schedule import SECOND_NS, Schedule, entry, to_delete
@@ -145,8 +146,9 @@ class Scheduler:
                 self._snapshots.unused_name(stem), volumes, hold_tags=schedule.hold_tags, schedule=schedule.name
             )
         for snapshot in self.would_delete(schedule):
-            if snapshot.name is not None:
-                await self._snapshots.delete(snapshot.name)
+            # Its name may be another one's by now; somebody may have deleted it, or hold it.
+            with contextlib.suppress(NotFoundError, HeldError):
+                await self._snapshots.delete_this(snapshot)
         return made
 
     async def _has_changed(self, schedule: Schedule, volumes: list[bytes] | None) -> bool:

@@ -215,6 +215,11 @@ class Volume(VolumeView):
         return self.last_instant != NEVER
 
     @property
+    def is_unused(self) -> bool:
+        """Whether it is removed and nobody has it open: only snapshots have what it held."""
+        return self.is_removed and not self.opens
+
+    @property
     def needs_trim(self) -> bool:
         """Whether maps may still name blocks behind the size, which nobody is clearing."""
         return self._trim == _TRIM_DUE
@@ -577,6 +582,13 @@ class Volume(VolumeView):
             self.close()
 
     async def _shrink(self, size_bytes: int) -> None:
+        # Before the smaller size is durable nothing behind it may be cleared, by whomever.
+        async with self._trim_turn:
+            await self._save_smaller(size_bytes)
+        if self.may_have_blocks:
+            await self.trim()
+
+    async def _save_smaller(self, size_bytes: int) -> None:
         before = (self.size_bytes, self._synced_size_bytes, self._trim)
         self.before_change()
         self.size_bytes = size_bytes
@@ -587,11 +599,9 @@ class Volume(VolumeView):
         if not self.is_removed:
             try:
                 await self._catalog.save([self])
-            except SnapfsError:
+            except BaseException:
                 self.size_bytes, self._synced_size_bytes, self._trim = before
                 raise
-        if self.may_have_blocks:
-            await self.trim()
 
     async def discard(self, offset: int, length: int) -> int:
         """Have a range read as zeros, up to the end at most: whole blocks become holes, the rest is written over.
@@ -629,7 +639,7 @@ class Volume(VolumeView):
         it. The volume does not grow meanwhile, so nothing new is cleared.
         """
         async with self._trim_turn:
-            if self._trim != _TRIM_DUE:
+            if self._trim != _TRIM_DUE or self.is_unused:
                 return
             self._trim = _TRIM_RUNNING
             self.open()
@@ -639,8 +649,7 @@ class Volume(VolumeView):
                 for processor, portion in zip(self.processors, self.portions, strict=True):
                     if processor.tally.counts.get(self.volume_id) or self.volume_id in self._traits.rows:
                         await self._trim_portion(processor, portion)
-                # To this size, behind which all is cleared; not to one that it shrank to meanwhile. It
-                # does not grow before this is over.
+                # Behind this size all is cleared. It neither shrinks nor grows before this is over.
                 await self.portions[0].fit_source(size_bytes, may_cut=True)
                 if self._trim == _TRIM_RUNNING:
                     self._trim = _TRIM_DONE

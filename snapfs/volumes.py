@@ -371,7 +371,8 @@ class VolumeTable:
                 portion.last_instant = volume.last_instant
         if volume.opens == 0:
             self._drop(volume)
-            self._reclaim_wakeup.set()
+        # Also while it is being trimmed, after which nobody tells that it is not open any more.
+        self._reclaim_wakeup.set()
 
     @property
     def removed_unused_count(self) -> int:
@@ -450,12 +451,14 @@ class VolumeTable:
         """Have a volume that stands on an image of another size be of its own."""
         await self._until_answering(volume)
         async with self.lock:
+            _check_used(volume)
             await volume.fit()
 
     async def discard(self, volume: Volume, offset: int, length: int) -> int:
         """Have a range of a volume read as zeros; bytes that take no space any more. Durable at the next sync."""
         await self._until_answering(volume)
         async with self.lock:
+            _check_used(volume)
             freed_bytes = await volume.discard(offset, length)
             if not volume.is_removed:
                 self._unsaved.add(volume)
@@ -465,7 +468,14 @@ class VolumeTable:
         """Set a volume's size; see :meth:`Volume.truncate`."""
         await self._until_answering(volume)
         async with self.lock:
+            _check_used(volume)
             await volume.truncate(size_bytes)
             volume.mtime_ns = volume.ctime_ns = time.time_ns()
             if not volume.is_removed:
                 self._unsaved.add(volume)
+
+
+def _check_used(volume: Volume) -> None:
+    """Raises NotFoundError for a volume that was removed while one waited: what it held is its snapshots' alone."""
+    if volume.is_unused:
+        raise NotFoundError(f"volume {show_name(volume.name)!r} was removed meanwhile", "Nothing was changed")

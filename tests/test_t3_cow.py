@@ -367,11 +367,12 @@ async def test_a_truncate_during_the_clearing_after_a_crash_loses_nothing_that_a
         fit, truncating = portion.fit_source, trio.Event()
 
         async def late_fit(size_bytes: int, *, may_cut: bool) -> None:
-            # The clearing is done with the old size when the volume shrinks.
+            # The volume does not shrink before the clearing, which is to the old size, is done.
             if not truncating.is_set():
                 truncating.set()
-                while volume.size_bytes != 100:
-                    await trio.sleep(0.001)
+                while not volume._trim_turn.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+                assert volume.size_bytes == len(contents)
             await fit(size_bytes, may_cut=may_cut)
 
         portion.fit_source = late_fit  # type: ignore[method-assign]

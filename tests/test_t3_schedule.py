@@ -69,8 +69,8 @@ class FakeSnapshots:
         self.made_ns.append(now_ns)
         return self.by_id[number]
 
-    async def delete(self, name: bytes) -> None:
-        number = next(number for number, one in self.by_id.items() if one.name == name)
+    async def delete_this(self, snapshot: Snapshot) -> None:
+        number = next(number for number, one in self.by_id.items() if one is snapshot)
         del self.by_id[number]
 
     async def has_changed_since(self, snapshot: Snapshot, volumes: list[bytes] | None) -> bool:

@@ -1,0 +1,366 @@
+"""What others do, or what fails, between two steps of a truncate, a deletion, a removal or a making."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import pytest
+import trio
+import trio.testing
+
+from snapfs import changelogvolumes, reserve
+from snapfs.backends import MemoryDevice
+from snapfs.errors import InUseError, NoMemoryError, NoSpaceError, NotFoundError, SnapfsError, SyncFailedError
+from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.making import VolumeWish
+from snapfs.pool import Pool
+from snapfs.schedule import make_schedule
+from snapfs.tasks import in_thread
+from snapfs.volume import Volume
+
+from .harness import World, in_memory, open_until_power_is_lost, open_world, read_snapshot, read_volume, without_threads
+
+BLOCK = 4096
+OBJECT = 4 << 20
+
+
+def noise(block_count: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(block_count * BLOCK)
+
+
+async def put(pool: Pool, name: bytes, offset: int, data: bytes) -> None:
+    async with pool.volumes.opened(name) as volume:
+        await volume.write(offset, data)
+        await volume.sync()
+
+
+class Held:
+    """A call that waits until it is let go on, once, and then fails if it is to."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.entered, self.go_on = trio.Event(), trio.Event()
+        self._error = error
+
+    async def wait(self) -> None:
+        self.entered.set()
+        await self.go_on.wait()
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.mark.parametrize("is_power_lost", [False, True])
+async def test_nothing_is_cleared_before_the_smaller_size_is_durable(
+    monkeypatch: pytest.MonkeyPatch, is_power_lost: bool
+) -> None:
+    """A truncate whose commit fails, or never comes, beside the reclaimer, which looks for what is to be cleared."""
+    world = World(processor_count=2)
+    data = noise(1024) + noise(100, 2)
+    held = Held(NoSpaceError("the device that holds the catalog is full", ""))
+    with without_threads(1):
+        async with (open_until_power_is_lost if is_power_lost else open_world)(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, data)
+            save = pool.catalog.save
+
+            async def save_later(*args: object) -> None:
+                monkeypatch.setattr(pool.catalog, "save", save)
+                await held.wait()
+
+            async def cut() -> None:
+                with pytest.raises(NoSpaceError):
+                    await pool.volumes.truncate(volume, BLOCK)
+
+            monkeypatch.setattr(pool.catalog, "save", save_later)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cut)
+                await held.entered.wait()
+                nursery.start_soon(pool.reclaimer.reclaim_all)
+                await trio.testing.wait_all_tasks_blocked()
+                for processor in pool.processors:
+                    await processor.commit()
+                if is_power_lost:
+                    nursery.cancel_scope.cancel()
+                held.go_on.set()
+            if not is_power_lost:
+                assert await read_volume(pool, b"v") == data
+        async with open_world(world) as pool:
+            assert await read_volume(pool, b"v") == data
+
+
+@pytest.mark.parametrize("change_mode", [0, COPY_ON_WRITE])
+async def test_what_waited_while_its_volume_was_removed_leaves_snapshots_alone(change_mode: int) -> None:
+    world = World(processor_count=2)
+    data = noise(50)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", 50 * BLOCK, change_mode))
+        await put(pool, b"v", 0, data)
+        snapshot = await pool.snapshots.create(b"s")
+        await pool.volumes.remove(b"v")
+        # Each looked the volume up before.
+        with pytest.raises(NotFoundError):
+            await pool.volumes.discard(volume, 0, 40 * BLOCK)
+        with pytest.raises(NotFoundError):
+            await pool.volumes.truncate(volume, BLOCK)
+        with pytest.raises(NotFoundError):
+            await pool.volumes.fit(volume)
+        await volume.trim()
+        assert await read_snapshot(pool, snapshot, b"v") == data
+    async with open_world(world) as pool:
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == data
+    world.check_clean()
+
+
+async def test_a_volume_that_is_removed_before_its_turn_to_be_cleared_leaves_snapshots_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a crash amid a truncate the reclaimer clears what lies behind sizes, one volume after the other."""
+    world = World(processor_count=1)
+    data = noise(50)
+    trim_portion = Volume._trim_portion
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            await pool.volumes.create(b"a")
+            await put(pool, b"a", 0, noise(10))
+            volume = await pool.maker.create(VolumeWish(b"v", 50 * BLOCK, COPY_ON_WRITE))
+            await put(pool, b"v", 0, data)
+            await pool.snapshots.create(b"s")
+            never = Held()
+            with monkeypatch.context() as patch:
+                patch.setattr(Volume, "_trim_portion", lambda *_: never.wait())
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+                    await never.entered.wait()
+                    nursery.cancel_scope.cancel()
+        held = Held()
+
+        async def trim_slowly(volume: Volume, *args: object) -> None:
+            if volume.name == b"a":
+                await held.wait()
+            await trim_portion(volume, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Volume, "_trim_portion", trim_slowly)
+        async with open_world(world) as pool:
+            await held.entered.wait()
+            await pool.volumes.remove(b"v")
+            held.go_on.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == data
+
+
+async def test_a_volume_that_is_removed_while_it_is_cleared_goes(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: None
+) -> None:
+    world = World(processor_count=1)
+    trim_portion = Volume._trim_portion
+    held = Held()
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, noise(50))
+
+        async def trim_slowly(volume: Volume, *args: object) -> None:
+            await held.wait()
+            await trim_portion(volume, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Volume, "_trim_portion", trim_slowly)
+        async with open_world(world) as pool:
+            await held.entered.wait()
+            await pool.volumes.remove(b"v")
+            held.go_on.set()
+            await trio.sleep(10)
+            assert not pool.reclaimer.waiting_count and not pool.reclaimer.is_at_work
+    world.check_clean()
+
+
+async def test_a_clone_that_finds_no_room_keeps_no_other_space_from_coming_back() -> None:
+    """The snapshot a clone looks into is deleted while the change log volume that it would need is full."""
+    world = World(processor_count=2)
+    world.devices["x"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"x", ["x"], 300 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", 1 << 20, COPY_ON_WRITE, changelog_name=b"x"))
+        await put(pool, b"v", 0, noise(200))
+        await pool.snapshots.create(b"s0")
+        for number in range(1, 5):
+            await put(pool, b"v", 0, noise(50, number))
+            await pool.snapshots.create(b"s%d" % number)
+        await pool.clones.clone(b"s4", b"v", b"c")
+        await put(pool, b"v", 0, noise(50, 5))
+        await pool.snapshots.create(b"s5")
+        with pytest.raises(NoSpaceError):
+            await put(pool, b"v", 0, noise(200, 6))
+        for name in (b"s4", b"s0", b"s1", b"s2", b"s3", b"s5"):
+            await pool.snapshots.delete(name)
+        for _ in range(2):
+            try:
+                await pool.reclaimer.reclaim_all()
+            except NoSpaceError:
+                continue
+        assert not pool.snapshots.deleted
+        contents = noise(50, 4) + noise(200)[50 * BLOCK :]
+        assert await read_volume(pool, b"c") == contents.ljust(1 << 20, b"\0")
+        await put(pool, b"v", 0, noise(50, 7))
+
+
+async def test_deleting_takes_the_reserve_also_for_what_is_to_be_committed_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool's directory is full, and a writer's maps wait; the deletion itself had room in the write-ahead log."""
+    monkeypatch.setattr(reserve, "_SHARE", 3)
+    world = World(1, make_device=lambda where, _: MemoryDevice(15 << 20 if where == "home" else None))
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        for number in range(4):
+            for index in range(6):
+                for block in range(number, 1024, 7):
+                    await volume.write(index * OBJECT + block * BLOCK, noise(1))
+            await volume.sync()
+            await pool.snapshots.create(b"s%d" % number)
+        for _ in range(600):
+            await pool.snapshots.hold(b"s0", "tag")
+            await pool.snapshots.release(b"s0", "tag")
+        home = in_memory(world.home)
+        filler = home.create("filler")
+        filler.write(bytes(home.space().free_bytes), 0)
+        for index in range(6):
+            for block in range(4, 1024, 3):
+                await volume.write(index * OBJECT + block * BLOCK, noise(1, 2))
+        for index in range(6, 300):
+            await volume.write(index * OBJECT + BLOCK, noise(1, 3))
+        with pytest.raises(NoSpaceError):
+            await volume.sync()
+        await pool.snapshots.delete(b"s0")
+        await pool.reclaimer.reclaim_all()
+        assert not pool.snapshots.deleted
+        await volume.sync()
+        pool.volumes.close(volume)
+        filler.close()
+        home.remove("filler")
+
+
+async def test_a_schedule_deletes_what_it_chose_by_whatever_name() -> None:
+    """Meanwhile a script makes the newest snapshot the one called latest, a name that was chosen for deletion."""
+    async with open_world(World(processor_count=1)) as pool:
+        await pool.volumes.create(b"v")
+        await pool.scheduler.add(make_schedule("hourly", "1h", keep="1"))
+        for name in (b"one", b"latest"):
+            await pool.snapshots.create(name, schedule="hourly")
+        renamed: list[bytes] = []
+
+        async def forget(name: bytes) -> None:
+            if name == b"one" and not renamed:
+                await pool.snapshots.delete(b"latest")
+                newest = max(pool.snapshots.by_id.values(), key=lambda one: one.instant)
+                renamed.append(newest.name or b"")
+                await pool.snapshots.rename(renamed[0], b"latest")
+
+        pool.snapshots.forget_name = forget
+        made = await pool.scheduler.run_now("hourly")
+        assert renamed and made is not None and list(pool.snapshots.by_name) == [b"latest"]
+        assert made.snapshot_id in pool.snapshots.by_id
+
+
+async def test_change_log_volumes_that_the_catalog_has_stay_when_their_devices_cannot_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    world.devices["x"] = MemoryDevice()
+
+    async def short_of_threads(call: object, *args: object) -> object:
+        if getattr(call, "__name__", "") == "_note_generation":
+            raise NoMemoryError("can't start new thread", "")
+        return await in_thread(call, *args)  # type: ignore[arg-type]
+
+    async with open_world(world) as pool:
+        monkeypatch.setattr(changelogvolumes, "in_thread", short_of_threads)
+        await pool.changelogs.create(b"x", ["x"], 1 << 30)
+        assert [one["name"] for one in pool.changelogs.entries()] == ["x"]
+    async with open_world(world) as pool:
+        assert [one["name"] for one in pool.changelogs.entries()] == ["x"]
+
+
+async def test_room_is_made_although_a_cut_volume_cannot_be_cleared_for_want_of_it() -> None:
+    world = World(processor_count=1)
+    world.devices["x"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"x", ["x"], 200 * BLOCK, frees_oldest=True)
+        for name in (b"a", b"b"):
+            await pool.maker.create(VolumeWish(name, 1 << 20, changelog_name=b"x"))
+        await put(pool, b"b", 0, noise(100))
+        await put(pool, b"a", 0, noise(100))
+        await pool.snapshots.create(b"old", hold_tags=["keep"])
+        await put(pool, b"a", 0, noise(100, 2))
+        await pool.snapshots.create(b"new", hold_tags=["keep"])
+        await put(pool, b"a", 0, noise(100, 3))
+        with pytest.raises(NoSpaceError):
+            await pool.volumes.truncate(pool.volumes.get(b"b"), 100)
+        await pool.snapshots.release(b"new", "keep")
+        quota = pool.changelogs.get(b"x")
+        (changelog_id,) = pool.placement.quotas
+        await pool.freer._free(changelog_id, quota)
+        assert list(pool.snapshots.by_name) == [b"old"]
+
+
+async def test_after_a_failed_sync_no_zeros_are_taken_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_until_power_is_lost(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, noise(10))
+            (log,) = pool.processors[0].logs.known.values()
+            assert log.file is not None
+
+            def fail() -> None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            monkeypatch.setattr(log.file, "sync", fail)
+            with pytest.raises(SyncFailedError):
+                await volume.sync()
+            for data in (noise(1), bytes(BLOCK)):
+                with pytest.raises(SyncFailedError):
+                    await volume.write(20 * BLOCK, data)
+
+
+async def test_an_image_becomes_the_source_of_one_of_many_that_are_made_at_a_time() -> None:
+    world = World(processor_count=2)
+    world.make_image("/img", noise(20))
+    async with open_world(world) as pool:
+        refused: list[bytes] = []
+
+        async def make(name: bytes, change_mode: int) -> None:
+            try:
+                await pool.maker.create(VolumeWish(name, None, change_mode, "/img"))
+            except InUseError:
+                refused.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for name, change_mode in ((b"a", COPY_ON_WRITE), (b"b", COPY_ON_WRITE), (b"r", REDIRECT)):
+                nursery.start_soon(make, name, change_mode)
+        assert len(refused) == 2 and len(pool.volumes.by_name) == 1
+    world.check_clean()
+
+
+async def test_no_volume_is_made_with_a_change_log_volume_that_is_removed_meanwhile() -> None:
+    world = World(processor_count=1)
+    world.devices["x"] = MemoryDevice()
+    with without_threads(1):
+        async with open_world(world) as pool:
+            await pool.changelogs.create(b"x", ["x"], 1 << 30)
+            refused: list[SnapfsError] = []
+
+            async def make() -> None:
+                try:
+                    await pool.maker.create(VolumeWish(b"v", 1 << 20, changelog_name=b"x"))
+                except NotFoundError as error:
+                    refused.append(error)
+
+            async with trio.open_nursery() as nursery, pool.volumes.lock:
+                nursery.start_soon(pool.changelogs.remove, b"x")
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(make)
+                await trio.testing.wait_all_tasks_blocked()
+            assert len(refused) == 1 and not pool.volumes.by_name and not pool.placement.quotas
+    world.check_clean()
