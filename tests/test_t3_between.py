@@ -12,7 +12,7 @@ import trio.testing
 
 from snapfs import changelogvolumes, reserve
 from snapfs.backends import MemoryDevice
-from snapfs.errors import InUseError, NoMemoryError, NoSpaceError, NotFoundError, SnapfsError, SyncFailedError
+from snapfs.errors import BusyVolumeError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
@@ -343,24 +343,27 @@ async def test_an_image_becomes_the_source_of_one_of_many_that_are_made_at_a_tim
     world.check_clean()
 
 
-async def test_no_volume_is_made_with_a_change_log_volume_that_is_removed_meanwhile() -> None:
+async def test_a_change_log_volume_is_not_removed_while_a_volume_is_made_that_names_it() -> None:
     world = World(processor_count=1)
     world.devices["x"] = MemoryDevice()
     with without_threads(1):
         async with open_world(world) as pool:
             await pool.changelogs.create(b"x", ["x"], 1 << 30)
-            refused: list[SnapfsError] = []
+            refused: list[BusyVolumeError] = []
 
-            async def make() -> None:
+            async def remove() -> None:
                 try:
-                    await pool.maker.create(VolumeWish(b"v", 1 << 20, changelog_name=b"x"))
-                except NotFoundError as error:
+                    await pool.changelogs.remove(b"x")
+                except BusyVolumeError as error:
                     refused.append(error)
 
             async with trio.open_nursery() as nursery, pool.volumes.lock:
-                nursery.start_soon(pool.changelogs.remove, b"x")
+                nursery.start_soon(pool.maker.create, VolumeWish(b"v", 1 << 20, changelog_name=b"x"))
                 await trio.testing.wait_all_tasks_blocked()
-                nursery.start_soon(make)
+                nursery.start_soon(remove)
                 await trio.testing.wait_all_tasks_blocked()
-            assert len(refused) == 1 and not pool.volumes.by_name and not pool.placement.quotas
+            assert len(refused) == 1 and len(pool.placement.quotas) == 1
+            await put(pool, b"v", 0, noise(1))
+            await pool.snapshots.create(b"s")
+            await put(pool, b"v", 0, noise(1, 2))
     world.check_clean()
