@@ -107,7 +107,7 @@ class OldestFreer:
                     self._read[changelog_id] = snapshot
                     return _is_read(snapshot)
                 if _is_short(quota):
-                    await self._delete(snapshot, quota)
+                    failure = await self._delete(snapshot, quota) or failure
             if quota.used_blocks >= used_blocks and _is_short(quota):
                 return _hindrance(failure, _NOTHING_FREED)
         return ""
@@ -130,17 +130,15 @@ class OldestFreer:
         instants = await in_thread(accounts[-1].first_needed, list(allowed), needed_blocks)
         return [allowed[one] for one in instants]
 
-    async def _delete(self, snapshot: Snapshot, quota: Quota) -> None:
-        if snapshot.snapshot_id not in self._snapshots.by_id:
-            return
+    async def _delete(self, snapshot: Snapshot, quota: Quota) -> SnapfsError | OSError | None:
+        """Delete a snapshot, if nobody else was first; what failed of freeing it."""
         try:
             await self._snapshots.delete_this(snapshot)
         except NotFoundError:
-            # Somebody else was first.
-            return
+            return None
         name = snapshot.name or b""
         self._events.note("snapshot-freed", logging.WARNING, name=show_name(name), change_log_volume=quota.name)
-        await self._reclaim()
+        return await self._reclaim()
 
     async def _reclaim(self) -> SnapfsError | OSError | None:
         """Free what is deleted; what failed of that, which may be for want of the very room that is looked for."""

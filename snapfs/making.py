@@ -92,7 +92,7 @@ class VolumeMaker:
             def traits_of(volume_id: VolumeId) -> VolumeTraits | None:
                 if is_plain:
                     return None
-                # Again, for now others are kept out: they may have changed since it was looked at.
+                # Again, with others kept out: they may have changed something since it was looked at.
                 self._check_unused(source, wish)
                 if self._changelog_id(wish.changelog_name) != changelog_id:
                     raise NotFoundError(

@@ -16,6 +16,8 @@ from snapfs.errors import BusyVolumeError, InUseError, NoMemoryError, NoSpaceErr
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.portion import Portion
+from snapfs.processor import Processor
 from snapfs.schedule import make_schedule
 from snapfs.tasks import in_thread
 from snapfs.volume import Volume
@@ -48,6 +50,19 @@ class Held:
         await self.go_on.wait()
         if self._error is not None:
             raise self._error
+
+
+def hold_clearing_of(name: bytes, monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Have what lies behind a volume's size be cleared only when that is let go on."""
+    held, trim_portion = Held(), Volume._trim_portion
+
+    async def trim_slowly(volume: Volume, processor: Processor, portion: Portion) -> None:
+        if volume.name == name:
+            await held.wait()
+        await trim_portion(volume, processor, portion)
+
+    monkeypatch.setattr(Volume, "_trim_portion", trim_slowly)
+    return held
 
 
 @pytest.mark.parametrize("is_power_lost", [False, True])
@@ -106,6 +121,10 @@ async def test_what_waited_while_its_volume_was_removed_leaves_snapshots_alone(c
         with pytest.raises(NotFoundError):
             await pool.volumes.fit(volume)
         await volume.trim()
+        if change_mode == COPY_ON_WRITE:
+            # Even so: its source is its snapshots' alone.
+            with pytest.raises(NotFoundError):
+                await volume.discard(0, 40 * BLOCK)
         assert await read_snapshot(pool, snapshot, b"v") == data
     async with open_world(world) as pool:
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == data
@@ -118,7 +137,6 @@ async def test_a_volume_that_is_removed_before_its_turn_to_be_cleared_leaves_sna
     """After a crash amid a truncate the reclaimer clears what lies behind sizes, one volume after the other."""
     world = World(processor_count=1)
     data = noise(50)
-    trim_portion = Volume._trim_portion
     with without_threads(1):
         async with open_until_power_is_lost(world) as pool:
             await pool.volumes.create(b"a")
@@ -133,14 +151,7 @@ async def test_a_volume_that_is_removed_before_its_turn_to_be_cleared_leaves_sna
                     nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
                     await never.entered.wait()
                     nursery.cancel_scope.cancel()
-        held = Held()
-
-        async def trim_slowly(volume: Volume, *args: object) -> None:
-            if volume.name == b"a":
-                await held.wait()
-            await trim_portion(volume, *args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(Volume, "_trim_portion", trim_slowly)
+        held = hold_clearing_of(b"a", monkeypatch)
         async with open_world(world) as pool:
             await held.entered.wait()
             await pool.volumes.remove(b"v")
@@ -153,18 +164,11 @@ async def test_a_volume_that_is_removed_while_it_is_cleared_goes(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: None
 ) -> None:
     world = World(processor_count=1)
-    trim_portion = Volume._trim_portion
-    held = Held()
     with without_threads(1):
         async with open_until_power_is_lost(world) as pool:
             await pool.volumes.create(b"v")
             await put(pool, b"v", 0, noise(50))
-
-        async def trim_slowly(volume: Volume, *args: object) -> None:
-            await held.wait()
-            await trim_portion(volume, *args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(Volume, "_trim_portion", trim_slowly)
+        held = hold_clearing_of(b"v", monkeypatch)
         async with open_world(world) as pool:
             await held.entered.wait()
             await pool.volumes.remove(b"v")
