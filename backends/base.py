@@ -58,6 +58,12 @@ class DeviceFile(ABC):
         """Write where nothing was before; a device may lay that out for the overwrites to come."""
         self.write(data, offset)
 
+    def begin_writeback(self) -> None:  # noqa: B027 - one that keeps nothing back has nothing to begin
+        """Have the device begin to write what was written to the file, and do not wait for it. Promises nothing.
+
+        An error here takes none from :meth:`sync`, which tells of it as if this had not been called.
+        """
+
     @abstractmethod
     def sync(self) -> None:
         """Make contents and size durable (fdatasync).

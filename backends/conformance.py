@@ -81,6 +81,8 @@ def _files_read_back(device: Device) -> None:
     _expect(file.size() == 5010, "the size is the end of the last write")
     _expect(file.read_into(bytearray(10), 5005) == 5, "a read is short at the end")
     _expect(file.read_into(bytearray(10), 9000) == 0, "a read behind the end is empty")
+    file.begin_writeback()
+    _expect(file.read_into(buffer, 5000) == 10 and buffer == b"012AB56789", "to begin to write changes nothing")
     file.sync()
     file.close()
     file.close()

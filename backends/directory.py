@@ -18,12 +18,14 @@ from .base import Buffer, Device, DeviceFile, LockHolder, Space
 _NEW_WRITE_BYTES_MAX = 128 << 10
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_SYNC_FILE_RANGE_WRITE = 0x02
 _PROBE_BYTES = 4096
 _O_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _O_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -90,6 +92,12 @@ class DirectoryFile(DeviceFile):
         view = memoryview(data)
         for start in range(0, len(view), _NEW_WRITE_BYTES_MAX):
             self.write(view[start : start + _NEW_WRITE_BYTES_MAX], offset + start)
+
+    def begin_writeback(self) -> None:
+        """See :meth:`DeviceFile.begin_writeback`. What fails is kept for the next sync (sync_file_range(2))."""
+        if _libc.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
     def sync(self) -> None:
         """See :meth:`DeviceFile.sync`."""

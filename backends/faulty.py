@@ -112,6 +112,10 @@ class _FaultyFile(StackedFile):
         self._device.ask("write", self._name)
         self.inner.write_new(data, offset)
 
+    def begin_writeback(self) -> None:
+        self._device.ask("begin_writeback", self._name)
+        self.inner.begin_writeback()
+
     def sync(self) -> None:
         self._device.ask("sync", self._name)
         self.inner.sync()

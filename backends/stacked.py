@@ -45,13 +45,17 @@ class StackedDevice(Device):
 
 
 class StackedFile(DeviceFile):
-    """All of :class:`DeviceFile` that changes nothing, passed on to ``inner``."""
+    """All of :class:`DeviceFile` that changes nothing of what is read, passed on to ``inner``."""
 
     inner: DeviceFile
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """See :meth:`DeviceFile.read_into`."""
         return self.inner.read_into(buffer, offset)
+
+    def begin_writeback(self) -> None:
+        """See :meth:`DeviceFile.begin_writeback`."""
+        self.inner.begin_writeback()
 
     def size(self) -> int:
         """See :meth:`DeviceFile.size`."""

@@ -31,6 +31,7 @@ class ChangeLog:
     it is not closed. ``dirty``: written to since its last sync. ``unnamed``: its name on the device
     is not durable yet. ``held``: has state that is not committed, or takes writes. ``pins`` counts
     those that are about to name blocks of it; with one it does not die. ``liveness`` is its device's.
+    ``unbegun_block_count``: what large writes put there since its device last was asked to begin to write it.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class ChangeLog:
         "quota",
         "sealed",
         "summed",
+        "unbegun_block_count",
         "unnamed",
         "users",
         "volume_id",
@@ -71,6 +73,7 @@ class ChangeLog:
         self.file: DeviceFile | None = None
         self.users = 0
         self.pins = 0
+        self.unbegun_block_count = 0
         self.dirty = False
         self.unnamed = False
         self.held = 0

@@ -416,7 +416,8 @@ class Pool:
                 self.damage_teller.run,
                 self.watch.run,
             )
-            for task in (*(processor.run for processor in self.processors), *own):
+            of_processors = [task for one in self.processors for task in (one.run, one.writeback.run)]
+            for task in (*of_processors, *own):
                 nursery.start_soon(kept_up, task, self.note_no_memory)
 
     def note_no_memory(self) -> None:

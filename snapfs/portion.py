@@ -37,6 +37,7 @@ from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
+from .writeback import LARGE_BLOCKS_MIN, EarlyWriteback
 
 Segment = tuple[ChangeLog | None, int, int, int]
 _KeptRun = tuple[int, int, bool]
@@ -75,10 +76,11 @@ class _Replacement:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """What a portion may ask of its processor about other volumes.
+    """What a portion may ask of its processor about other volumes, and on behalf of its own.
 
     ``sources`` has the log that stands for what a volume is written over. ``borrow`` gives the
     portion of another volume, for as long as it is used; ``commit`` makes one's changes durable.
+    ``writeback`` is told of large writes.
     """
 
     traits: TraitsTable
@@ -86,6 +88,7 @@ class Neighbours:
     sources: Mapping[VolumeId, LogRow]
     borrow: Callable[[VolumeId], contextlib.AbstractContextManager[Portion]]
     commit: Callable[[Portion], Awaitable[None]]
+    writeback: EarlyWriteback
 
 
 class Portion:
@@ -464,6 +467,8 @@ class Portion:
                 if log_id == HOLE:
                     holes += count
         log.add_blocks(gained)
+        if gained >= LARGE_BLOCKS_MIN:
+            self._neighbours.writeback.note(log, gained)
         self._note_changed(log)
         if holes:
             self._tally.add(self.volume_id, holes)

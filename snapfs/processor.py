@@ -36,6 +36,7 @@ from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
 from .traits import TraitsTable
 from .unnamed import OBJECTS_A_STEP, objects_with_data, punch_unnamed
+from .writeback import EarlyWriteback
 
 DIRTY_OBJECTS_MAX = 2048
 COMMIT_CHECK_S = 1.0
@@ -120,7 +121,10 @@ class Processor:
         self.processor_count = processor_count
         self.traits = traits
         self.facts_of = facts_of
-        self._neighbours = Neighbours(traits, Residency(), self.sources, self.borrowed, self._commit_one)
+        self.writeback = EarlyWriteback(self.access.in_thread)
+        self._neighbours = Neighbours(
+            traits, Residency(), self.sources, self.borrowed, self._commit_one, self.writeback
+        )
         self._wakeup = Wakeup()
         self._has_freed = True
 

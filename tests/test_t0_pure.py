@@ -284,6 +284,7 @@ LAYERS = [
     ["placement", "liveness"],
     ["catalog", "shardstore", "changelog", "reserve"],
     ["catalogaccess", "unnamed", "shardstate", "counting", "objectdigests"],
+    ["writeback"],
     ["portion"],
     ["cowportion"],
     ["processor"],
