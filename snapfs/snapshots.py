@@ -315,10 +315,10 @@ class SnapshotTable:
         return name
 
     async def _publish(self, cut: _Cut) -> None:
-        covered = set(cut.marks) if cut.chosen is None else {*cut.chosen}
+        covered = list(cut.marks if cut.chosen is None else cut.chosen)
         for volume in covered:
-            if not volume.is_removed and volume in cut.marks:
-                volume.data_synced(cut.marks[volume])
+            if not volume.is_removed and volume in cut.marks and not volume.data_synced(cut.marks[volume]):
+                await volume.sync_data()
 
         def batch() -> CatalogBatch:
             rows = CatalogBatch(

@@ -491,26 +491,41 @@ class Volume(VolumeView):
 
         ``data_only`` leaves times unsaved, as fdatasync may. Raises SyncFailedError, NoSpaceError.
         """
-        mark = self.size_mark()
-        trimmed = self._trim == _TRIM_DONE
-        try:
-            await side_by_side(
-                [
-                    partial(processor.commit, [portion])
-                    for processor, portion in self._loaded_portions()
-                    if portion.is_dirty or portion.failure is not None
-                ]
-            )
-        except SyncFailedError:
-            self._refuse_everywhere()
-            raise
-        self.data_synced(mark)
-        if trimmed and self._trim == _TRIM_DONE:
-            self._trim = _TRIM_NONE
-        if not (data_only and self._only_times_unsaved()):
-            await self._catalog.save([self])
+        is_saved = False
+        while not is_saved:
+            trimmed = self._trim == _TRIM_DONE
+            await self.sync_data()
+            shrink_count = self._shrink_count
+            if trimmed and self._trim == _TRIM_DONE:
+                self._trim = _TRIM_NONE
+            if not (data_only and self._only_times_unsaved()):
+                await self._catalog.save([self])
+            # A cut that was to be saved before this, and failed, has put the size back.
+            is_saved = shrink_count == self._shrink_count
         # Or a power cut may bring forth a removal that had failed.
         await self._catalog.settle()
+
+    async def sync_data(self) -> None:
+        """Make data durable, and then maps: all up to the size of now, which is for the catalog to save.
+
+        Raises SyncFailedError, NoSpaceError.
+        """
+        is_known = False
+        while not is_known:
+            mark = self.size_mark()
+            try:
+                await side_by_side(
+                    [
+                        partial(processor.commit, [portion])
+                        for processor, portion in self._loaded_portions()
+                        if portion.is_dirty or portion.failure is not None
+                    ]
+                )
+            except SyncFailedError:
+                self._refuse_everywhere()
+                raise
+            # Cut meanwhile, or put back, it has another size up to which all is to be durable.
+            is_known = self.data_synced(mark)
 
     def _refuse_everywhere(self) -> None:
         """Of a volume that could not be synced no processor takes writes any more."""
@@ -531,11 +546,16 @@ class Volume(VolumeView):
         """The size now, for :meth:`data_synced` once the data of now is durable."""
         return self.size_bytes, self._shrink_count
 
-    def data_synced(self, mark: tuple[int, int]) -> None:
-        """All data of when the mark was taken is durable; more may be by now, and stays so."""
+    def data_synced(self, mark: tuple[int, int]) -> bool:
+        """All data of when the mark was taken is durable; more may be by now, and stays so.
+
+        False: the volume was cut meanwhile, or put back, so the mark says nothing of it.
+        """
         size_bytes, shrink_count = mark
-        if shrink_count == self._shrink_count:
-            self._synced_size_bytes = min(max(size_bytes, self._synced_size_bytes), self.size_bytes)
+        if shrink_count != self._shrink_count:
+            return False
+        self._synced_size_bytes = min(max(size_bytes, self._synced_size_bytes), self.size_bytes)
+        return True
 
     # -- changing the size -------------------------------------------------------------------
 
@@ -601,6 +621,7 @@ class Volume(VolumeView):
                 await self._catalog.save([self])
             except BaseException:
                 self.size_bytes, self._synced_size_bytes, self._trim = before
+                self._shrink_count += 1
                 raise
 
     async def discard(self, offset: int, length: int) -> int:

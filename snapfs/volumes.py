@@ -76,8 +76,9 @@ class VolumeTable:
         self._next_volume_id = next_volume_id
         self._reserve = reserve
         self._reclaim_wakeup = reclaim_wakeup
-        self._unsaved: set[Volume] = set()
-        self._open: set[Volume] = set()
+        # In the order in which they came, so that the same is done in the same order again.
+        self._unsaved: dict[Volume, None] = {}
+        self._open: dict[Volume, None] = {}
         self._closings = trio.lowlevel.ParkingLot()
 
     def load(self, rows: Sequence[VolumeRow], *, after_crash: bool) -> None:
@@ -126,19 +127,19 @@ class VolumeTable:
     def open(self, volume: Volume) -> None:
         """Have a volume ready for reads and writes until :meth:`close`."""
         volume.open()
-        self._open.add(volume)
+        self._open[volume] = None
 
     def close(self, volume: Volume) -> None:
         """Undo one :meth:`open`. What was written is made durable soon; a removed volume is freed."""
         volume.close()
         if volume.opens == 0:
-            self._open.discard(volume)
+            self._open.pop(volume, None)
             self._closings.unpark_all()
             if volume.is_removed:
                 self._drop(volume)
                 self._reclaim_wakeup.set()
             else:
-                self._unsaved.add(volume)
+                self._unsaved[volume] = None
 
     async def wait_until_closed(self, volume: Volume) -> None:
         """Wait until nobody has a volume open."""
@@ -176,7 +177,7 @@ class VolumeTable:
             await volume.sync()
             # It may have been opened, written and closed meanwhile.
             if volume.opens == 0 and volume.is_clean:
-                self._unsaved.discard(volume)
+                self._unsaved.pop(volume, None)
 
         errors: list[SnapfsError | OSError] = []
         for volume in self.unsaved():
@@ -288,7 +289,7 @@ class VolumeTable:
         volume.become(row)
         self.by_id[row.volume_id] = volume
         volume.resume(opens)
-        self._unsaved.add(volume)
+        self._unsaved[volume] = None
         self._reclaim_wakeup.set()
 
     async def rename(self, old: bytes, new: bytes, *, replace: bool = True, exchange: bool = False) -> None:
@@ -333,7 +334,7 @@ class VolumeTable:
             elif other is not None:
                 self._forget(other)
             volume.ctime_ns = time.time_ns()
-            self._unsaved.add(volume)
+            self._unsaved[volume] = None
 
     async def remove(self, name: bytes) -> None:
         """Remove a volume's name, durably. Whoever has it open keeps it; so do snapshots.
@@ -363,7 +364,7 @@ class VolumeTable:
         volume.last_instant = epoch - 1
         volume.versions.clear()
         self.removed[volume.volume_id] = Epoch(epoch)
-        self._unsaved.discard(volume)
+        self._unsaved.pop(volume, None)
         for processor in self.processors:
             processor.tally.hide(volume.volume_id)
             portion = processor.portions.get(volume.volume_id)
@@ -428,7 +429,7 @@ class VolumeTable:
             volume.ctime_ns = time.time_ns() if change.ctime_ns is None else storable_ns(change.ctime_ns)
             if volume.is_removed:
                 return
-            self._unsaved.add(volume)
+            self._unsaved[volume] = None
             if change.only_times:
                 return
             try:
@@ -461,7 +462,7 @@ class VolumeTable:
             _check_used(volume)
             freed_bytes = await volume.discard(offset, length)
             if not volume.is_removed:
-                self._unsaved.add(volume)
+                self._unsaved[volume] = None
             return freed_bytes
 
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
@@ -472,7 +473,7 @@ class VolumeTable:
             await volume.truncate(size_bytes)
             volume.mtime_ns = volume.ctime_ns = time.time_ns()
             if not volume.is_removed:
-                self._unsaved.add(volume)
+                self._unsaved[volume] = None
 
 
 def _check_used(volume: Volume) -> None:

@@ -371,3 +371,74 @@ async def test_a_change_log_volume_is_not_removed_while_a_volume_is_made_that_na
             await pool.snapshots.create(b"s")
             await put(pool, b"v", 0, noise(1, 2))
     world.check_clean()
+
+
+@pytest.mark.parametrize("kind", ["sync", "snapshot"])
+async def test_what_is_synced_beside_a_truncate_is_durable_up_to_the_smaller_size(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size up to which data had become durable was forgotten, and power loss cut the volume to the one before."""
+    world = World(processor_count=1)
+    data = noise(100)
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, data[:BLOCK])
+            async with pool.volumes.opened(b"v"):
+                await volume.write(0, data)
+                held = Held()
+                (processor,) = pool.processors
+                commit = processor.commit
+
+                async def commit_later(*args: object) -> int:
+                    monkeypatch.setattr(processor, "commit", commit)
+                    stall_ns = await commit(*args)  # type: ignore[arg-type]
+                    await held.wait()
+                    return stall_ns
+
+                monkeypatch.setattr(processor, "commit", commit_later)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(volume.sync if kind == "sync" else pool.snapshots.create)
+                    await held.entered.wait()
+                    await pool.volumes.truncate(volume, 50 * BLOCK)
+                    held.go_on.set()
+        async with open_world(world) as pool:
+            assert await read_volume(pool, b"v") == data[: 50 * BLOCK]
+
+
+async def test_what_is_synced_beside_a_truncate_that_fails_is_durable_up_to_the_size_that_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    data = noise(100)
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, data[:BLOCK])
+            async with pool.volumes.opened(b"v"):
+                await volume.write(0, data)
+                held = Held(NoSpaceError("the device that holds the catalog is full", ""))
+                save = pool.catalog.save
+
+                async def save_later(*args: object) -> None:
+                    monkeypatch.setattr(pool.catalog, "save", save_after)
+                    await held.wait()
+
+                async def save_after(*args: object) -> None:
+                    # One at a time: the one that fails was first.
+                    monkeypatch.setattr(pool.catalog, "save", save)
+                    held.go_on.set()
+                    await trio.testing.wait_all_tasks_blocked()
+                    await save(*args)  # type: ignore[arg-type]
+
+                async def cut() -> None:
+                    with pytest.raises(NoSpaceError):
+                        await pool.volumes.truncate(volume, 50 * BLOCK)
+
+                monkeypatch.setattr(pool.catalog, "save", save_later)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cut)
+                    await held.entered.wait()
+                    await volume.sync()
+        async with open_world(world) as pool:
+            assert await read_volume(pool, b"v") == data
