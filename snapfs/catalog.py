@@ -79,9 +79,11 @@ class Catalog:
         database.upgrade(CATALOG_SCHEMAS)
         return cls(database)
 
-    def meta(self, key: str) -> int:
-        """A number of the meta table."""
+    def meta(self, key: str, default: int | None = None) -> int:
+        """A number of the meta table. One without a default is there, or the catalog is damaged."""
         row = self.database.row("SELECT value FROM meta WHERE key = ?", (key,))
+        if row is None and default is not None:
+            return default
         if row is None or not isinstance(row[0], int):
             raise DamagedError(f"{_WHAT} lacks its {key}", "Restore it from a copy")
         return row[0]
@@ -299,7 +301,9 @@ class Catalog:
             if batch.trim_all:
                 database.execute("UPDATE volumes SET trim = 1")
             meta = {**batch.meta, "generation": self.generation + 1}
-            database.each("UPDATE meta SET value = ?2 WHERE key = ?1", meta.items())
+            database.each(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", meta.items()
+            )
         self.generation += 1
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from .formats import (
     CHANGE_LOG,
     COPY_ON_WRITE,
     IMAGE_LOG,
+    LEFTOVERS_FROM,
     POOL_FILE,
     SOURCE_LOG,
     CopyRow,
@@ -116,6 +117,7 @@ class _Context:
     snapshots: SnapshotIndex
     snapshot_instants: dict[int, int]
     kept_instants: set[int]
+    leftovers_from: int
     next_instant: int
     was_clean: bool
     traits: TraitsTable
@@ -203,6 +205,7 @@ def _check_catalog(
         snapshots=index,
         snapshot_instants=instants,
         kept_instants=kept,
+        leftovers_from=catalog.meta(LEFTOVERS_FROM, 0) or NEVER,
         next_instant=catalog.meta("next_instant"),
         was_clean=bool(catalog.meta("clean")),
         traits=traits,
@@ -265,7 +268,7 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
             report.add(DAMAGE, CATALOG_FILE, f"attributes of volume {version.volume_id} hold for no instant")
         elif not context.snapshots.holds(version.volume_id, version.epoch, version.instant):
             is_due = len(context.kept_instants) != len(context.snapshot_instants)
-            if version.instant < context.next_instant and not is_due:
+            if version.instant < min(context.next_instant, context.leftovers_from) and not is_due:
                 report.add(
                     LEAK,
                     CATALOG_FILE,
@@ -365,7 +368,8 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before instant {copy.epoch}")
             if not snapshots.holds(volume_id, copy.epoch, copy.instant):
                 is_due = copy.instant not in self.context.kept_instants and (
-                    copy.instant in self.context.snapshot_instants.values() or copy.instant >= self.context.next_instant
+                    copy.instant in self.context.snapshot_instants.values()
+                    or copy.instant >= min(self.context.next_instant, self.context.leftovers_from)
                 )
                 deleting = len(self.context.kept_instants) != len(self.context.snapshot_instants)
                 severity = NOTE if is_due or deleting else LEAK

@@ -17,6 +17,9 @@ from .geometry import PROCESSOR_COUNT_MAX, Epoch, LogId, SnapshotId, VolumeId
 
 FORMAT_VERSION = 4
 
+# Of the catalog's meta table; without the row it is 0.
+LEFTOVERS_FROM = "leftovers_from"
+
 REDIRECT, COPY_ON_WRITE = 0, 1
 # By the words of the command line.
 CHANGE_MODES = {"redirect": REDIRECT, "cow": COPY_ON_WRITE}

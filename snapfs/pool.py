@@ -35,6 +35,7 @@ from .formats import (
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
     FORMAT_VERSION,
+    LEFTOVERS_FROM,
     POOL_FILE,
     CatalogBatch,
     DeviceDescriptor,
@@ -312,7 +313,7 @@ class Pool:
         self.damage_teller = DamageTeller(self.damage, self.volumes, self.snapshots, self.processors, self.events)
         self.clones = Clones(self.volumes, self.snapshots, self.processors, self.reclaimer, self.events, self.jobs)
         self.volumes.load(catalog.volumes(), after_crash=self.after_crash)
-        self.snapshots.load(catalog.snapshots())
+        self.snapshots.load(catalog.snapshots(), catalog.meta(LEFTOVERS_FROM, 0))
         for volume_id in self.volumes.removed:
             for processor in self.processors:
                 processor.tally.hide(volume_id)

@@ -56,10 +56,14 @@ class _Unneeded:
 
 @dataclass(slots=True)
 class _Step:
-    """Copies to be dropped in one step, in the order of their instants, and where to look for more."""
+    """Copies to be dropped in one step, in the order of their instants, and where to look for more.
+
+    Not ``is_complete``: some are to be left where they are, for their volume failed.
+    """
 
     unneeded: list[_Unneeded]
     rest: list[_CopySpan]
+    is_complete: bool = True
 
 
 class Deleted(NamedTuple):
@@ -72,16 +76,17 @@ class Deleted(NamedTuple):
 
 async def release_snapshots(
     processor: Processor, deleted: Sequence[Deleted], rest: Rest = trio.lowlevel.checkpoint
-) -> None:
-    """Take one processor's part of deleted snapshots apart.
+) -> bool:
+    """Take one processor's part of deleted snapshots apart; see :func:`drop_unneeded_copies`.
 
     They have left the processor's index, so no copy is made for them any more.
     """
-    await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, deleted), rest)
+    is_complete = await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, deleted), rest)
     idle = await _idle_logs(processor)
     ids = [one.snapshot_id for one in deleted]
     await processor.commit([], ShardBatch(dropped_intermediates=ids, dropped_logs=idle))
     processor.wake()
+    return is_complete
 
 
 def unheld_spans(index: SnapshotIndex, deleted: Iterable[Deleted]) -> list[tuple[int, int]]:
@@ -101,8 +106,12 @@ def unheld_spans(index: SnapshotIndex, deleted: Iterable[Deleted]) -> list[tuple
 
 async def drop_unneeded_copies(
     processor: Processor, spans: Iterable[tuple[int, int]], rest: Rest = trio.lowlevel.checkpoint
-) -> None:
-    """Drop the copies that no snapshot in the index needs, with instants from the first up to the second of a span."""
+) -> bool:
+    """Drop the copies that no snapshot in the index needs, with instants from the first up to the second of a span.
+
+    False when some are left: nothing of a volume that could not be synced changes until the pool is opened again.
+    """
+    is_complete = True
     places: list[_CopySpan] = [((low - 1, 0, 0), high) for low, high in spans]
     while places:
         with trio.CancelScope(shield=True):
@@ -117,10 +126,12 @@ async def drop_unneeded_copies(
                         await processor.commit_locked(_sound(processor))
                 finally:
                     _let_go(processor, step)
+        is_complete &= step.is_complete
         places = step.rest
         # So that their room is there soon, also when there is much more to do.
         processor.wake()
         await rest()
+    return is_complete
 
 
 def _sound(processor: Processor) -> list[Portion]:
@@ -131,9 +142,10 @@ async def _find(processor: Processor, places: list[_CopySpan]) -> _Step:
     """The first copies of these spans that no snapshot needs."""
     store = processor.access.store
     rows, left = await processor.access.ask(_some_copies, store, places)
-    wanted = [row for row in rows if _is_unneeded(processor, row)]
+    unneeded = [row for row in rows if not processor.snapshots.holds(row.volume_id, row.epoch, row.instant)]
+    wanted = [row for row in unneeded if not _has_failed(processor, row.volume_id)]
     neighbours = await processor.access.ask(lambda: [store.neighbours(row) for row in wanted])
-    step = _Step([], left)
+    step = _Step([], left, is_complete=len(wanted) == len(unneeded))
     # An object's copies go one after the other: the one before is then that before all of them.
     before: dict[tuple[int, int], tuple[int, int]] = {}
     for row, (later, earlier) in zip(wanted, neighbours, strict=True):
@@ -159,11 +171,9 @@ def _some_copies(store: ShardStore, places: list[_CopySpan]) -> tuple[list[CopyR
     return rows, []
 
 
-def _is_unneeded(processor: Processor, row: CopyRow) -> bool:
-    portion = processor.portions.get(row.volume_id)
-    if portion is not None and portion.failure is not None:
-        return False
-    return not processor.snapshots.holds(row.volume_id, row.epoch, row.instant)
+def _has_failed(processor: Processor, volume_id: VolumeId) -> bool:
+    portion = processor.portions.get(volume_id)
+    return portion is not None and portion.failure is not None
 
 
 def _let_go(processor: Processor, step: _Step) -> None:

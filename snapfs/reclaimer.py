@@ -7,6 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import trio
 
@@ -14,7 +15,7 @@ from . import reclaim
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
-from .formats import CatalogBatch, VolumeTraits
+from .formats import LEFTOVERS_FROM, CatalogBatch, VolumeTraits
 from .geometry import Epoch, SnapshotId, VolumeId
 from .pace import Demand, Pace
 from .processor import Processor
@@ -24,6 +25,8 @@ from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
 from .tasks import Wakeup, side_by_side
 from .volumes import VolumeTable
+
+T = TypeVar("T")
 
 RETRY_S = 5.0
 # So many are released in one commit of the catalog.
@@ -157,6 +160,7 @@ class Reclaimer:
             except (SnapfsError, OSError) as error:
                 # One whose change log is full must not keep the others from being freed.
                 failed = error
+        await self._drop_leftovers(gently=gently)
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:
@@ -171,20 +175,37 @@ class Reclaimer:
         for processor in self._processors:
             await self._reserve.helped(partial(reclaim.free_candidates, processor, rest))
 
-    async def _on_each(self, part: Callable[..., Awaitable[None]], *, gently: bool = False) -> None:
-        """Run the processors' parts of something: one after the other with rests, or side by side."""
+    async def _on_each(self, part: Callable[..., Awaitable[T]], *, gently: bool = False) -> list[T]:
+        """Run the processors' parts of something: one after the other with rests, or side by side. What they give."""
         if gently:
-            for processor in self._processors:
-                await part(processor, rest=self._rest)
-        else:
-            await side_by_side([partial(part, one) for one in self._processors])
+            return [await part(processor, rest=self._rest) for processor in self._processors]
+        found: list[T] = []
+
+        async def run(processor: Processor) -> None:
+            found.append(await part(processor))
+
+        await side_by_side([partial(run, one) for one in self._processors])
+        return found
 
     async def _release_aborted(self, snapshot_id: SnapshotId, instant: int) -> None:
         """Take apart what was kept for a snapshot that came to nothing, attributes among it."""
-        deleted = [reclaim.Deleted(snapshot_id, instant)]
-        await self._on_each(partial(reclaim.release_snapshots, deleted=deleted))
-        idle = await self._idle_versions(reclaim.unheld_spans(self._index, deleted))
-        await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))
+        await self._release_parts([reclaim.Deleted(snapshot_id, instant)], CatalogBatch(), gently=False)
+
+    async def _release_parts(self, deleted: Sequence[reclaim.Deleted], batch: CatalogBatch, *, gently: bool) -> None:
+        """Take apart what the processors and the catalog kept; then commit this batch, which tells what had to stay."""
+        is_complete = all(await self._on_each(partial(reclaim.release_snapshots, deleted=deleted), gently=gently))
+        batch.dropped_versions += await self._idle_versions(reclaim.unheld_spans(self._index, deleted))
+        leftovers_from = 0
+
+        def make_batch() -> CatalogBatch:
+            nonlocal leftovers_from
+            leftovers_from = self._snapshots.with_leftovers([] if is_complete else [one.instant for one in deleted])
+            if leftovers_from != self._snapshots.leftovers_from:
+                batch.meta[LEFTOVERS_FROM] = leftovers_from
+            return batch
+
+        await self._catalog.save([], make_batch)
+        self._snapshots.leftovers_from = leftovers_from
 
     def _to_release(self) -> list[Snapshot]:
         """Some of the deleted snapshots that nobody has open, and that no clone looks into."""
@@ -202,12 +223,29 @@ class Reclaimer:
                 snapshot.is_kept = False
                 self._snapshots.keep_no_more(snapshot.instant, snapshot.volume_ids)
         deleted = [reclaim.Deleted(one.snapshot_id, one.instant, one.volume_ids) for one in snapshots]
-        await self._on_each(partial(reclaim.release_snapshots, deleted=deleted), gently=gently)
-        idle = await self._idle_versions(reclaim.unheld_spans(self._index, deleted))
-        batch = CatalogBatch(dropped_snapshots=[one.snapshot_id for one in snapshots], dropped_versions=idle)
-        await self._catalog.save([], lambda: batch)
+        batch = CatalogBatch(dropped_snapshots=[one.snapshot_id for one in snapshots])
+        await self._release_parts(deleted, batch, gently=gently)
         for snapshot in snapshots:
             self._snapshots.deleted.pop(snapshot.snapshot_id, None)
+
+    async def _drop_leftovers(self, *, gently: bool) -> None:
+        """Drop what was not when its snapshot went: of a volume that had failed, or when the daemon died just then."""
+        lowest = self._snapshots.leftovers_from
+        if not lowest or any(portion.failure for one in self._processors for portion in one.portions.values()):
+            return
+        part = partial(reclaim.drop_unneeded_copies, spans=[(lowest, NEVER)])
+        is_complete = all(await self._on_each(part, gently=gently))
+        idle = await self._idle_versions([(lowest, NEVER)])
+        leftovers_from = lowest
+
+        def make_batch() -> CatalogBatch:
+            nonlocal leftovers_from
+            # One that came to nothing meanwhile may have some too.
+            leftovers_from = 0 if is_complete and not self._snapshots.aborted else self._snapshots.leftovers_from
+            return CatalogBatch(dropped_versions=idle, meta={LEFTOVERS_FROM: leftovers_from})
+
+        await self._catalog.save([], make_batch)
+        self._snapshots.leftovers_from = leftovers_from
 
     async def _settle_inheritors(self, snapshot: Snapshot) -> None:
         """A deleted snapshot that clones look into: give them maps of their own, so that its space comes back."""
@@ -241,7 +279,8 @@ class Reclaimer:
 
     async def _prune_traits(self) -> None:
         """Forget the traits of volumes of which nothing is left."""
-        if not self._traits.rows:
+        if not self._traits.rows or self._snapshots.leftovers_from:
+            # What is left over of a volume needs its source, and its family, to be dropped.
             return
         # The lock keeps out those that are being made, which are not among the volumes yet.
         async with self._volumes.lock:

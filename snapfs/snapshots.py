@@ -22,7 +22,7 @@ import trio
 from .catalogaccess import CatalogAccess
 from .errors import ExistsError, HeldError, NotFoundError, StallError
 from .events import EventLog
-from .formats import Attributes, CatalogBatch, IntermediateRow, SnapshotRow
+from .formats import LEFTOVERS_FROM, Attributes, CatalogBatch, IntermediateRow, SnapshotRow
 from .freeze import Freeze
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
 from .hooks import HookTable
@@ -87,8 +87,9 @@ class AbortedSnapshot:
 class SnapshotTable:
     """The snapshots of a pool by name and by id.
 
-    ``lock`` lets one snapshot be made, renamed or deleted at a time. ``forget_name`` has whoever keeps names in
-    mind, the kernel that is, look a name up again; it is called with no lock held.
+    ``lock`` lets one snapshot be made, renamed or deleted at a time. From the instant ``leftovers_from`` on, 0 for
+    none, there may be copies and attributes that no snapshot needs and nothing else tells of. ``forget_name`` has
+    whoever keeps names in mind, the kernel that is, look a name up again; it is called with no lock held.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class SnapshotTable:
         self.lock = trio.Lock()
         self.hooks = hooks
         self.aborted: list[AbortedSnapshot] = []
+        self.leftovers_from = 0
         self._catalog = catalog
         self._volumes = volumes
         self._index = index
@@ -126,8 +128,9 @@ class SnapshotTable:
         self._reclaim_wakeup = reclaim_wakeup
         self._sealer_wakeup = sealer_wakeup
 
-    def load(self, rows: Sequence[SnapshotRow]) -> None:
+    def load(self, rows: Sequence[SnapshotRow], leftovers_from: int) -> None:
         """Fill the table and the indexes from the catalog."""
+        self.leftovers_from = leftovers_from
         for row in rows:
             snapshot = Snapshot(row)
             # One that is deleted is still kept while clones look into it.
@@ -320,7 +323,12 @@ class SnapshotTable:
             if not volume.is_removed and volume in cut.marks and not volume.data_synced(cut.marks[volume]):
                 await volume.sync_data()
 
+        leftovers_from = self.leftovers_from
+
         def batch() -> CatalogBatch:
+            nonlocal leftovers_from
+            # Once this one is published, opening the pool tells no more what was kept for those that were not.
+            leftovers_from = self.with_leftovers(one.row.instant for one in self.aborted)
             rows = CatalogBatch(
                 snapshots=[cut.row],
                 shard_generations=[(one.index, one.access.store.generation) for one in self.processors],
@@ -328,6 +336,7 @@ class SnapshotTable:
                     "epoch": self._clock.epoch,
                     "next_instant": cut.row.instant + 1,
                     "next_snapshot_id": cut.row.snapshot_id + 1,
+                    LEFTOVERS_FROM: leftovers_from,
                 },
             )
             if cut.make_change is not None:
@@ -335,6 +344,11 @@ class SnapshotTable:
             return rows
 
         await self._catalog.save(covered if cut.make_change is None else cut.kept, batch)
+        self.leftovers_from = leftovers_from
+
+    def with_leftovers(self, instants: Iterable[int]) -> int:
+        """What ``leftovers_from`` is with these instants."""
+        return min((one for one in (self.leftovers_from, *instants) if one), default=0)
 
     def _abort(self, row: SnapshotRow, error: BaseException) -> None:
         """Forget a snapshot that could not be made durable; give back what was kept for it."""

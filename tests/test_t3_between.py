@@ -12,8 +12,17 @@ import trio.testing
 
 from snapfs import changelogvolumes, reserve
 from snapfs.backends import MemoryDevice
-from snapfs.errors import BusyVolumeError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
-from snapfs.formats import COPY_ON_WRITE, REDIRECT
+from snapfs.changelog import ChangeLog, ChangeLogs
+from snapfs.errors import (
+    BusyVolumeError,
+    InUseError,
+    NoMemoryError,
+    NoSpaceError,
+    NotFoundError,
+    StallError,
+    SyncFailedError,
+)
+from snapfs.formats import COPY_ON_WRITE, LEFTOVERS_FROM, REDIRECT
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.portion import Portion
@@ -21,6 +30,7 @@ from snapfs.processor import Processor
 from snapfs.schedule import make_schedule
 from snapfs.tasks import in_thread
 from snapfs.volume import Volume
+from snapfs.volumes import AttributeChange
 
 from .harness import World, in_memory, open_until_power_is_lost, open_world, read_snapshot, read_volume, without_threads
 
@@ -442,3 +452,72 @@ async def test_what_is_synced_beside_a_truncate_that_fails_is_durable_up_to_the_
                     await volume.sync()
         async with open_world(world) as pool:
             assert await read_volume(pool, b"v") == data
+
+
+async def test_what_was_kept_for_a_snapshot_that_failed_goes_also_after_a_crash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another was published, and the daemon died, before the reclaimer came by: it stayed until check --repair."""
+    world = World(processor_count=2)
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            monkeypatch.setattr(pool.reclaimer, "reclaim_all", lambda **_: trio.sleep_forever())
+            await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, noise(1))
+            with pytest.raises(StallError):
+                await pool.snapshots.create(b"failed", max_stall_ms=0)
+            # What was there then is kept for it.
+            await put(pool, b"v", 0, noise(1, 2))
+            await pool.volumes.change(pool.volumes.get(b"v"), AttributeChange(mode=0o640))
+            await pool.snapshots.create(b"s")
+        # Still to be given back is no leak.
+        world.check_clean()
+        async with open_world(world) as pool:
+            await pool.reclaimer.reclaim_all()
+            assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == noise(1, 2)
+            copies = [one.access.store.copies_of(pool.volumes.get(b"v").volume_id) for one in pool.processors]
+            assert not any(copies) and not pool.catalog.catalog.versions()
+            assert pool.catalog.catalog.meta(LEFTOVERS_FROM) == 0
+    world.check_clean()
+
+
+@pytest.mark.parametrize("change_mode", [0, COPY_ON_WRITE])
+async def test_what_a_failed_volume_kept_for_a_deleted_snapshot_goes_when_it_is_sound_again(
+    change_mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed until check --repair; of a removed copy-on-write volume it was damage, for its source was gone."""
+
+    def fail(logs: ChangeLogs, dirty: list[ChangeLog]) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    world = World(1)
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            await pool.maker.create(VolumeWish(b"v", 50 * BLOCK, change_mode))
+            await pool.volumes.create(b"w")
+            await put(pool, b"v", 0, noise(50))
+            snapshot = await pool.snapshots.create(b"s")
+            await put(pool, b"v", 0, noise(50, 2))
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(0, noise(1, 3))
+                with monkeypatch.context() as patch, pytest.raises(SyncFailedError):
+                    patch.setattr(ChangeLogs, "sync", fail)
+                    await volume.sync()
+                await pool.snapshots.delete(b"s")
+                await pool.reclaimer.reclaim_all()
+                assert pool.snapshots.leftovers_from == snapshot.instant
+                # Of another one that is deleted now nothing is left; what is, is remembered.
+                await pool.snapshots.create(b"t", [b"w"])
+                await put(pool, b"w", 0, noise(1))
+                await pool.snapshots.delete(b"t")
+                await pool.reclaimer.reclaim_all()
+                assert pool.snapshots.leftovers_from == snapshot.instant
+            if change_mode == COPY_ON_WRITE:
+                await pool.volumes.remove(b"v")
+        async with open_world(world) as pool:
+            await pool.reclaimer.reclaim_all()
+            assert pool.snapshots.leftovers_from == 0
+            if change_mode != COPY_ON_WRITE:
+                # Its own failed sync aside nothing of it was lost.
+                assert (await read_volume(pool, b"v"))[BLOCK:] == noise(50, 2)[BLOCK:]
+    world.check_clean()
