@@ -405,8 +405,10 @@ class DirectoryDevice(Device):
                 known = os.pread(fd, 4096, 0) if fd >= 0 else b""
                 raise LockHolder(known.decode("utf-8", "replace")) from None
             if self._writable:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, holder.encode(), 0)
+                # On a full device nobody is told who holds it; it is held all the same.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, holder.encode(), 0)
             on_failure.pop_all()
         self._lock_fd = fd
 

@@ -286,9 +286,8 @@ class ChangeLogs:
     def punch(self, log_id: int, device_id: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Give ranges ``(offset, length)`` of a log's file back to its device, durably. Blocks; runs in a thread."""
         # A file of its own: the log's may be closed meanwhile, and its descriptor be another's.
-        try:
-            file = self._devices[device_id].open(self._name(log_id))
-        except FileNotFoundError:
+        file = self._opened_alone(log_id, device_id)
+        if file is None:
             return
         try:
             for offset, length in ranges:
@@ -300,14 +299,26 @@ class ChangeLogs:
 
     def data_extents(self, log_id: int, device_id: int) -> list[tuple[int, int]]:
         """Ranges of a log's file that hold data; none when there is no file. Blocks."""
-        try:
-            file = self._devices[device_id].open(self._name(log_id))
-        except FileNotFoundError:
+        file = self._opened_alone(log_id, device_id)
+        if file is None:
             return []
         try:
             return file.data_extents()
         finally:
             file.close()
+
+    def _opened_alone(self, log_id: int, device_id: int) -> DeviceFile | None:
+        """A log's file opened once more; None when there is none, nor its device if that was a change log volume's.
+
+        One of those is removed when nothing is in use there; a log in which nothing is may be on record still.
+        """
+        device = self._devices.get(device_id)
+        if device is None:
+            return None
+        try:
+            return device.open(self._name(log_id))
+        except FileNotFoundError:
+            return None
 
     def discard(self, log: ChangeLog) -> None:
         """Forget a log that nothing names; its file goes by :meth:`remove_file`."""
@@ -326,11 +337,11 @@ class ChangeLogs:
                 quota.add(-(row.block_count if log is None else log.block_count))
 
     def remove_file(self, log_id: int, device_id: int) -> None:
-        """Remove a log's file, which may be gone already. Blocks; runs in a thread."""
-        try:
-            self._devices[device_id].remove(self._name(log_id))
-        except FileNotFoundError:
-            return
+        """Remove a log's file, which may be gone already, and its device too. Blocks; runs in a thread."""
+        device = self._devices.get(device_id)
+        if device is not None:
+            with contextlib.suppress(FileNotFoundError):
+                device.remove(self._name(log_id))
 
     def stray_files(self, known: set[int]) -> list[tuple[int, str]]:
         """Files of logs that are not known: ``(device id, name)``. Blocks; runs in a thread."""

@@ -39,8 +39,9 @@ _ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 @dataclass(slots=True)
 class _Run:
-    """A run of an object's blocks whose contents go to the change log."""
+    """A run of an object's blocks whose contents go to the change log of that number, and to no later one."""
 
+    log_id: int
     object_index: int
     first: int
     count: int
@@ -203,8 +204,9 @@ class CowPortion(Portion):
         for object_index, first, last in _joined(wanted):
             runs += await self._planned(object_index, first, last)
         log = self._log
-        if log is None or log.sealed or not runs:
-            # A snapshot was cut meanwhile, or all is preserved: whoever asked looks again.
+        if log is None or log.sealed or not runs or any(run.log_id != log.log_id for run in runs):
+            # A snapshot was cut meanwhile, perhaps while the next object was planned, or all is preserved: whoever
+            # asked looks again. Two copies of an object must not name one place.
             return
         # Again: the log that was begun may have been one open file too many.
         source = self._logs.adopt(self._neighbours.sources[self.volume_id])
@@ -275,8 +277,9 @@ class CowPortion(Portion):
         self._keep_copy(object_index, state)
         if state.kept is None:
             return []
+        assert self._log is not None
         return [
-            _Run(object_index, block, count, bytearray())
+            _Run(self._log.log_id, object_index, block, count, bytearray())
             for block, count, log_id in blockmap.runs(state.kept.block_map, first, last)
             if log_id == self._source_id
         ]

@@ -66,6 +66,7 @@ class VolumeMaker:
         events: EventLog,
     ) -> None:
         self.is_own_path: IsOwnPath = nothing_is_own
+        self._identities: dict[str, tuple[int, ...] | None] = {}
         self._volumes = volumes
         self._processors = processors
         self._placement = placement
@@ -121,7 +122,12 @@ class VolumeMaker:
                             await processor.drop_source(volume_id)
                 raise
             if source is not None and size_bytes != source.source_size_bytes:
-                await self._volumes.fit(volume)
+                try:
+                    await self._volumes.fit(volume)
+                except BaseException:
+                    # The image cannot be so long, say.
+                    await self._volumes.remove(volume.name)
+                    raise
         self._events.note(
             "volume-created",
             name=show_name(wish.name),
@@ -145,17 +151,21 @@ class VolumeMaker:
         path = wish.source_path
         if not path.startswith("/"):
             raise BadCommandError(f"the source {path} is not an absolute path", "Write it from / on")
-        if self.is_own_path(path):
+        # In a thread: to look at the mount is to ask the loop that this runs in.
+        if await in_thread(self.is_own_path, path):
             raise BadCommandError(f"{path} lies in the pool or its mount", "Take an image that lies outside")
 
         def look() -> tuple[str, int, int]:
             real = os.path.realpath(path)
             file: DeviceFile = self._open_image(real, wish.change_mode == COPY_ON_WRITE)
             try:
+                for one in {real, *known}:
+                    self._identities[one] = _identity(one)
                 return real, file.size(), source_mtime_ns(real)
             finally:
                 file.close()
 
+        known = {row.source_path for row in self._volumes.traits.rows.values() if row.source_path}
         try:
             real, size_bytes, mtime_ns = await in_thread(look)
         except FileNotFoundError:
@@ -165,16 +175,26 @@ class VolumeMaker:
         none = VolumeId(0)
         found = VolumeTraits(none, none, source_path=real, source_size_bytes=size_bytes, source_mtime_ns=mtime_ns)
         self._check_unused(found, wish)
+        if wish.change_mode == COPY_ON_WRITE and wish.size_bytes is not None and wish.size_bytes < size_bytes:
+            raise BadCommandError(
+                f"{path} has {size_bytes} bytes, and would be cut to {wish.size_bytes}: what is behind would be lost",
+                "Leave the size out, and truncate the volume later",
+            )
         return found
 
     def _check_unused(self, source: VolumeTraits | None, wish: VolumeWish) -> None:
         """Raises InUseError for an image of another volume, unless all of its volumes only read it."""
         path = "" if source is None else source.source_path
-        known = [row for row in self._volumes.traits.rows.values() if path and row.source_path == path]
+        known = [row for row in self._volumes.traits.rows.values() if path and self._is_same(row.source_path, path)]
         if any(not row.change_mode == REDIRECT == wish.change_mode for row in known):
             raise InUseError(
                 f"{wish.source_path} is the source of another volume", "An image can be written by one only"
             )
+
+    def _is_same(self, one: str, other: str) -> bool:
+        """Whether two paths are of one image, as of when the last of them was looked at: a link is another path."""
+        identity = self._identities.get(one)
+        return one == other or (identity is not None and identity == self._identities.get(other))
 
     async def _prepare(self, volume_id: VolumeId, wish: VolumeWish, source: VolumeTraits | None) -> None:
         epoch = Epoch(self._volumes.epoch)
@@ -185,6 +205,15 @@ class VolumeMaker:
                 count = _blocks_on(processor.index, len(self._processors), source.source_size_bytes)
                 await processor.commit([], ShardBatch(portions=[(volume_id, count)]))
                 processor.tally.add(volume_id, count)
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """What a file is by whatever path: its device and inode, or the block device that it stands for."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
 def source_mtime_ns(path: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from .backends import Device
 from .errors import NoSpaceError
 from .formats import RESERVE_FILE
@@ -21,6 +23,7 @@ class Reserve:
 
     def __init__(self, home: Device) -> None:
         self._home = home
+        self._turn = trio.Lock()
         self.is_spent = not self._is_full()
 
     def _wanted_bytes(self) -> int:
@@ -57,12 +60,16 @@ class Reserve:
 
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that frees room; if it finds none, run it once more with the reserve given up."""
+        was_spent = self.is_spent
         try:
             await call()
         except NoSpaceError:
-            if self.is_spent:
+            if was_spent:
                 raise
-            await in_thread(self._spend)
+            async with self._turn:
+                # Another one may have given it up meanwhile: there is room for this one too.
+                if not self.is_spent:
+                    await in_thread(self._spend)
             await call()
 
     async def refill(self) -> None:

@@ -568,15 +568,20 @@ class Volume(VolumeView):
         """
         await self.wait_until_open()
         if size_bytes >= self.size_bytes:
+            is_fitted = False
             while size_bytes > self.size_bytes:
                 try:
                     self._check_growth(size_bytes)
                 except NotResidentError as missing:
                     await missing.fetch({})
                     continue
+                if not is_fitted:
+                    # First, for it may not become so long; then what was looked at may be otherwise.
+                    await self._fit_source(size_bytes)
+                    is_fitted = True
+                    continue
                 self.before_change()
                 self.size_bytes = size_bytes
-                await self._fit_source()
             return
         self._truncated = trio.Event()
         self.open()
@@ -593,11 +598,11 @@ class Volume(VolumeView):
             self._trim = _TRIM_DUE
         await self.trim()
 
-    async def _fit_source(self) -> None:
-        """An image that is written over is to have the volume's size."""
+    async def _fit_source(self, size_bytes: int) -> None:
+        """An image that is written over is to have the size that the volume is to have."""
         self.open()
         try:
-            await self.portions[0].fit_source(self.size_bytes, may_cut=False)
+            await self.portions[0].fit_source(size_bytes, may_cut=False)
         finally:
             self.close()
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import random
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
 from snapfs import changelogvolumes, reserve
-from snapfs.backends import MemoryDevice
+from snapfs.backends import DirectoryDevice, MemoryDevice
 from snapfs.changelog import ChangeLog, ChangeLogs
+from snapfs.check import repair
+from snapfs.cli import init
 from snapfs.errors import (
     BusyVolumeError,
+    ExistsError,
+    HeldError,
     InUseError,
     NoMemoryError,
     NoSpaceError,
@@ -23,6 +28,8 @@ from snapfs.errors import (
     SyncFailedError,
 )
 from snapfs.formats import COPY_ON_WRITE, LEFTOVERS_FROM, REDIRECT
+from snapfs.fuse.command import CommandContext
+from snapfs.fuse.control import run_line
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.portion import Portion
@@ -32,6 +39,7 @@ from snapfs.tasks import in_thread
 from snapfs.volume import Volume
 from snapfs.volumes import AttributeChange
 
+from .conftest import invoke
 from .harness import World, in_memory, open_until_power_is_lost, open_world, read_snapshot, read_volume, without_threads
 
 BLOCK = 4096
@@ -520,4 +528,106 @@ async def test_what_a_failed_volume_kept_for_a_deleted_snapshot_goes_when_it_is_
             if change_mode != COPY_ON_WRITE:
                 # Its own failed sync aside nothing of it was lost.
                 assert (await read_volume(pool, b"v"))[BLOCK:] == noise(50, 2)[BLOCK:]
+    world.check_clean()
+
+
+async def test_two_that_find_no_room_both_have_the_reserve() -> None:
+    """The second found it spent, and was refused, when the first had given it up a moment before."""
+    world = World()
+    given_up = trio.Event()
+    reserved = reserve.Reserve(world.home)
+    calls = {"first": 0, "second": 0}
+
+    async def call(name: str) -> None:
+        calls[name] += 1
+        if calls[name] == 1:
+            if name == "second":
+                await given_up.wait()
+            raise NoSpaceError("full", "")
+        given_up.set()
+
+    async with trio.open_nursery() as nursery:
+        for name in calls:
+            nursery.start_soon(reserved.helped, lambda name=name: call(name))
+    assert calls == {"first": 2, "second": 2} and reserved.is_spent
+    with pytest.raises(NoSpaceError):
+        await reserved.helped(lambda: call_in_vain())
+
+
+async def call_in_vain() -> None:
+    raise NoSpaceError("full", "")
+
+
+async def test_what_is_held_while_room_is_made_is_told_with_what_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        for number in range(3):
+            await (pool.volumes.create(b"v") if not number else trio.lowlevel.checkpoint())
+            await put(pool, b"v", 0, noise(50, number))
+            await pool.snapshots.create(b"s%d" % number)
+        await put(pool, b"v", 0, noise(50, 9))
+
+        async def hold_another(name: bytes) -> None:
+            monkeypatch.undo()
+            await pool.snapshots.hold(b"s1", "tag")
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr(pool.snapshots, "forget_name", hold_another)
+        with pytest.raises(HeldError, match="hold s1") as caught:
+            await run_line(CommandContext(pool, resize), b"reclaim need=600K")
+        assert "Deleted: s0, s2." in caught.value.fix
+        assert list(pool.snapshots.by_name) == [b"s1"]
+
+
+def test_who_comes_second_leaves_a_pool_that_was_made_meanwhile_alone(tmp_path: Path) -> None:
+    device, pools = tmp_path / "device", [tmp_path / "one", tmp_path / "other"]
+    device.mkdir()
+    make_home = init._make_home
+
+    def make_home_later(pool: str) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(init, "_make_home", make_home)
+            assert invoke("init", pools[0], "--device", device).exit_code == 0
+        return make_home(pool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(init, "_make_home", make_home_later)
+        assert isinstance(invoke("init", pools[1], "--device", device).exception, ExistsError)
+    assert not pools[1].exists()
+    assert invoke("check", pools[0]).exit_code == 0
+    # One that is at it now.
+    for folder in (pools[1], tmp_path / "empty"):
+        folder.mkdir()
+    for folder in (pools[1], tmp_path / "empty"):
+        busy = DirectoryDevice(folder)
+        busy.claim()
+        assert isinstance(invoke("init", pools[1], "--device", tmp_path / "empty").exception, InUseError)
+        busy.close()
+        assert os.listdir(pools[1]) == []
+
+
+@pytest.mark.parametrize("is_power_lost", [False, True])
+async def test_a_log_without_blocks_outlives_its_change_log_volume(is_power_lost: bool) -> None:
+    """After a discard as the first change since a snapshot it was on record, and no mount after a crash ended well."""
+    world = World(processor_count=1)
+    world.devices["logs"] = MemoryDevice()
+    async with (open_until_power_is_lost if is_power_lost else open_world)(world) as pool:
+        await pool.changelogs.create(b"c", ["logs"], 1 << 30)
+        volume = await pool.maker.create(VolumeWish(b"v", 64 * BLOCK, changelog_name=b"c"))
+        await put(pool, b"v", 0, noise(4))
+        await pool.snapshots.create(b"s")
+        async with pool.volumes.opened(b"v"):
+            await pool.volumes.discard(volume, 0, BLOCK)
+            await volume.sync()
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        await pool.changelogs.remove(b"c")
+        await pool.snapshots.create(b"t")
+    for _ in range(2):
+        async with open_world(world) as pool:
+            await pool.reclaimer.reclaim_all()
+    await repair(world.home, "memory", world.open_device)
     world.check_clean()

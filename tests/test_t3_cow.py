@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import changelog, cowportion
 from snapfs.backends import CrashPlan, MemoryDevice
+from snapfs.cowportion import CowPortion
 from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
 
-from .harness import Running, World, open_world, read_snapshot, read_volume
+from .harness import Running, World, open_world, read_snapshot, read_volume, without_threads
 from .test_t3_clones import BLOCK, OBJECT, allocated_blocks, put
 
 
@@ -436,3 +439,58 @@ async def test_the_log_stays_open_into_which_something_is_preserved(monkeypatch:
         assert await read_snapshot(pool, pool.snapshots.get(b"t"), b"c") == second
         second[2 * BLOCK : 2 * BLOCK + 5] = b"newer"
         assert await read_volume(pool, b"c") == second
+
+
+@pytest.mark.parametrize("deleted", [b"s1", b"s2"])
+async def test_a_cut_between_the_planning_of_two_objects_leaves_each_snapshot_its_own_blocks(
+    deleted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was planned before it went to the log of after it, so two copies had one place, which freeing one freed."""
+    world = World(processor_count=1)
+    held, loading = (trio.Event(), trio.Event()), (trio.Event(), trio.Event())
+    with_logs, load = CowPortion._with_logs, CowPortion._load
+
+    async def with_logs_later(portion: CowPortion, *args: object) -> None:
+        if not held[0].is_set():
+            held[0].set()
+            await held[1].wait()
+        await with_logs(portion, *args)  # type: ignore[arg-type]
+
+    async def load_later(portion: CowPortion, object_index: int, old_blocks: object) -> None:
+        if object_index == 1 and held[1].is_set() and not loading[0].is_set():
+            loading[0].set()
+            await loading[1].wait()
+        await load(portion, object_index, old_blocks)  # type: ignore[arg-type]
+
+    contents = [random.Random(number).randbytes(4 * BLOCK) for number in range(3)]
+    with without_threads(1):
+        async with open_world(world) as pool:
+            await pool.maker.create(VolumeWish(b"v", 3 * OBJECT, COPY_ON_WRITE))
+            async with pool.volumes.opened(b"v") as volume:
+                for number, data in enumerate(contents):
+                    await volume.write(number * OBJECT, data)
+                await volume.sync()
+                await pool.snapshots.create(b"s1")
+                with monkeypatch.context() as patch:
+                    patch.setattr(CowPortion, "_with_logs", with_logs_later)
+                    patch.setattr(CowPortion, "_load", load_later)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(volume.write, 2 * OBJECT, b"2" * BLOCK)
+                        await held[0].wait()
+                        for number in range(2):
+                            nursery.start_soon(volume.write, number * OBJECT, b"01"[number : number + 1] * BLOCK)
+                        await trio.testing.wait_all_tasks_blocked()
+                        # As the cache of maps does when it is full.
+                        assert volume.portions[0].let_go(1)
+                        held[1].set()
+                        await loading[0].wait()
+                        await pool.snapshots.create(b"s2")
+                        loading[1].set()
+                await volume.sync()
+            await pool.snapshots.delete(deleted)
+            await pool.reclaimer.reclaim_all()
+            (left,) = pool.snapshots.by_name.values()
+            found = await read_snapshot(pool, left, b"v")
+            for number, data in enumerate(contents[:2]):
+                assert found[number * OBJECT : number * OBJECT + 4 * BLOCK] == data
+    world.check_clean()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, loop_device, mounted_filesystem, run, snapfs
+from snapfs.errors import BadCommandError, InUseError
+
+from .conftest import Mounted, loop_device, main_here, mounted_filesystem, run, snapfs
 
 pytestmark = pytest.mark.mount
 
@@ -168,3 +170,41 @@ def test_an_image_goes_back_in_place(mounted: Mounted, tmp_path: Path) -> None:
         assert (folder / "kept").read_bytes() == kept
     run("e2fsck", "-fn", image)
     mounted.mount()
+
+
+def test_a_source_is_looked_at_beside_the_mount(mounted: Mounted, tmp_path: Path) -> None:
+    """Whether an image lies in the mount was asked of the kernel by who answers it, when its answer had run out."""
+    image = tmp_path / "image"
+    image.write_bytes(b"data" * 4096)
+    # A listing has the kernel forget the root's attributes.
+    os.listdir(mounted.path)
+    snapfs("create", mounted.path / "v", "--mode", "cow", "--source", image)
+    os.listdir(mounted.path)
+    (tmp_path / "link").symlink_to(mounted.path)
+    assert main_here("create", mounted.path / "w", "--source", tmp_path / "link" / "v") == BadCommandError.exit_code
+    assert (mounted.path / "v").read_bytes() == b"data" * 4096
+
+
+def test_an_image_is_not_cut_nor_taken_twice_by_a_command_that_makes_a_volume(mounted: Mounted, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20)
+    image, link = tmp_path / "image", tmp_path / "link"
+    image.write_bytes(data)
+    os.link(image, link)
+    cow = ("--mode", "cow", "--source")
+    assert main_here("create", mounted.path / "v", *cow, image, "--size", "64K") == BadCommandError.exit_code
+    assert image.read_bytes() == data
+    # Longer than the filesystem below takes: neither is there a volume, nor is one longer than before.
+    assert main_here("create", mounted.path / "v", *cow, image, "--size", "20T") != 0
+    assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots"] and image.read_bytes() == data
+    snapfs("create", mounted.path / "v", *cow, image)
+    with pytest.raises(OSError):
+        os.truncate(mounted.path / "v", 20 << 40)
+    assert (mounted.path / "v").stat().st_size == len(data)
+    for options in (cow, ("--source",)):
+        assert main_here("create", mounted.path / "w", *options, link) == InUseError.exit_code
+    os.truncate(mounted.path / "v", 2 << 20)
+    mounted.remount()
+    assert (mounted.path / "v").read_bytes() == data + bytes(1 << 20)
+    # Cut by who says so.
+    os.truncate(mounted.path / "v", 4096)
+    assert image.read_bytes() == data[:4096]

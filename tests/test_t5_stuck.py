@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from snapfs.cli import silence
-from snapfs.errors import SilentDaemonError
+from snapfs.errors import MountError, SilentDaemonError
 
-from .conftest import Mounted, invoke, pool_on, run, small_filesystem, snapfs, wait_for_end, wait_until
+from .conftest import Mounted, invoke, main_here, pool_on, run, small_filesystem, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -137,8 +137,10 @@ def test_status_of_a_daemon_that_does_not_answer(mounted: Mounted, monkeypatch: 
         done = invoke("status", mounted.path)
         assert isinstance(done.exception, SilentDaemonError) and done.exit_code != 0
         assert f"process {pid}, it is stopped for " in str(done.exception)
-        # As the kernel has it the mount can go.
-        run("umount", "--lazy", mounted.path)
+        # It is not asked for anything to be taken away.
+        snapfs("umount", "--lazy", mounted.path)
+        assert not os.path.ismount(mounted.path)
+        assert main_here("umount", "--lazy", mounted.path) == MountError.exit_code
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the daemon ends with its mount")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, traced, wait_until
+from .conftest import Mounted, run, traced, wait_until
 
 pytestmark = pytest.mark.mount
 BLOCK = 4096
@@ -57,3 +57,15 @@ def test_an_fsync_syncs_data_before_maps_before_sizes_and_nothing_that_did_not_c
         os.close(fd)
     mounted.unmount()
     mounted.check()
+
+
+def test_commands_that_change_a_volume_are_durable_when_they_return(mounted: Mounted, tmp_path: Path) -> None:
+    path = mounted.path / "v"
+    path.write_bytes(b"a" * 16 * BLOCK)
+    run("sync", path)
+    for number, line in enumerate(("discard v 0 16384", "resize v 1M")):
+        told = tmp_path / f"strace{number}"
+        with traced(mounted, "fdatasync,fsync", told), open(mounted.control_path, "r+b", buffering=0) as control:
+            control.write(line.encode() + b"\n")
+        kinds = [_kind(found[1]) for found in map(_SYNC.search, told.read_text().splitlines()) if found]
+        assert ("shard" in kinds) if number == 0 else ("catalog" in kinds), (line, kinds)

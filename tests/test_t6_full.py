@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, clear_away, pool_on, small_filesystem, snapfs, wait_for_end
+from .conftest import Mounted, clear_away, pool_on, small_filesystem, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
@@ -44,8 +45,30 @@ def test_a_full_disk(tmp_path: Path) -> None:
         os.unlink(mounted.path / "filler")
         mounted.remount()
         assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots"]
+        # It comes back in the background.
+        wait_until(lambda: os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= 40 * MIB, "there is room again")
         (mounted.path / "again").write_bytes(kept)
         assert (mounted.path / "again").read_bytes() == kept
+
+
+def test_a_disk_without_a_single_free_block(tmp_path: Path) -> None:
+    """It mounts, is verified, and gives room: who holds the pool's lock could not be written down."""
+    with small_filesystem(tmp_path, 96 * MIB) as disk, pool_on(disk) as mounted:
+        (mounted.path / "v").write_bytes(os.urandom(20 * MIB))
+        mounted.snapshot("s")
+        (mounted.path / "v").unlink()
+        mounted.unmount()
+        with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+            for size_bytes in (MIB, 4096):
+                with contextlib.suppress(OSError) if size_bytes == MIB else contextlib.nullcontext():
+                    while True:
+                        filler.write(bytes(size_bytes))
+        assert os.statvfs(disk).f_bavail < 4
+        mounted.check()
+        mounted.mount()
+        os.rmdir(mounted.snapshots / "s")
+        wait_until(lambda: os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= 18 * MIB, "its space is back")
+        (disk / "filler").unlink()
 
 
 def test_no_inodes_left(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import os
 
 import click
 
-from ..backends import Device, DirectoryDevice
-from ..errors import ExistsError, NotFoundError
+from ..backends import Device, DirectoryDevice, LockHolder
+from ..errors import ExistsError, InUseError, NotFoundError
 from ..formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE, RESERVE_FILE
 from ..geometry import PROCESSOR_COUNT_MAX
 from ..pool import PROCESSOR_COUNT_DEFAULT, create_pool
@@ -40,53 +40,77 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
     for path in paths:
         if not os.path.isdir(path):
             raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir")
-        if os.listdir(path):
-            raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
+        _check_empty(path)
     os.umask(0o077)
     made = _make_home(pool)
-    home = DirectoryDevice(pool)
+    # What is claimed here is nobody else's, who might make a pool of it at the same time; only that is cleared again.
+    claimed: list[str] = []
     opened: dict[str, Device] = {}
     try:
-        if paths:
-            for path in paths:
-                opened[path] = DirectoryDevice(path)
-        else:
-            inside = os.path.join(pool, EMBEDDED_DEVICE_FOLDER)
-            os.makedirs(inside, mode=0o700, exist_ok=True)
-            _clear(inside)
-            opened[""] = DirectoryDevice(inside)
-        descriptor = create_pool(home, opened, processors)
+        home = DirectoryDevice(pool)
+        opened[pool] = home
+        _claim(home, pool)
+        _take_home(pool)
+        claimed.append(pool)
+        if not paths:
+            os.makedirs(os.path.join(pool, EMBEDDED_DEVICE_FOLDER), mode=0o700, exist_ok=True)
+        for path in paths or [os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]:
+            opened[path] = DirectoryDevice(path)
+            _claim(opened[path], path)
+            _check_empty(path)
+            claimed.append(path)
+        lying = {path: opened[path] for path in paths} or {"": opened[os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]}
+        descriptor = create_pool(home, lying, processors)
     except BaseException:
-        _undo(pool, paths, made)
+        _undo(claimed, pool if made and pool in claimed else None)
         raise
     finally:
         for device in opened.values():
             device.close()
-        home.close()
-    click.echo(
-        f"pool {descriptor.pool_id} in {os.path.abspath(pool)}, {processors} processors, {len(opened)} device(s)"
-    )
+    click.echo(f"pool {descriptor.pool_id} in {os.path.abspath(pool)}, {processors} processors, {len(lying)} device(s)")
 
 
 def _make_home(pool: str) -> bool:
-    """Make the pool's directory, or see that it is empty; whether it was made."""
+    """Make the pool's directory, or see that it is one; whether it was made."""
     try:
         os.mkdir(pool, 0o700)
     except FileExistsError:
         if not os.path.isdir(pool):
             raise ExistsError(f"{pool} is there and is not a directory", "Choose another name") from None
-    else:
-        return True
-    found = set(os.listdir(pool))
-    if POOL_FILE in found:
+        # Said first, for one that is mounted is in use as well.
+        _check_no_pool(pool)
+        return False
+    return True
+
+
+def _check_no_pool(pool: str) -> None:
+    if os.path.lexists(os.path.join(pool, POOL_FILE)):
         raise ExistsError(f"there is a pool in {pool} already", "Mount it, or choose another directory")
+
+
+def _claim(device: Device, path: str) -> None:
+    """Keep others out of a directory until the device is closed. Raises InUseError."""
+    try:
+        device.claim()
+    except LockHolder:
+        raise InUseError(f"somebody else is using {path}", "Choose another directory") from None
+
+
+def _take_home(pool: str) -> None:
+    """See that the pool's directory is empty, or clear it of what an init left that was killed. Raises ExistsError."""
+    _check_no_pool(pool)
+    found = set(os.listdir(pool))
     if "init.started" in found and found <= _OWN_LEFTOVERS:
-        # An init that was killed: there never was a pool.
+        # There never was a pool.
         _clear(pool)
     elif found:
         raise ExistsError(f"{pool} is not empty", "Choose an empty directory, or one that is not there")
     os.chmod(pool, 0o700)
-    return False
+
+
+def _check_empty(path: str) -> None:
+    if os.listdir(path):
+        raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
 
 
 def _clear(folder: str) -> None:
@@ -97,9 +121,9 @@ def _clear(folder: str) -> None:
             os.rmdir(os.path.join(root, name))
 
 
-def _undo(pool: str, device_paths: list[str], made: bool) -> None:
-    """Leave things as they were before."""
-    for path in [pool, *device_paths]:
+def _undo(claimed: list[str], made: str | None) -> None:
+    """Leave what was claimed as it was before, which is empty; what was made goes."""
+    for path in claimed:
         _clear(path)
-    if made:
-        os.rmdir(pool)
+    if made is not None:
+        os.rmdir(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import select
 
 import click
@@ -23,10 +24,29 @@ def umount(mount_point: str, lazy: bool) -> None:
 
 def take_away(mount_point: str, *, lazy: bool = False) -> None:
     """Unmount, and wait for the daemon's end if not ``lazy``. Raises MountError."""
+    if lazy:
+        # Not asked for anything: it may be a daemon that does not answer.
+        _check_is_mounted(mount_point)
+        unmount(mount_point, lazy=True)
+        return
     pid = _daemon_pid(mount_point)
-    unmount(mount_point, lazy=lazy)
-    if pid is not None and not lazy:
+    unmount(mount_point)
+    if pid is not None:
         _wait_for_end(pid)
+
+
+def _check_is_mounted(mount_point: str) -> None:
+    """Raises MountError when no snapfs is mounted there, by what the kernel's table of mounts says (proc(5))."""
+    path = os.path.abspath(mount_point)
+    # Not the mount point itself: to look at that is to ask the daemon.
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            own, _, others = line.partition(b" - ")
+            shown = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), own.split(b" ")[4])
+            if shown == os.fsencode(path) and others.startswith(b"fuse.snapfs "):
+                return
+    raise MountError(f"no snapfs is mounted on {mount_point}")
 
 
 def _daemon_pid(mount_point: str) -> int | None:

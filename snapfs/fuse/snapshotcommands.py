@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from ..errors import BadCommandError, NoSpaceError
+from ..errors import BadCommandError, HeldError, NoSpaceError, NotFoundError
 from ..geometry import BLOCK_SIZE
 from ..pool import Pool
 from ..smallest import smallest_choice
@@ -124,14 +124,26 @@ async def _reclaim(context: CommandContext, command: Command) -> Answer:
     size_bytes = choice.freed_blocks * BLOCK_SIZE
     if command.flag("dry-run"):
         return {"would_delete": shown, "would_free_bytes": size_bytes, "is_smallest": choice.is_smallest}
-    for one in chosen:
-        # It may have been deleted by somebody else.
-        if one.snapshot_id in pool.snapshots.by_id:
+    deleted: list[str] = []
+    held: list[str] = []
+    for one, name in zip(chosen, shown, strict=True):
+        try:
             await pool.snapshots.delete_this(one)
+            deleted.append(name)
+        except NotFoundError:
+            # Deleted by somebody else, its space comes back as well.
+            continue
+        except HeldError:
+            held.append(name)
     await pool.reclaimer.reclaim_all()
+    if held:
+        raise HeldError(
+            f"somebody came to hold {', '.join(held)} meanwhile, so less is freed than was asked for",
+            f"Deleted: {', '.join(deleted) or 'none'}. Ask again for the rest",
+        )
     # One that was opened since it was chosen gives its space back when it is closed.
     is_freed = not any(one.snapshot_id in pool.snapshots.deleted for one in chosen)
-    return {"deleted": shown, "freed_bytes": size_bytes, "is_freed": is_freed, "is_smallest": choice.is_smallest}
+    return {"deleted": deleted, "freed_bytes": size_bytes, "is_freed": is_freed, "is_smallest": choice.is_smallest}
 
 
 async def _rename(context: CommandContext, command: Command) -> Answer:

@@ -43,10 +43,11 @@ async def _resize(context: CommandContext, command: Command) -> Answer:
     command.word_count(2, 2, "a volume and a size")
     command.known_options()
     name, size = command.words
-    context.pool.volumes.get(name)
+    volume = context.pool.volumes.get(name)
     size_bytes = parse_size(show_name(size))
     _check_size(context, size_bytes)
     await context.resize_file(name, size_bytes)
+    await volume.sync()
     return {"volume": show_name(name), "size_bytes": size_bytes}
 
 
@@ -57,14 +58,19 @@ def _check_size(context: CommandContext, size_bytes: int) -> None:
 
 
 async def _discard(context: CommandContext, command: Command) -> Answer:
-    """discard VOLUME OFFSET LENGTH: a range is to read as zeros; whole blocks of it take no space any more."""
+    """discard VOLUME OFFSET LENGTH [sync=no]: a range is to read as zeros; whole blocks of it take no space any more.
+
+    With sync=no it is durable with the volume's next sync.
+    """
     command.word_count(3, 3, "a volume, an offset and a length")
-    command.known_options()
+    command.known_options("sync")
     offset, length = (parse_size(show_name(word)) for word in command.words[1:])
     volume = context.pool.volumes.get(command.words[0])
     await context.pool.snapshots.before_cut([volume])
     freed_bytes = await context.pool.volumes.discard(volume, offset, length)
     await context.forget_pages(volume, offset, length)
+    if command.flag("sync", default=True):
+        await volume.sync()
     return {"volume": show_name(command.words[0]), "freed_bytes": freed_bytes}
 
 
