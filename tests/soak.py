@@ -25,6 +25,7 @@ from .powercut import try_power_cuts
 from .powerloss import lose_power_under_clients
 from .races import race
 from .realmodel import explore_a_mount
+from .storm import storm
 
 WORKLOAD_OPERATIONS = 20
 
@@ -88,9 +89,15 @@ def races(seed: int) -> int:
     return sum(sum(race(seed * 10 + number, 60).values()) for number in range(10))
 
 
+def storms(seed: int) -> int:
+    """Clients side by side with every operation, on devices that fail, until power is lost: ten storms."""
+    return sum(sum(storm(seed * 10 + number, 40)[0].values()) for number in range(10))
+
+
 ATTACKS: dict[str, tuple[Callable[[int], int], str]] = {
     "power": (power, "crash images"),
     "races": (races, "operations"),
+    "storms": (storms, "operations"),
     "damage": (damage, "cases"),
     "faults": (faults, "faults"),
     "fuzz": (fuzz, "inputs"),
