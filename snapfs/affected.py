@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import trio
+
 from . import blockmap
 from .damage import DamagedBlock, DamageLedger
 from .errors import SnapfsError
@@ -38,6 +40,8 @@ class DamageTeller:
         self._snapshots = snapshots
         self._processors = processors
         self._events = events
+        # One at a time, so that nothing is told twice.
+        self._turn = trio.Lock()
 
     async def run(self) -> None:
         """Tell whatever is found; until cancelled."""
@@ -47,6 +51,10 @@ class DamageTeller:
 
     async def tell_all(self) -> None:
         """Tell all that nobody was told of yet."""
+        async with self._turn:
+            await self._tell_all()
+
+    async def _tell_all(self) -> None:
         for damaged in self._ledger.untold():
             try:
                 named = await self._named(damaged)

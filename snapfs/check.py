@@ -441,6 +441,9 @@ class _ShardCheck:
             where = f"{self.where}: change log {log_id}"
             if count != log.block_count and log.volume_id not in self.context.removed:
                 severity = NOTE if log_id in self.candidates else LEAK
+                if count > log.block_count:
+                    # Counted down with what is freed, it would go with blocks that are named; no repair begins then.
+                    severity = DAMAGE
                 self.report.add(severity, where, f"{count} of its blocks are named, {log.block_count} are counted")
             if count:
                 self._check_file(where, log, named, has_pending=log_id in pending)
@@ -542,9 +545,13 @@ class _ShardCheck:
         try:
             extents = file.data_extents()
             size_bytes = file.size()
+        except OSError as error:
+            self.report.add(DAMAGE, where, f"its file {name} cannot be read: {error.strerror}{self._losers(named)}")
+            return
         finally:
             file.close()
-        missing, unnamed = _compare(self._named_ranges(named), extents)
+        _, unnamed = _compare(self._named_ranges(named.masks), extents)
+        missing, _ = _compare(self._named_ranges(self._not_zeros(log, named.masks)), extents)
         if missing:
             reason = f"{format_size(missing)} that maps name are not in {name} ({size_bytes} bytes)"
             self.report.add(DAMAGE, where, reason + self._losers(named))
@@ -555,10 +562,22 @@ class _ShardCheck:
             severity = LEAK if self.context.was_clean and not is_due else NOTE
             self.report.add(severity, where, f"{format_size(unnamed)} in {name} are not named by any map")
 
-    def _named_ranges(self, named: _NamedBlocks) -> list[tuple[int, int]]:
+    def _not_zeros(self, log: LogRow, masks: Mapping[int, int]) -> Mapping[int, int]:
+        """Of a sealed log the blocks that have a checksum: others are zeros, which a copy may have as holes."""
+        if not log.summed:
+            return masks
+        found = {}
+        for object_index, mask in masks.items():
+            # What is damaged of them is told elsewhere.
+            with contextlib.suppress(DamagedError):
+                mask &= self.store.sums(log.log_id, object_index).mask
+            found[object_index] = mask
+        return found
+
+    def _named_ranges(self, masks: Mapping[int, int]) -> list[tuple[int, int]]:
         ranges: list[tuple[int, int]] = []
         count = self.context.descriptor.processor_count
-        for object_index, mask in sorted(named.masks.items()):
+        for object_index, mask in sorted(masks.items()):
             base = log_offset(object_index, count)
             for block, run in mask_runs(mask):
                 start = base + (block << BLOCK_SHIFT)
@@ -573,7 +592,13 @@ class _ShardCheck:
         index = self.store.processor_index
         with_file = {one for one, log in self.logs.items() if log.block_count or log.kind == SOURCE_LOG}
         for device_id, device in self.context.devices.items():
-            for name in device.names(log_folder(index)):
+            try:
+                names = device.names(log_folder(index))
+            except OSError as error:
+                where = f"device {device_id}: {log_folder(index)}"
+                self.report.add(DAMAGE, where, f"it cannot be listed: {error.strerror}")
+                continue
+            for name in names:
                 try:
                     log_id = int(name, 16)
                 except ValueError:

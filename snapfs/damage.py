@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from .tasks import Wakeup
@@ -37,10 +37,11 @@ class DamageLedger:
             self.known[damaged] = None
             self.found.set()
 
-    def replace(self, found: Iterable[DamagedBlock]) -> None:
-        """All was looked at, and this is what is damaged."""
+    def replace(self, found: Iterable[DamagedBlock], known_before: Collection[DamagedBlock]) -> None:
+        """All was looked at, and this is what is damaged, with what readers met since ``known_before`` was known."""
         before = self.known
-        self.known = {one: before.get(one) for one in list(found)[:KNOWN_MAX]}
+        met = [one for one in before if one not in known_before]
+        self.known = {one: before.get(one) for one in list(dict.fromkeys([*found, *met]))[:KNOWN_MAX]}
         self.found.set()
 
     def untold(self) -> list[DamagedBlock]:

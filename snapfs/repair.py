@@ -6,6 +6,7 @@ from functools import partial
 
 from . import blockmap, reclaim
 from .counting import inherited_count, stands_on_cow
+from .errors import SnapfsError
 from .formats import CHANGE_LOG
 from .geometry import VolumeId
 from .pool import Pool
@@ -20,10 +21,18 @@ async def repair_running(pool: Pool) -> list[str]:
     """Repair; what was done, as sentences."""
     done: list[str] = []
     for volume in pool.volumes.to_trim():
-        await volume.trim()
-        await volume.sync()
-        done.append(f"cleared what lay behind the size of volume {volume.volume_id}")
-    await pool.reclaimer.reclaim_all()
+        try:
+            await pool.reserve.helped(volume.trim)
+            await pool.reserve.helped(volume.sync)
+        except (SnapfsError, OSError) as error:
+            # One whose change log is full, say, keeps nothing else from being repaired.
+            done.append(f"could not clear what lies behind the size of volume {volume.volume_id}: {error}")
+        else:
+            done.append(f"cleared what lay behind the size of volume {volume.volume_id}")
+    try:
+        await pool.reclaimer.reclaim_all()
+    except (SnapfsError, OSError) as error:
+        done.append(f"could not give back all that deleted snapshots and removed volumes held: {error}")
     for processor in pool.processors:
         await reclaim.drop_unneeded_copies(processor, [(0, NEVER)])
         await processor.punch_freed()

@@ -64,6 +64,7 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
     """Read all that is sealed and that anything names, and compare. What is damaged is in the pool's ledger then."""
     report = ScrubReport()
     started = time.perf_counter_ns()
+    known_before = frozenset(pool.damage.known)
     rate = _Rate(bytes_per_s)
     summed: list[tuple[Processor, LogRow]] = []
     for processor in pool.processors:
@@ -78,7 +79,7 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
         for processor, row in summed:
             await _scrub_log(processor, row, rate, job, report)
         report.checked_bytes = job.done
-    pool.damage.replace(report.damaged)
+    pool.damage.replace(report.damaged, known_before)
     await pool.damage_teller.tell_all()
     report.duration_ms = (time.perf_counter_ns() - started) / 1e6
     return report
@@ -92,7 +93,11 @@ async def _scrub_log(processor: Processor, row: LogRow, rate: _Rate, job: Job, r
             report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
         return
     try:
-        extents = await processor.access.in_thread(file.data_extents)
+        try:
+            extents = await processor.access.in_thread(file.data_extents)
+        except OSError as error:
+            report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
+            return
         objects = {one for one, _ in objects_with_data(extents, processor.index, processor.processor_count)}
         objects.update(await processor.access.ask(processor.access.store.summed_objects, row.log_id))
         ordered = sorted(objects)

@@ -1,0 +1,141 @@
+"""What the verifier, its repair and the scrub do about what they cannot read, and what they take for damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NoReturn
+
+import pytest
+import trio
+
+from snapfs.backends.memory import MemoryFile
+from snapfs.check import check_pool, repair
+from snapfs.damage import DamagedBlock, DamageLedger
+from snapfs.errors import NoSpaceError
+from snapfs.scrub import scrub
+from snapfs.volume import Volume
+from snapfs.volumes import VolumeTable
+
+from .harness import Running, World, in_memory, open_world
+
+
+async def test_a_scrub_keeps_what_a_reader_met_meanwhile() -> None:
+    ledger = DamageLedger()
+    old, met, found = (DamagedBlock(0, 1, 0, block) for block in range(3))
+    ledger.note(*old)
+    before = frozenset(ledger.known)
+    ledger.note(*met)
+    ledger.replace([found], before)
+    assert list(ledger.known) == [found, met]
+
+
+@pytest.mark.parametrize("call", ["data_extents", "names"])
+async def test_what_cannot_be_read_keeps_nothing_else_from_being_looked_at(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error of a device ended the verifier, and the scrub, with all that they had found."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        for name in (b"a", b"b"):
+            await pool.volumes.create(name)
+            async with pool.volumes.opened(name) as volume:
+                await volume.write(0, bytes(range(256)) * 64)
+                await volume.sync()
+        await pool.snapshots.create(b"s")
+        assert await pool.sealer.seal_all()
+    first = min(world.devices["0"].names("logs/0"))
+    with monkeypatch.context() as patch:
+
+        def fail(*args: object) -> NoReturn:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        if call == "names":
+            patch.setattr(in_memory(world.devices["0"]), "names", fail)
+        else:
+            data_extents = MemoryFile.data_extents
+
+            bad = in_memory(world.devices["0"])._files[f"logs/0/{first}"]
+
+            def extents(file: MemoryFile) -> list[tuple[int, int]]:
+                return fail() if file._node is bad else data_extents(file)
+
+            patch.setattr(MemoryFile, "data_extents", extents)
+        report = check_pool(world.home, "memory", world.open_device)
+        world.home.close()
+        assert report.is_damaged and len([one for one in report.findings if one.severity == "damage"]) == 1
+        if call == "data_extents":
+            running = Running(world)
+            async with trio.open_nursery() as nursery:
+                await running.start(nursery)
+                found = await scrub(running.pool)
+                await running.close()
+            assert len(found.unreadable_logs) == 1 and found.checked_bytes > 0
+
+
+async def test_holes_where_zeros_were_are_no_damage() -> None:
+    """Blocks of zeros that were written over others stay named; a copy may have made holes of them."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 4 * 4096)
+            await volume.sync()
+            await volume.write(4096, bytes(2 * 4096))
+            await volume.sync()
+        await pool.snapshots.create(b"s")
+        assert await pool.sealer.seal_all()
+    (name,) = world.devices["0"].names("logs/0")
+    file = world.devices["0"].open(f"logs/0/{name}")
+    file.punch(4096, 2 * 4096)
+    world.check_clean()
+    file.punch(0, 4096)
+    report = check_pool(world.home, "memory", world.open_device)
+    world.home.close()
+    assert [one.what for one in report.findings if "4.0 KiB that maps name" in one.what]
+
+
+async def test_fewer_counted_than_named_is_damage() -> None:
+    """A repair that gave back what nobody counted would give back what is named."""
+    world = World(processor_count=1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        await running.pool.volumes.create(b"v")
+        async with running.pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 10 * 4096)
+            await volume.sync()
+        store = running.pool.processors[0].access.store
+        (log,) = store.all_logs()
+        with store.database.transaction():
+            store.set_log_count(log.log_id, 4)
+        await running.close()
+    report = check_pool(world.home, "memory", world.open_device)
+    world.home.close()
+    assert report.is_damaged
+
+
+async def test_a_volume_that_cannot_be_cleared_keeps_no_other_from_being_repaired(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        for name in (b"a", b"b"):
+            await pool.volumes.create(name)
+        async with pool.volumes.opened(b"b") as volume:
+            await volume.write(0, b"x" * 4096)
+            await volume.sync()
+        store = pool.processors[0].access.store
+        with store.database.transaction():
+            store.set_block_count(pool.volumes.get(b"b").volume_id, 7)
+    monkeypatch.setattr(VolumeTable, "to_trim", lambda volumes: [volumes.by_name[b"a"]])
+
+    async def fail(volume: Volume) -> None:
+        raise NoSpaceError("the change log volume is full", "")
+
+    monkeypatch.setattr(Volume, "trim", fail)
+    done = await repair(world.home, "memory", world.open_device)
+    assert any(one.startswith("could not clear") for one in done)
+    assert any("counted 1 blocks of volume" in one for one in done)
+    monkeypatch.undo()
+    world.check_clean()
