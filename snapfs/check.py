@@ -113,7 +113,7 @@ class _Context:
     descriptor: PoolDescriptor
     devices: Mapping[int, Device]
     volumes: dict[VolumeId, VolumeRow]
-    removed: set[VolumeId]
+    removed: Mapping[VolumeId, int]
     snapshots: SnapshotIndex
     snapshot_instants: dict[int, int]
     kept_instants: set[int]
@@ -201,7 +201,7 @@ def _check_catalog(
         descriptor=descriptor,
         devices=devices,
         volumes=volumes,
-        removed=set(catalog.removed()),
+        removed=catalog.removed(),
         snapshots=index,
         snapshot_instants=instants,
         kept_instants=kept,
@@ -377,7 +377,9 @@ class _ShardCheck:
             covered = copy.instant
             self._name_blocks(where, copy.block_map, object_index, volume_id, copy.epoch, is_live=False)
         if live is not None:
-            if snapshots.holds(volume_id, covered + 1, live.epoch - 1):
+            # Who had a removed volume open may have written to it since; no snapshot holds that.
+            last_instant = self.context.removed.get(volume_id, NEVER) - 1
+            if snapshots.holds(volume_id, covered + 1, min(live.epoch - 1, last_instant)):
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before epoch {live.epoch}")
             self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch, is_live=True)
             if volume is None and volume_id not in self.context.removed:

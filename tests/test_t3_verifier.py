@@ -17,7 +17,7 @@ from snapfs.scrub import scrub
 from snapfs.volume import Volume
 from snapfs.volumes import VolumeTable
 
-from .harness import Running, World, in_memory, open_world
+from .harness import Running, World, in_memory, open_until_power_is_lost, open_world, read_snapshot
 
 
 async def test_a_scrub_keeps_what_a_reader_met_meanwhile() -> None:
@@ -138,4 +138,25 @@ async def test_a_volume_that_cannot_be_cleared_keeps_no_other_from_being_repaire
     assert any(one.startswith("could not clear") for one in done)
     assert any("counted 1 blocks of volume" in one for one in done)
     monkeypatch.undo()
+    world.check_clean()
+
+
+async def test_what_is_written_to_a_removed_volume_since_a_snapshot_is_no_damage() -> None:
+    """Who had it open wrote on after the snapshot that did not hold it any more, and then power was lost."""
+    world = World(processor_count=1)
+    async with open_until_power_is_lost(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 4096)
+            await volume.sync()
+            await pool.snapshots.create(b"s")
+            await pool.volumes.remove(b"v")
+            await pool.snapshots.create(b"t")
+            await volume.write(0, b"y" * 4096)
+            await pool.processors[0].commit()
+        await trio.lowlevel.checkpoint()
+    world.check()
+    async with open_world(world) as pool:
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"x" * 4096
+        await pool.reclaimer.reclaim_all()
     world.check_clean()
