@@ -417,7 +417,9 @@ class _ShardCheck:
             return
         last = 0
         for block, count, log_id in blockmap.all_runs(row.block_map):
-            if log_id != blockmap.HOLE:
+            log = self.logs.get(log_id)
+            # What lies in a source is not kept for this volume: it takes no space, and was zeros if it was not cleared.
+            if log_id != blockmap.HOLE and (log is None or log.kind == CHANGE_LOG):
                 last = block + count
         end = (row.object_index << OBJECT_SHIFT) + (last << BLOCK_SHIFT)
         if last and end - BLOCK_SIZE >= volume.attributes.size_bytes:

@@ -13,6 +13,8 @@ from snapfs.backends.memory import MemoryFile
 from snapfs.check import check_pool, repair
 from snapfs.damage import DamagedBlock, DamageLedger
 from snapfs.errors import NoSpaceError
+from snapfs.formats import COPY_ON_WRITE
+from snapfs.making import VolumeWish
 from snapfs.scrub import scrub
 from snapfs.volume import Volume
 from snapfs.volumes import VolumeTable
@@ -159,4 +161,26 @@ async def test_what_is_written_to_a_removed_volume_since_a_snapshot_is_no_damage
     async with open_world(world) as pool:
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == b"x" * 4096
         await pool.reclaimer.reclaim_all()
+    world.check_clean()
+
+
+async def test_holes_of_a_source_behind_the_size_of_a_clone_are_no_leak() -> None:
+    """A clone's map may name what it stands on for all of an object, of which nothing was ever written."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 4096, COPY_ON_WRITE))
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"x" * 4096)
+            await volume.sync()
+        await pool.snapshots.create(b"s")
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        clone = await pool.clones.clone(b"s", b"v", b"c")
+        await pool.volumes.truncate(clone, 0)
+        async with pool.volumes.opened(b"c"):
+            await clone.write(3 * 4096, b"y" * 4096)
+            assert bytes(await clone.read(0, 4 * 4096)) == bytes(3 * 4096) + b"y" * 4096
+            await clone.write((8 << 20) + 4096, b"z" * 4096)
+            await clone.sync()
+            assert bytes(await clone.read(8 << 20, 8192)) == bytes(4096) + b"z" * 4096
     world.check_clean()
