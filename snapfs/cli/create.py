@@ -13,7 +13,9 @@ from .output import print_json
 
 @click.command()
 @click.argument("volume", metavar="MOUNT/VOLUME", type=click.Path())
-@click.option("--size", metavar="SIZE", help="As 10G, 512M or in bytes; with --source as that if left out, not less in mode cow.")
+@click.option(
+    "--size", metavar="SIZE", help="As 10G, or in bytes; with --source as that if left out, and not less in mode cow."
+)
 @click.option(
     "--mode",
     type=click.Choice(list(CHANGE_MODES)),
