@@ -43,6 +43,7 @@ OPTION_KEYS = frozenset(
         "shell",
         "need",
         "base",
+        "sync",
     }
 )
 Answer = dict[str, object]
