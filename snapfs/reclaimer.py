@@ -160,7 +160,7 @@ class Reclaimer:
             except (SnapfsError, OSError) as error:
                 # One whose change log is full must not keep the others from being freed.
                 failed = error
-        await self._drop_leftovers(gently=gently)
+        await self._reserve.helped(partial(self._drop_leftovers, gently=gently))
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import trio
+import trio._core._run as trio_run
 
 from snapfs.backends import CrashPlan, Device, DeviceFile, MemoryDevice
 from snapfs.check import Report, check_pool
@@ -217,6 +220,19 @@ async def everything_is_proven(pool: Pool) -> None:
     for snapshot in list(pool.snapshots.by_name.values()):
         found = await verify(pool, snapshot)
         assert found.is_proven, (snapshot.name, found)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Whatever runs in trio inside runs in an order of the seed's, and in that order again when it is tried again."""
+    with pytest.MonkeyPatch.context() as patch, without_threads(seed):
+        patch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+        patch.setattr(trio_run, "_r", random.Random(seed))
+        # What rests for as long as it has worked rests for as long again.
+        steps_ns = itertools.count(0, 100_000)
+        patch.setattr(time, "perf_counter_ns", lambda: next(steps_ns))
+        patch.setattr(time, "perf_counter", lambda: next(steps_ns) / 1e9)
+        yield
 
 
 @contextmanager

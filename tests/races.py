@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import pytest
 import trio
-import trio._core._run as trio_run
 import trio.testing
 
 from snapfs.errors import SnapfsError
@@ -24,7 +22,7 @@ from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot
 
-from .harness import Running, World, read_snapshot, without_threads
+from .harness import Running, World, read_snapshot, seeded
 
 PAGE = 4096
 HALF = PAGE // 2
@@ -249,12 +247,9 @@ async def _race(seed: int, steps: int) -> dict[str, int]:
 
 def race(seed: int, steps: int) -> dict[str, int]:
     """Run clients in an order of the seed's; how many operations of each kind there were."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
-        patch.setattr(trio_run, "_r", random.Random(seed))
-        try:
-            with without_threads(seed):
-                counts: dict[str, int] = trio.run(partial(_race, seed, steps), clock=trio.testing.MockClock())
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}, {steps} steps") from error
+    try:
+        with seeded(seed):
+            counts: dict[str, int] = trio.run(partial(_race, seed, steps), clock=trio.testing.MockClock())
+    except BaseException as error:
+        raise AssertionError(f"seed {seed}, {steps} steps") from error
     return counts

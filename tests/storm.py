@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import pytest
 import trio
-import trio._core._run as trio_run
 import trio.testing
 
 from snapfs.backends import CrashPlan, Device, FaultyDevice, MemoryDevice
@@ -31,11 +27,9 @@ from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.volume import VolumeView
 
-from .harness import Running, World, without_threads
+from .harness import Running, World, seeded
+from .races import HALF, NEVER, OBJECT, PAGE, encoded
 
-PAGE = 4096
-HALF = PAGE // 2
-OBJECT = 4 << 20
 BLOCKS = (0, 1, 2, 5, OBJECT // PAGE - 1, OBJECT // PAGE, OBJECT // PAGE + 2, 2 * OBJECT // PAGE + 7)
 HALVES = tuple(half for block in BLOCKS for half in (2 * block, 2 * block + 1))
 SIZES = (
@@ -49,7 +43,6 @@ SIZES = (
     OBJECT + 3 * PAGE,
     2 * OBJECT + 9 * PAGE,
 )
-NEVER = 1 << 60
 Failure = (SnapfsError, OSError)
 # How many operations, errors and faults of each kind there were.
 Told = tuple[Counter[str], Counter[str], Counter[str]]
@@ -158,10 +151,6 @@ class StormyWorld(World):
                 self.devices[where] = after
             else:
                 setattr(self, where, after)
-
-
-def encoded(value: int) -> bytes:
-    return value.to_bytes(8, "little") * (HALF // 8)
 
 
 def decoded(data: bytes) -> int:
@@ -727,15 +716,8 @@ async def _storm(
 def storm(seed: int, steps: int) -> Told:
     """Run clients in an order of the seed's; how many operations, errors and faults of each kind there were."""
     clock = trio.testing.MockClock(autojump_threshold=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
-        patch.setattr(trio_run, "_r", random.Random(seed))
-        # What rests as long as it has worked rests as long again when the seed is tried again.
-        steps_ns = itertools.count(0, 100_000)
-        patch.setattr(time, "perf_counter_ns", lambda: next(steps_ns))
-        patch.setattr(time, "perf_counter", lambda: next(steps_ns) / 1e9)
-        try:
-            with without_threads(seed):
-                return trio.run(_storm, seed, steps, clock, clock=clock)
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}, {steps} steps") from error
+    try:
+        with seeded(seed):
+            return trio.run(_storm, seed, steps, clock, clock=clock)
+    except BaseException as error:
+        raise AssertionError(f"seed {seed}, {steps} steps") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -391,6 +393,16 @@ async def test_a_change_log_volume_is_not_removed_while_a_volume_is_made_that_na
     world.check_clean()
 
 
+@asynccontextmanager
+async def written_and_not_synced(pool: Pool, data: bytes) -> AsyncIterator[Volume]:
+    """A volume, open, of which the first block is durable, and all else of this is not."""
+    volume = await pool.volumes.create(b"v")
+    await put(pool, b"v", 0, data[:BLOCK])
+    async with pool.volumes.opened(b"v"):
+        await volume.write(0, data)
+        yield volume
+
+
 @pytest.mark.parametrize("kind", ["sync", "snapshot"])
 async def test_what_is_synced_beside_a_truncate_is_durable_up_to_the_smaller_size(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -399,27 +411,23 @@ async def test_what_is_synced_beside_a_truncate_is_durable_up_to_the_smaller_siz
     world = World(processor_count=1)
     data = noise(100)
     with without_threads(1):
-        async with open_until_power_is_lost(world) as pool:
-            volume = await pool.volumes.create(b"v")
-            await put(pool, b"v", 0, data[:BLOCK])
-            async with pool.volumes.opened(b"v"):
-                await volume.write(0, data)
-                held = Held()
-                (processor,) = pool.processors
-                commit = processor.commit
+        async with open_until_power_is_lost(world) as pool, written_and_not_synced(pool, data) as volume:
+            held = Held()
+            (processor,) = pool.processors
+            commit = processor.commit
 
-                async def commit_later(*args: object) -> int:
-                    monkeypatch.setattr(processor, "commit", commit)
-                    stall_ns = await commit(*args)  # type: ignore[arg-type]
-                    await held.wait()
-                    return stall_ns
+            async def commit_later(*args: object) -> int:
+                monkeypatch.setattr(processor, "commit", commit)
+                stall_ns = await commit(*args)  # type: ignore[arg-type]
+                await held.wait()
+                return stall_ns
 
-                monkeypatch.setattr(processor, "commit", commit_later)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(volume.sync if kind == "sync" else pool.snapshots.create)
-                    await held.entered.wait()
-                    await pool.volumes.truncate(volume, 50 * BLOCK)
-                    held.go_on.set()
+            monkeypatch.setattr(processor, "commit", commit_later)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(volume.sync if kind == "sync" else pool.snapshots.create)
+                await held.entered.wait()
+                await pool.volumes.truncate(volume, 50 * BLOCK)
+                held.go_on.set()
         async with open_world(world) as pool:
             assert await read_volume(pool, b"v") == data[: 50 * BLOCK]
 
@@ -430,34 +438,30 @@ async def test_what_is_synced_beside_a_truncate_that_fails_is_durable_up_to_the_
     world = World(processor_count=1)
     data = noise(100)
     with without_threads(1):
-        async with open_until_power_is_lost(world) as pool:
-            volume = await pool.volumes.create(b"v")
-            await put(pool, b"v", 0, data[:BLOCK])
-            async with pool.volumes.opened(b"v"):
-                await volume.write(0, data)
-                held = Held(NoSpaceError("the device that holds the catalog is full", ""))
-                save = pool.catalog.save
+        async with open_until_power_is_lost(world) as pool, written_and_not_synced(pool, data) as volume:
+            held = Held(NoSpaceError("the device that holds the catalog is full", ""))
+            save = pool.catalog.save
 
-                async def save_later(*args: object) -> None:
-                    monkeypatch.setattr(pool.catalog, "save", save_after)
-                    await held.wait()
+            async def save_later(*args: object) -> None:
+                monkeypatch.setattr(pool.catalog, "save", save_after)
+                await held.wait()
 
-                async def save_after(*args: object) -> None:
-                    # One at a time: the one that fails was first.
-                    monkeypatch.setattr(pool.catalog, "save", save)
-                    held.go_on.set()
-                    await trio.testing.wait_all_tasks_blocked()
-                    await save(*args)  # type: ignore[arg-type]
+            async def save_after(*args: object) -> None:
+                # One at a time: the one that fails was first.
+                monkeypatch.setattr(pool.catalog, "save", save)
+                held.go_on.set()
+                await trio.testing.wait_all_tasks_blocked()
+                await save(*args)  # type: ignore[arg-type]
 
-                async def cut() -> None:
-                    with pytest.raises(NoSpaceError):
-                        await pool.volumes.truncate(volume, 50 * BLOCK)
+            async def cut() -> None:
+                with pytest.raises(NoSpaceError):
+                    await pool.volumes.truncate(volume, 50 * BLOCK)
 
-                monkeypatch.setattr(pool.catalog, "save", save_later)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cut)
-                    await held.entered.wait()
-                    await volume.sync()
+            monkeypatch.setattr(pool.catalog, "save", save_later)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cut)
+                await held.entered.wait()
+                await volume.sync()
         async with open_world(world) as pool:
             assert await read_volume(pool, b"v") == data
 
@@ -631,3 +635,19 @@ async def test_a_log_without_blocks_outlives_its_change_log_volume(is_power_lost
             await pool.reclaimer.reclaim_all()
     await repair(world.home, "memory", world.open_device)
     world.check_clean()
+
+
+async def test_what_is_left_over_is_dropped_with_the_reserve_if_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World()) as pool:
+        drop = pool.reclaimer._drop_leftovers
+        tries = []
+
+        async def drop_without_room(*, gently: bool) -> None:
+            tries.append(gently)
+            if len(tries) == 1:
+                raise NoSpaceError("the device that holds the shard store is full", "")
+            await drop(gently=gently)
+
+        monkeypatch.setattr(pool.reclaimer, "_drop_leftovers", drop_without_room)
+        await pool.reclaimer.reclaim_all()
+        assert tries == [False, False]
