@@ -45,7 +45,7 @@ def syncs_held_up(pid: int) -> Iterator[None]:
         tracer.wait()
 
 
-def test_a_device_that_hangs(mounted: Mounted) -> None:
+def test_a_device_that_hangs(tmp_path: Path, mounted: Mounted) -> None:
     path = mounted.path / "v"
     path.write_bytes(b"first" * 3000)
 
@@ -53,15 +53,20 @@ def test_a_device_that_hangs(mounted: Mounted) -> None:
     other.write_bytes(b"other" * 3000)
     kept = mounted.snapshot("s") / "v"
     assert kept.read_bytes() == b"first" * 3000
+    wait_until(lambda: not mounted.status()["unsealed_snapshot_count"], "the snapshot is sealed")
     pid = int(mounted.status()["pid"])
     daemon = os.pidfd_open(pid)
+    # Not of zeros, which would need no data: the sync of data is to hang, not the processor's store with the checksums.
+    (tmp_path / "new").write_bytes(b"x" * 8192)
     with syncs_held_up(pid):
-        writer = subprocess.Popen(["dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=2", "conv=notrunc,fsync"])
+        writer = subprocess.Popen(["dd", f"if={tmp_path}/new", f"of={path}", "bs=4k", "conv=notrunc,fsync"])
         wait_until(lambda: bool(mounted.status()["stuck_calls"]), "status tells of what hangs")
         assert mounted.status()["health"] == "stuck"
         assert "stuck: " in snapfs("status", mounted.path).stdout
         assert kept.read_bytes() == b"first" * 3000
-        assert other.read_bytes() == b"other" * 3000
+        # Of the daemon, not of the kernel's cache.
+        read = subprocess.run(["dd", f"if={other}", "bs=4k", "iflag=direct"], capture_output=True, timeout=60)
+        assert read.stdout == b"other" * 3000
         assert len(os.listdir(mounted.path)) == 4
         run("umount", "--lazy", mounted.path)
         assert not os.path.ismount(mounted.path)
@@ -70,7 +75,7 @@ def test_a_device_that_hangs(mounted: Mounted) -> None:
     wait_for_end(daemon)
     mounted.mount()
     assert mounted.status()["health"] == "ok"
-    assert path.read_bytes()[:8192] == bytes(8192)
+    assert path.read_bytes()[:8192] == b"x" * 8192
 
 
 @contextlib.contextmanager
