@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -134,6 +135,8 @@ def main() -> None:
     pictures = arguments.plots or (arguments.json.parent if arguments.json else None)
     folder = Path(tempfile.mkdtemp(prefix="snapfs-bench-", dir=arguments.folder))
     bench = Bench(folder, scale, arguments.many, pictures)
+    # Ended by a signal it unmounts what it has mounted, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         for group in groups:
             bench.run(group)
