@@ -195,7 +195,7 @@ class Catalog:
                 hold_tags=frozenset(tags.get(row[0], ())),
                 root=row[9],
                 previous_root=row[10],
-                unsealed_ids=frozenset(VolumeId(int(one)) for one in row[11].split(",") if one),
+                unsealed_ids=_volume_ids(row[11]),
                 frozen_ns=row[12],
             )
             for row in rows
@@ -204,6 +204,10 @@ class Catalog:
     def versions_at(self, instant: int) -> list[VersionRow]:
         """Kept attributes that hold for a snapshot."""
         return self._versions("WHERE instant >= ? AND epoch <= ?", (instant, instant))
+
+    def versions_of(self, volume_id: VolumeId) -> list[VersionRow]:
+        """Kept attributes of a volume, oldest first."""
+        return self._versions("WHERE volume_id = ? ORDER BY instant", (volume_id,))
 
     def versions_between(self, low: int, high: int) -> list[VersionRow]:
         """Kept attributes with instants from ``low`` up to, not including, ``high``."""
@@ -309,6 +313,16 @@ class Catalog:
     def close(self) -> None:
         """Close the catalog."""
         self.database.close()
+
+
+def _volume_ids(text: object) -> frozenset[VolumeId]:
+    """Ids with commas between. Raises DamagedError."""
+    try:
+        return frozenset(VolumeId(int(one)) for one in str(text).split(",") if one)
+    except ValueError:
+        raise DamagedError(
+            f"{_WHAT} says of a snapshot that its volumes {text!r} are not sealed", "Restore it from a copy"
+        ) from None
 
 
 def _version(row: Row) -> VersionRow:

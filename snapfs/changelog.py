@@ -8,6 +8,8 @@ the object's place in the file (see geometry.py), so there is no allocator.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -236,8 +238,11 @@ class ChangeLogs:
             log.file = SealedFile(log.file, log.log_id, self.sums)
 
     def open_alone(self, log_id: int, device_id: int) -> DeviceFile:
-        """A log's file opened once more, for whoever reads all of it; unproven. Raises FileNotFoundError."""
-        return self._devices[device_id].open(self._name(log_id))
+        """A log's file opened once more, for whoever reads all of it; unproven. Raises FileNotFoundError. Blocks."""
+        file = self._opened_alone(log_id, device_id)
+        if file is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name(log_id))
+        return file
 
     def _name(self, log_id: int) -> str:
         return log_file(self._processor_index, log_id)

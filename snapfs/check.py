@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from . import blockmap
 from .backends import Device, open_local_image
+from .blockmasks import mask_runs, objects_with_data
 from .catalog import Catalog
 from .counting import inherited_count, stands_on_cow
 from .database import Database, read_copy
@@ -41,9 +42,10 @@ from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
 from .units import MANIFEST_NAME, check_name, format_size, show_name
-from .unnamed import mask_runs
 
 DAMAGE, LEAK, NOTE = "damage", "leak", "note"
+_FIRST_STEP_OBJECTS = 16
+_MAPS_A_STEP = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class _Context:
     removed: Mapping[VolumeId, int]
     snapshots: SnapshotIndex
     snapshot_instants: dict[int, int]
+    all_instants: set[int]
     kept_instants: set[int]
     leftovers_from: int
     next_instant: int
@@ -204,6 +207,7 @@ def _check_catalog(
         removed=catalog.removed(),
         snapshots=index,
         snapshot_instants=instants,
+        all_instants=set(instants.values()),
         kept_instants=kept,
         leftovers_from=catalog.meta(LEFTOVERS_FROM, 0) or NEVER,
         next_instant=catalog.meta("next_instant"),
@@ -258,6 +262,13 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
             report.add(DAMAGE, where, f"its size is {row.attributes.size_bytes}")
         if row.trim:
             report.add(NOTE, where, "what lies behind its size is still to be cleared")
+    for key, taken in (
+        ("next_volume_id", [*context.volumes, *context.removed, *context.traits.rows]),
+        ("next_snapshot_id", list(context.snapshot_instants)),
+        ("next_instant", list(context.snapshot_instants.values())),
+    ):
+        if catalog.meta(key) <= max(taken, default=0):
+            report.add(DAMAGE, CATALOG_FILE, f"its {key} is {catalog.meta(key)}, which is taken")
     for traits in context.traits.rows.values():
         if traits.restore_instant:
             report.add(NOTE, CATALOG_FILE, f"a rollback in place of volume {traits.volume_id} is still to be finished")
@@ -300,6 +311,9 @@ class _ShardCheck:
 
     def run(self) -> None:
         """Run all of them."""
+        if self.store.next_log_id <= max(self.logs, default=0):
+            what = f"the next change log is to be {self.store.next_log_id}, which is taken"
+            self.report.add(DAMAGE, self.where, what)
         self._check_intermediates()
         for volume_id in sorted(self.store.volume_ids()):
             self._check_volume(volume_id)
@@ -322,29 +336,34 @@ class _ShardCheck:
             self.report.add(NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined")
 
     def _check_volume(self, volume_id: VolumeId) -> None:
-        copies: dict[int, list[CopyRow]] = {}
-        for copy in self.store.copies_of(volume_id):
-            copies.setdefault(copy.object_index, []).append(copy)
-        live: dict[int, MapRow] = {}
-        from_object = 0
-        while rows := self.store.some_maps(volume_id, from_object, 4096):
-            live.update({row.object_index: row for row in rows})
-            from_object = rows[-1].object_index + 1
-        mapped = 0
-        self.report.object_count += len(live)
-        for object_index in sorted(copies.keys() | live.keys()):
-            self._check_object(volume_id, object_index, copies.get(object_index, []), live.get(object_index))
-            row = live.get(object_index)
-            if row is not None:
+        own: set[int] = set()
+        mapped = from_object = 0
+        has_copies = False
+        limit = _FIRST_STEP_OBJECTS
+        while objects := self.store.objects_from([volume_id], from_object, limit):
+            copies: dict[int, list[CopyRow]] = {}
+            rows = self.store.copies_in(volume_id, objects[0], objects[-1])
+            for copy in rows:
+                copies.setdefault(copy.object_index, []).append(copy)
+            live = {row.object_index: row for row in self.store.maps(volume_id, objects[0], objects[-1])}
+            for object_index in objects:
+                self._check_object(volume_id, object_index, copies.get(object_index, []), live.get(object_index))
+            for row in live.values():
                 mapped += blockmap.mapped_count(row.block_map)
                 self._check_end(volume_id, row)
+            own.update(live)
+            has_copies = has_copies or bool(copies)
+            from_object = objects[-1] + 1
+            # Some thousand maps in memory at a time, however many snapshots there are.
+            limit = max(1, min(_MAPS_A_STEP, _MAPS_A_STEP * len(objects) // (len(rows) + len(live))))
+        self.report.object_count += len(own)
         if stands_on_cow(self.context.traits, volume_id):
             return
         if volume_id in self.context.volumes:
             count = self.context.descriptor.processor_count
-            mapped += inherited_count(self.store, self.context.traits, volume_id, live.keys(), count)
+            mapped += inherited_count(self.store, self.context.traits, volume_id, own, count)
         counted = self.store.block_counts().get(volume_id, 0)
-        is_known = volume_id in self.context.volumes or bool(live or copies)
+        is_known = volume_id in self.context.volumes or bool(own) or has_copies
         if counted != mapped and volume_id not in self.context.removed:
             # A clone that a crash cut off before the catalog knew it: the next mount drops the count.
             self.report.add(
@@ -368,7 +387,7 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before instant {copy.epoch}")
             if not snapshots.holds(volume_id, copy.epoch, copy.instant):
                 is_due = copy.instant not in self.context.kept_instants and (
-                    copy.instant in self.context.snapshot_instants.values()
+                    copy.instant in self.context.all_instants
                     or copy.instant >= min(self.context.next_instant, self.context.leftovers_from)
                 )
                 deleting = len(self.context.kept_instants) != len(self.context.snapshot_instants)
@@ -430,9 +449,7 @@ class _ShardCheck:
             )
 
     def _check_logs(self) -> None:
-        pending: dict[int, int] = {}
-        for _, row in self.store.freed(1 << 40):
-            pending[row.log_id] = pending.get(row.log_id, 0) + 1
+        pending = self._check_freed()
         if pending:
             self.report.add(NOTE, self.where, f"{len(pending)} change logs have freed ranges still to be punched")
         for log_id, log in sorted(self.logs.items()):
@@ -453,6 +470,21 @@ class _ShardCheck:
                 self._check_file(where, log, named, has_pending=log_id in pending)
         self._check_strays()
         self._check_sums()
+
+    def _check_freed(self) -> set[int]:
+        """Whether nothing that is still to be punched is named; the logs with such ranges."""
+        pending: set[int] = set()
+        count = self.context.descriptor.processor_count
+        for _, row in self.store.freed(1 << 40):
+            pending.add(row.log_id)
+            masks = self.named.get(row.log_id, _NamedBlocks()).masks
+            extent = [(row.offset, row.offset + row.length)]
+            for object_index, mask in objects_with_data(extent, self.store.processor_index, count):
+                named = masks.get(object_index, 0) & mask
+                if named:
+                    where = f"{self.where}: change log {row.log_id}, object {object_index}"
+                    self.report.add(DAMAGE, where, f"{named.bit_count()} blocks that are named are to be punched")
+        return pending
 
     def _check_sums(self) -> None:
         for log in self.logs.values():
@@ -606,7 +638,9 @@ class _ShardCheck:
                 try:
                     log_id = int(name, 16)
                 except ValueError:
-                    log_id = -1
+                    where = f"device {device_id}: {log_folder(index)}/{name}"
+                    self.report.add(NOTE, where, "it is no change log's file; it is left alone")
+                    continue
                 if log_id not in with_file:
                     self.report.add(
                         NOTE,

@@ -85,6 +85,7 @@ class _Mount:
         pool.maker.is_own_path = self._is_own_path
         pool.clones.after_rollback = self._own_mount.refresh
         self._device = 0
+        self._has_ended = False
         self._session = loop.enable(pool.pending.is_quiet)
         pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
@@ -129,11 +130,13 @@ class _Mount:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signals)
+                nursery.start_soon(self._abort_when_cancelled)
                 nursery.start_soon(self._tell_when_ready, ready)
                 nursery.start_soon(kept_up, self._kernel_events.run, self._pool.note_no_memory)
                 if "ro" not in self._options:
                     nursery.start_soon(kept_up, self._pool.scheduler.run, self._pool.note_no_memory)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
+                self._has_ended = True
                 nursery.cancel_scope.cancel()
         finally:
             events.on_line, events.on_cut = EventLog().on_line, EventLog().on_cut
@@ -152,6 +155,17 @@ class _Mount:
         if os.geteuid() == 0:
             _tune_mount(device)
         ready()
+
+    async def _abort_when_cancelled(self) -> None:
+        """When a task of the pool has failed, let nobody wait for an answer that does not come any more.
+
+        One of those who wait may be our own helper, for whom in turn a request waits, whatever is cancelled.
+        """
+        try:
+            await trio.sleep_forever()
+        finally:
+            if not self._has_ended:
+                self._session.abort()
 
     async def _stop_on_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

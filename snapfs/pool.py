@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import cast
 
 import trio
 
@@ -21,6 +22,7 @@ from .catalogaccess import CatalogAccess
 from .changelogvolumes import ChangeLogVolumes
 from .clones import Clones
 from .damage import DamageLedger
+from .database import read_copy
 from .descriptor import claim_device, lock_pool, open_home, read_descriptor
 from .errors import (
     ClosedError,
@@ -32,6 +34,7 @@ from .errors import (
 )
 from .events import EventLog
 from .formats import (
+    CATALOG_FILE,
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
     FORMAT_VERSION,
@@ -119,6 +122,21 @@ def open_devices(catalog: Catalog, descriptor: PoolDescriptor, open_device: Open
             device.close()
         raise
     return devices
+
+
+def _check_devices(home: Device, descriptor: PoolDescriptor, open_device: OpenDevice) -> None:
+    """See that the devices of a pool of an earlier version are there, before it is upgraded.
+
+    Raises DeviceMissingError, DamagedError.
+    """
+    try:
+        with read_copy(home, CATALOG_FILE, "the catalog", ["devices"]) as database:
+            rows = database.rows("SELECT device_id, path FROM devices ORDER BY device_id")
+    except FileNotFoundError:
+        # Whoever opens it tells.
+        return
+    for device_id, path in cast("list[tuple[int, str]]", rows):
+        open_device_of(descriptor, device_id, path, open_device).close()
 
 
 def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_device: OpenDevice) -> Device:
@@ -331,6 +349,7 @@ class Pool:
         descriptor = read_descriptor(home, where)
         lock_pool(home, where, purpose)
         if descriptor.format_version < FORMAT_VERSION:
+            _check_devices(home, descriptor, open_device)
             # First of all, so that no older snapfs opens databases of this version.
             descriptor = dataclasses.replace(descriptor, format_version=FORMAT_VERSION)
             home.write_file(POOL_FILE, descriptor.to_json())
@@ -392,7 +411,7 @@ class Pool:
         paths = await self.catalog.ask(self.catalog.catalog.device_paths)
         generation = self.catalog.catalog.generation
         # The one inside the pool's directory is copied with that.
-        told = [device_id for device_id, path in paths.items() if path and device_id in self.devices]
+        told = [one for one, path in paths.items() if path and one in self.devices and one not in self._told]
         await side_by_side([partial(self._tell_generation_soon, device_id, generation) for device_id in told])
 
     async def _tell_generation_soon(self, device_id: int, generation: int) -> None:
@@ -470,12 +489,14 @@ class Pool:
                     await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
                     await self._note_generation()
             finally:
-                await side_by_side([processor.close for processor in self.processors])
-                await self.catalog.close()
-                for device_id, device in self.devices.items():
-                    # What hangs in a thread still has its directory open.
-                    if device_id not in self._told:
-                        device.close()
+                # The last that was pushed is closed first, and each is whatever becomes of the others.
+                async with contextlib.AsyncExitStack() as stack:
+                    for device_id, device in self.devices.items():
+                        # What hangs in a thread still has its directory open.
+                        if device_id not in self._told:
+                            stack.callback(device.close)
+                    stack.push_async_callback(self.catalog.close)
+                    stack.push_async_callback(side_by_side, [processor.close for processor in self.processors])
 
 
 def space_in(rooms: Mapping[int, Room | OSError | None]) -> Space:

@@ -20,10 +20,11 @@ from functools import partial
 import trio
 
 from .backends import Device
+from .blockmasks import objects_with_data
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
 from .errors import NoMemoryError, SnapfsError
-from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, LogRow, ShardBatch
+from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
@@ -35,7 +36,6 @@ from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .tasks import Wakeup
 from .traits import TraitsTable
-from .unnamed import OBJECTS_A_STEP, objects_with_data, punch_unnamed
 from .writeback import EarlyWriteback
 
 DIRTY_OBJECTS_MAX = 2048
@@ -538,33 +538,6 @@ class Processor:
     async def recover_from_crash(self) -> None:
         """Before the first write: keep new writes out of logs that may hold what was never committed."""
         await self.access.ask(self.access.store.seal_latest_logs)
-
-    async def scrub_suspect_logs(self) -> int:
-        """Give back what a crash left unnamed in logs; how many blocks."""
-        return await self.scrub_logs(await self.access.ask(self.access.store.suspect_logs))
-
-    async def scrub_logs(self, logs: list[LogRow]) -> int:
-        """Give back blocks of these logs, which take no writes, that nothing names; how many."""
-        freed = 0
-        for log in logs:
-            if log.kind != CHANGE_LOG:
-                # No map need name what a source holds.
-                continue
-            extents = await self.access.in_thread(self.logs.data_extents, log.log_id, log.device_id)
-            objects = objects_with_data(extents, self.index, self.processor_count)
-            for start in range(0, len(objects), OBJECTS_A_STEP):
-                freed += await self.access.ask(
-                    punch_unnamed,
-                    self.access.store,
-                    self.logs,
-                    log,
-                    self.traits.family_of(log.volume_id),
-                    objects[start : start + OBJECTS_A_STEP],
-                    self.processor_count,
-                )
-            if log.sealed == 2:
-                await self.access.ask(self.access.store.clear_suspicion, log.log_id)
-        return freed
 
     def status(self) -> ProcessorStatus:
         """Counts, as they are now."""

@@ -21,6 +21,7 @@ import trio
 
 from . import blockmap
 from .blockmap import BlockMap
+from .blockmasks import mask_runs, named_masks
 from .changelog import ChangeLog, in_use
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
@@ -29,7 +30,6 @@ from .portion import Portion
 from .processor import Processor
 from .shardstore import ShardStore
 from .snapshotindex import SnapshotIndex
-from .unnamed import mask_runs, named_masks
 
 _BATCH = 256
 # So long one step holds the lock that every sync needs, unless a single object takes longer.
@@ -407,10 +407,7 @@ async def _unnamed_of(
         for family, logs in families.items():
             log_ids = {log.log_id for log in logs}
             # All logs together, for it is looking at all versions of the object that takes long.
-            of_object = await processor.access.ask(
-                named_masks, processor.access.store, family, object_index, object_index, log_ids
-            )
-            named = of_object.get(object_index, {})
+            named = await processor.access.ask(named_masks, processor.access.store, family, object_index, log_ids)
             found += [(log, wanted[log.log_id] & ~named.get(log.log_id, 0)) for log in logs]
     return found
 

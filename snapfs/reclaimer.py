@@ -24,6 +24,7 @@ from .snapshot import Snapshot
 from .snapshotindex import NEVER, SnapshotIndex
 from .snapshots import SnapshotTable
 from .tasks import Wakeup, side_by_side
+from .unnamed import free_suspect_logs
 from .volumes import VolumeTable
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ class Reclaimer:
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:
-            await processor.scrub_suspect_logs()
+            await free_suspect_logs(processor)
             await processor.punch_freed()
         await self._reserve.refill()
         if failed is not None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 from . import blockmap, reclaim
 from .counting import inherited_count, stands_on_cow
 from .errors import SnapfsError
 from .formats import CHANGE_LOG
 from .geometry import VolumeId
+from .namedblocks import NamedBlocks
 from .pool import Pool
 from .processor import Processor
 from .snapshotindex import NEVER
-from .unnamed import named_masks
+from .unnamed import free_unnamed
 
-_EVERY_OBJECT = 1 << 60
+_MAPS_A_STEP = 1024
 
 
 async def repair_running(pool: Pool) -> list[str]:
@@ -36,39 +37,69 @@ async def repair_running(pool: Pool) -> list[str]:
     for processor in pool.processors:
         await reclaim.drop_unneeded_copies(processor, [(0, NEVER)])
         await processor.punch_freed()
-        done += await processor.access.ask(partial(_recount, processor, set(pool.volumes.by_id)))
+        done += await _recount(processor, set(pool.volumes.by_id))
         await processor.access.ask(processor.access.store.drop_stray_contents)
         strays = await processor.access.ask(processor.access.store.stray_sums_count)
         if strays:
             await processor.access.ask(processor.access.store.drop_stray_sums)
             done.append(f"processor {processor.index}: forgot checksums of {strays} objects that are not there")
-        freed = await processor.scrub_logs(await processor.access.ask(processor.access.store.all_logs))
+        freed = await free_unnamed(processor, await processor.access.ask(processor.access.store.all_logs))
         if freed:
             done.append(f"processor {processor.index}: freed {freed} blocks that no map named")
     return done
 
 
-def _recount(processor: Processor, live_ids: set[VolumeId]) -> list[str]:
+async def _recount(processor: Processor, live_ids: set[VolumeId]) -> list[str]:
     """Set counts to what maps and copies name. Blocks."""
-    store = processor.access.store
+    access = processor.access
     done = []
-    for volume_id in sorted(store.volume_ids()):
-        counts: dict[int, int] = {}
-        for masks in named_masks(store, processor.traits.family_of(volume_id), 0, _EVERY_OBJECT).values():
+    counted: set[VolumeId] = set()
+    for volume_id in sorted(await access.ask(access.store.volume_ids)):
+        if volume_id not in counted:
+            family = processor.traits.family_of(volume_id)
+            counted.update(family)
+            done += await access.ask(_correct_logs, processor, family, await _named_counts(processor, family))
+        done += await access.ask(_correct_volume, processor, volume_id, volume_id in live_ids)
+    return done
+
+
+async def _named_counts(processor: Processor, family: Sequence[VolumeId]) -> dict[int, int]:
+    """By change log: the blocks that anything of a family names there."""
+    counts: dict[int, int] = {}
+    walk = NamedBlocks(processor.access, family)
+    while (named := await walk.step()) is not None:
+        for masks in named.values():
             for log_id, mask in masks.items():
                 counts[log_id] = counts.get(log_id, 0) + mask.bit_count()
-        live = {row.object_index: row for row in store.some_maps(volume_id, 0, _EVERY_OBJECT)}
-        mapped = sum(blockmap.mapped_count(row.block_map) for row in live.values())
-        if volume_id in live_ids:
-            mapped += inherited_count(store, processor.traits, volume_id, live, processor.processor_count)
-        with store.database.transaction():
-            is_counted = not stands_on_cow(processor.traits, volume_id)
-            if is_counted and store.block_counts().get(volume_id, 0) != mapped:
-                store.set_block_count(volume_id, mapped)
-                done.append(f"processor {processor.index}: counted {mapped} blocks of volume {volume_id}")
-            for log in store.logs_of(volume_id):
-                count = counts.get(log.log_id, 0)
-                if log.kind == CHANGE_LOG and count != log.block_count:
-                    store.set_log_count(log.log_id, count)
-                    done.append(f"processor {processor.index}: counted {count} blocks of change log {log.log_id}")
+    return counts
+
+
+def _correct_logs(processor: Processor, family: Sequence[VolumeId], counts: Mapping[int, int]) -> list[str]:
+    store = processor.access.store
+    done = []
+    with store.database.transaction():
+        for log in [log for volume_id in family for log in store.logs_of(volume_id)]:
+            count = counts.get(log.log_id, 0)
+            if log.kind == CHANGE_LOG and count != log.block_count:
+                store.set_log_count(log.log_id, count)
+                done.append(f"processor {processor.index}: counted {count} blocks of change log {log.log_id}")
     return done
+
+
+def _correct_volume(processor: Processor, volume_id: VolumeId, is_live: bool) -> list[str]:
+    if stands_on_cow(processor.traits, volume_id):
+        return []
+    store = processor.access.store
+    own: set[int] = set()
+    mapped = from_object = 0
+    while rows := store.some_maps(volume_id, from_object, _MAPS_A_STEP):
+        own.update(row.object_index for row in rows)
+        mapped += sum(blockmap.mapped_count(row.block_map) for row in rows)
+        from_object = rows[-1].object_index + 1
+    if is_live:
+        mapped += inherited_count(store, processor.traits, volume_id, own, processor.processor_count)
+    if store.block_counts().get(volume_id, 0) == mapped:
+        return []
+    with store.database.transaction():
+        store.set_block_count(volume_id, mapped)
+    return [f"processor {processor.index}: counted {mapped} blocks of volume {volume_id}"]

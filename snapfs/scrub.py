@@ -6,6 +6,7 @@ And verifying: a snapshot's root is worked out anew from what it holds, and held
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -13,13 +14,15 @@ import trio
 from . import blockmap
 from .backends import DeviceFile
 from .blockmap import HOLE, BlockMap
+from .blockmasks import mask_runs
 from .checksums import ZERO_DIGEST, ObjectSums, digest_of
 from .contenthash import ContentHash, element_of, root_of
 from .damage import DamagedBlock
 from .errors import DamagedError, UnsealedError
 from .formats import LogRow
-from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SHIFT, LogId, VolumeId, log_offset
 from .jobs import Job
+from .namedblocks import NamedBlocks
 from .notresident import when_resident
 from .pool import Pool
 from .portion import Portion, Segment
@@ -27,7 +30,6 @@ from .processor import Processor
 from .sealedfile import DamagedBlockError
 from .snapshot import Snapshot
 from .units import show_name
-from .unnamed import mask_runs, named_masks, objects_with_data
 
 _OBJECTS_A_STEP = 16
 _RUN_BLOCKS_MAX = 256
@@ -76,8 +78,9 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
         )
     total = sum(row.block_count for _, row in summed) << BLOCK_SHIFT
     with pool.jobs.stoppable("scrub", "the sealed change logs", total) as job:
-        for processor, row in summed:
-            await _scrub_log(processor, row, rate, job, report)
+        for processor in pool.processors:
+            logs = [row for one, row in summed if one is processor]
+            await _ProcessorScrub(processor, rate, job, report).run(logs)
         report.checked_bytes = job.done
     pool.damage.replace(report.damaged, known_before)
     await pool.damage_teller.tell_all()
@@ -85,70 +88,87 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
     return report
 
 
-async def _scrub_log(processor: Processor, row: LogRow, rate: _Rate, job: Job, report: ScrubReport) -> None:
-    try:
-        file = processor.logs.open_alone(row.log_id, row.device_id)
-    except OSError as error:
-        if await _named_blocks(processor, row, None):
-            report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
-        return
-    try:
-        try:
-            extents = await processor.access.in_thread(file.data_extents)
-        except OSError as error:
-            report.unreadable_logs.append(f"change log {row.log_id} of processor {processor.index}: {error.strerror}")
+class _ProcessorScrub:
+    """The scrub of one processor's change logs: object by object, of each all logs that anything names it in."""
+
+    def __init__(self, processor: Processor, rate: _Rate, job: Job, report: ScrubReport) -> None:
+        self._processor = processor
+        self._rate = rate
+        self._job = job
+        self._report = report
+        self._unreadable_ids: set[LogId] = set()
+
+    async def run(self, logs: Sequence[LogRow]) -> None:
+        """Read what is named in these logs, which are sealed, and compare."""
+        families: dict[tuple[VolumeId, ...], dict[int, LogRow]] = {}
+        for row in logs:
+            families.setdefault(self._processor.traits.family_of(row.volume_id), {})[row.log_id] = row
+        for family, by_id in families.items():
+            walk = NamedBlocks(self._processor.access, family, by_id.keys())
+            while (named := await walk.step()) is not None:
+                for log_id, masks in sorted(_by_log(named).items()):
+                    await self._scrub_log(by_id[log_id], masks)
+
+    async def _scrub_log(self, row: LogRow, masks: dict[int, int]) -> None:
+        if row.log_id in self._unreadable_ids:
             return
-        objects = {one for one, _ in objects_with_data(extents, processor.index, processor.processor_count)}
-        objects.update(await processor.access.ask(processor.access.store.summed_objects, row.log_id))
-        ordered = sorted(objects)
-        for start in range(0, len(ordered), _OBJECTS_A_STEP):
-            await _scrub_objects(processor, row, file, ordered[start : start + _OBJECTS_A_STEP], rate, job, report)
-    finally:
-        file.close()
-
-
-async def _scrub_objects(
-    processor: Processor,
-    row: LogRow,
-    file: DeviceFile,
-    objects: list[int],
-    rate: _Rate,
-    job: Job,
-    report: ScrubReport,
-) -> None:
-    named = await _named_blocks(processor, row, objects)
-    for object_index in objects:
-        mask = named.get(object_index, 0)
-        if not mask:
-            continue
         try:
-            sums = await processor.access.ask(processor.access.store.checksums, row.log_id, object_index)
+            file = await self._processor.access.in_thread(self._processor.logs.open_alone, row.log_id, row.device_id)
+        except OSError as error:
+            # What was freed meanwhile may have gone with its log.
+            if await self._still_named(row, masks):
+                self._unreadable_ids.add(row.log_id)
+                where = f"change log {row.log_id} of processor {self._processor.index}"
+                self._report.unreadable_logs.append(f"{where}: {error.strerror}")
+            return
+        try:
+            for object_index, mask in sorted(masks.items()):
+                await self._scrub_object(row, file, object_index, mask)
+        finally:
+            file.close()
+
+    async def _scrub_object(self, row: LogRow, file: DeviceFile, object_index: int, mask: int) -> None:
+        access = self._processor.access
+        try:
+            sums = await access.ask(access.store.checksums, row.log_id, object_index)
         except DamagedError as error:
-            report.unreadable_logs.append(error.reason)
-            continue
-        base = (object_index // processor.processor_count) << OBJECT_SHIFT
+            self._report.unreadable_logs.append(error.reason)
+            return
+        base = log_offset(object_index, self._processor.processor_count)
         try:
-            wrong = await processor.access.in_thread(_compare, file, base, mask, sums)
+            wrong = await access.in_thread(_compare, file, base, mask, sums)
         except OSError:
-            wrong = await processor.access.in_thread(_unreadable, file, base, mask, sums)
+            wrong = await access.in_thread(_unreadable, file, base, mask, sums)
         if wrong:
             # What was freed while it was read is not damaged.
-            again = (await _named_blocks(processor, row, [object_index])).get(object_index, 0)
-            report.damaged += [
-                DamagedBlock(processor.index, row.log_id, object_index, block) for block in wrong if again >> block & 1
+            again = (await self._still_named(row, [object_index])).get(object_index, 0)
+            self._report.damaged += [
+                DamagedBlock(self._processor.index, row.log_id, object_index, block)
+                for block in wrong
+                if again >> block & 1
             ]
         size_bytes = mask.bit_count() << BLOCK_SHIFT
-        job.done += size_bytes
-        await rate.spend(size_bytes)
+        self._job.done += size_bytes
+        await self._rate.spend(size_bytes)
+
+    async def _still_named(self, row: LogRow, objects: Iterable[int]) -> dict[int, int]:
+        """By object: the mask of blocks in a log that anything names now."""
+        processor = self._processor
+        await processor.commit([one for one in processor.portions.values() if one.failure is None])
+        walk = NamedBlocks(processor.access, processor.traits.family_of(row.volume_id), {row.log_id}, sorted(objects))
+        found: dict[int, int] = {}
+        while (named := await walk.step()) is not None:
+            found.update(_by_log(named).get(row.log_id, {}))
+        return found
 
 
-async def _named_blocks(processor: Processor, row: LogRow, objects: list[int] | None) -> dict[int, int]:
-    """By object: the mask of blocks in a log that anything names."""
-    await processor.commit([one for one in processor.portions.values() if one.failure is None])
-    family = processor.traits.family_of(row.volume_id)
-    low, high = (objects[0], objects[-1]) if objects else (0, 1 << 40)
-    named = await processor.access.ask(named_masks, processor.access.store, family, low, high, {row.log_id})
-    return {object_index: masks[row.log_id] for object_index, masks in named.items() if row.log_id in masks}
+def _by_log(named: Mapping[int, Mapping[int, int]]) -> dict[int, dict[int, int]]:
+    """By log and object what is known by object and log."""
+    found: dict[int, dict[int, int]] = {}
+    for object_index, masks in named.items():
+        for log_id, mask in masks.items():
+            found.setdefault(log_id, {})[object_index] = mask
+    return found
 
 
 def _compare(file: DeviceFile, base: int, mask: int, sums: ObjectSums) -> list[int]:

@@ -15,6 +15,7 @@ import trio
 
 from .backends import DeviceFile
 from .blockmap import HOLE, BlockMap
+from .blockmasks import mask_runs, objects_with_data
 from .checksums import ObjectSums, SumsMaker
 from .contenthash import ContentHash, element_of
 from .cowportion import CowPortion
@@ -24,7 +25,6 @@ from .geometry import BLOCK_SHIFT, BLOCKS_PER_OBJECT, OBJECT_SHIFT, LogId, Volum
 from .objectdigests import ObjectDigests
 from .processor import Processor
 from .shardstore import ShardStore
-from .unnamed import mask_runs, objects_with_data
 
 _STEP_BLOCKS = 16384
 _RUN_BLOCKS_MAX = 256

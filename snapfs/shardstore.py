@@ -35,6 +35,9 @@ _STRAY_CONTENTS = "WHERE volume_id NOT IN (SELECT volume_id FROM portions)"
 _STRAY_SUMS = "WHERE log_id NOT IN (SELECT log_id FROM logs WHERE block_count > 0)"
 
 
+# A map as it is stored; see blockmap.encode.
+StoredMap = int | bytes
+
 # Instants; see ShardStore.changed_objects.
 _SHORT_SPAN = 16
 
@@ -200,15 +203,6 @@ class ShardStore:
         )
         return [_copy(row) for row in rows]
 
-    def copies_of(self, volume_id: VolumeId) -> list[CopyRow]:
-        """All copies of a volume's objects, by object and instant."""
-        rows = self.database.rows(
-            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
-            " WHERE volume_id = ? ORDER BY object_index, instant",
-            (volume_id,),
-        )
-        return [_copy(row) for row in rows]
-
     def copies_in(self, volume_id: VolumeId, first_object: int, last_object: int) -> list[CopyRow]:
         """All copies of a range of a volume's objects, by object and instant."""
         rows = self.database.rows(
@@ -301,18 +295,22 @@ class ShardStore:
             self.database.execute("UPDATE logs SET sealed = 1 WHERE log_id = ?", (log_id,))
 
     def versions_of(
-        self, volume_ids: Iterable[VolumeId], first_object: int, last_object: int
-    ) -> list[tuple[int, blockmap.BlockMap]]:
-        """Live maps and copies of a range of objects of some volumes, as ``(object_index, map)``."""
-        found = []
+        self, volume_ids: Iterable[VolumeId], ranges: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, StoredMap]]:
+        """Live maps and copies of ranges of objects (first and last) of some volumes: ``(object_index, stored map)``.
+
+        The maps are for :func:`blockmap.decode`, which takes longer than to read them and needs no store.
+        """
+        found: list[tuple[int, StoredMap]] = []
         for volume_id in volume_ids:
-            rows = self.database.rows(
-                "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
-                " UNION ALL"
-                " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3",
-                (volume_id, first_object, last_object),
-            )
-            found += [(row[0], blockmap.decode(row[1])) for row in rows]
+            for first, last in ranges:
+                rows = self.database.rows(
+                    "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
+                    " UNION ALL"
+                    " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3",
+                    (volume_id, first, last),
+                )
+                found += cast("list[tuple[int, StoredMap]]", rows)
         return found
 
     def set_block_count(self, volume_id: VolumeId, count: int) -> None:

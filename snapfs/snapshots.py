@@ -22,7 +22,7 @@ import trio
 from .catalogaccess import CatalogAccess
 from .errors import ExistsError, HeldError, NotFoundError, StallError
 from .events import EventLog
-from .formats import LEFTOVERS_FROM, Attributes, CatalogBatch, IntermediateRow, SnapshotRow
+from .formats import LEFTOVERS_FROM, Attributes, CatalogBatch, IntermediateRow, SnapshotRow, VersionRow
 from .freeze import Freeze
 from .geometry import BLOCK_SIZE, Epoch, SnapshotId, VolumeId
 from .hooks import HookTable
@@ -30,7 +30,7 @@ from .processor import Processor
 from .reserve import Reserve
 from .shardstate import EpochClock
 from .snapshot import Snapshot, SnapshotMembers, SnapshotVolume
-from .snapshotindex import SnapshotIndex
+from .snapshotindex import NEVER, SnapshotIndex
 from .space import SpaceAccount, VolumeSpan, account_of
 from .tasks import Wakeup, side_by_side
 from .units import check_name, check_tag, show_name, utc_name
@@ -392,6 +392,19 @@ class SnapshotTable:
                 if version.epoch <= instant <= version.instant:
                     found[volume.volume_id] = version.attributes
         return found
+
+    async def attributes_over_time(self, volume_id: VolumeId) -> list[VersionRow]:
+        """The attributes that a volume has had, as far as snapshots may hold them, oldest first."""
+        kept = await self._catalog.ask(self._catalog.catalog.versions_of, volume_id)
+        # From here on without an await: memory is newer than what was asked.
+        found = {row.epoch: row for row in kept}
+        volume = self._volumes.by_id.get(volume_id)
+        if volume is not None:
+            found.update({row.epoch: row for row in volume.versions})
+            if not volume.is_removed:
+                now = VersionRow(volume_id, Epoch(volume.epoch), Epoch(NEVER), volume.attributes())
+                found[now.epoch] = now
+        return [found[epoch] for epoch in sorted(found)]
 
     async def _block_counts(self, instant: int) -> dict[VolumeId, int]:
         """Blocks that each volume had mapped at an instant."""

@@ -1,92 +1,82 @@
-"""Blocks in a change log that no map names: what a crash leaves of writes that were never committed.
+"""Giving back blocks in change logs that no map names: what a crash leaves of writes that were never committed.
 
-A log that may hold some is sealed first, so it takes no more writes and what is unnamed stays so.
-All calls block; the processor runs them in a thread, some objects at a time.
+A log that may hold some is sealed first, so it takes no more writes: what is not named once never is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from . import blockmap
-from .changelog import ChangeLogs
-from .formats import LogRow
-from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, OBJECT_SIZE, VolumeId
-from .shardstore import ShardStore
+from .blockmasks import mask_runs, objects_with_data
+from .formats import CHANGE_LOG, LogRow
+from .geometry import BLOCK_SHIFT, VolumeId, log_offset
+from .namedblocks import NamedBlocks
+from .processor import Processor
 
-OBJECTS_A_STEP = 256
-
-
-def objects_with_data(
-    extents: Sequence[tuple[int, int]], processor_index: int, processor_count: int
-) -> list[tuple[int, int]]:
-    """From a log file's extents: ``(object_index, mask of its blocks that hold data)``, in order."""
-    masks: dict[int, int] = {}
-    for start, end in extents:
-        position = start
-        while position < end:
-            ordinal = position >> OBJECT_SHIFT
-            stop = min(end, (ordinal + 1) << OBJECT_SHIFT)
-            first = (position & (OBJECT_SIZE - 1)) >> BLOCK_SHIFT
-            last = ((stop - 1) & (OBJECT_SIZE - 1)) >> BLOCK_SHIFT
-            object_index = ordinal * processor_count + processor_index
-            masks[object_index] = masks.get(object_index, 0) | ((1 << (last - first + 1)) - 1) << first
-            position = stop
-    return sorted(masks.items())
+# Objects of logs whose masks are in memory at a time.
+_MASKS_MAX = 100_000
 
 
-def named_masks(
-    store: ShardStore, volume_ids: Sequence[VolumeId], first: int, last: int, log_ids: Set[int] | None = None
-) -> dict[int, dict[int, int]]:
-    """By object and log: the mask of blocks that a live map or a copy of these volumes names there.
+class _LogData(NamedTuple):
+    """A change log, and by object the mask of its blocks that hold data."""
 
-    ``log_ids``: of these logs alone.
-    """
-    named: dict[int, dict[int, int]] = {}
-    for object_index, block_map in store.versions_of(volume_ids, first, last):
-        # Of the many versions of an object few name these logs, and a look at the ids alone is fast.
-        if log_ids is not None and log_ids.isdisjoint((block_map,) if isinstance(block_map, int) else block_map):
-            continue
-        masks = named.setdefault(object_index, {})
-        for block, count, log_id in blockmap.all_runs(block_map):
-            if log_id != blockmap.HOLE and (log_ids is None or log_id in log_ids):
-                masks[log_id] = masks.get(log_id, 0) | ((1 << count) - 1) << block
-    return named
+    log: LogRow
+    masks: dict[int, int]
 
 
-def mask_runs(mask: int) -> Iterator[tuple[int, int]]:
-    """Runs of set bits, as ``(first bit, count)``."""
-    block = 0
-    while mask:
-        skip = (mask & -mask).bit_length() - 1
-        mask >>= skip
-        block += skip
-        count = (~mask & (mask + 1)).bit_length() - 1
-        yield block, count
-        mask >>= count
-        block += count
+async def free_suspect_logs(processor: Processor) -> int:
+    """Give back what a crash left unnamed in change logs; how many blocks."""
+    return await free_unnamed(processor, await processor.access.ask(processor.access.store.suspect_logs))
 
 
-def punch_unnamed(
-    store: ShardStore,
-    logs: ChangeLogs,
-    log: LogRow,
-    family: Sequence[VolumeId],
-    objects: Sequence[tuple[int, int]],
-    processor_count: int,
-) -> int:
-    """Give back the blocks of some objects in a sealed log that no volume of the family names; how many."""
-    if not objects:
-        return 0
-    named = named_masks(store, family, objects[0][0], objects[-1][0], {log.log_id})
+async def free_unnamed(processor: Processor, logs: Sequence[LogRow]) -> int:
+    """Give back blocks of these logs, which take no writes, that nothing names; how many."""
+    families: dict[tuple[VolumeId, ...], list[LogRow]] = {}
+    for log in logs:
+        # What a source holds no map need name.
+        if log.kind == CHANGE_LOG:
+            families.setdefault(processor.traits.family_of(log.volume_id), []).append(log)
     freed = 0
-    ranges = []
-    for object_index, present in objects:
-        unnamed = present & ~named.get(object_index, {}).get(log.log_id, 0)
-        base = (object_index // processor_count) << OBJECT_SHIFT
-        for block, count in mask_runs(unnamed):
-            ranges.append((base + (block << BLOCK_SHIFT), count * BLOCK_SIZE))
-            freed += count
-    if ranges:
-        logs.punch(log.log_id, log.device_id, ranges)
+    for family, of_family in families.items():
+        waiting: list[_LogData] = []
+        for log in of_family:
+            waiting.append(_LogData(log, await _data_in(processor, log)))
+            if sum(len(one.masks) for one in waiting) >= _MASKS_MAX:
+                freed += await _free_in(processor, family, waiting)
+                waiting = []
+        freed += await _free_in(processor, family, waiting)
     return freed
+
+
+async def _data_in(processor: Processor, log: LogRow) -> dict[int, int]:
+    """By object: the mask of blocks of a log that hold data."""
+    extents = await processor.access.in_thread(processor.logs.data_extents, log.log_id, log.device_id)
+    return dict(objects_with_data(extents, processor.index, processor.processor_count))
+
+
+async def _free_in(processor: Processor, family: Sequence[VolumeId], waiting: Sequence[_LogData]) -> int:
+    """Give back what no volume of the family names of the data in these logs; how many blocks."""
+    by_id: dict[int, dict[int, int]] = {data.log.log_id: data.masks for data in waiting}
+    objects = sorted({one for masks in by_id.values() for one in masks})
+    walk = NamedBlocks(processor.access, family, by_id.keys(), objects)
+    while (named := await walk.step()) is not None:
+        for object_index, masks in named.items():
+            for log_id, mask in masks.items():
+                if object_index in by_id[log_id]:
+                    by_id[log_id][object_index] &= ~mask
+    return sum([await _free_in_log(processor, data) for data in waiting])
+
+
+async def _free_in_log(processor: Processor, data: _LogData) -> int:
+    """Give back these blocks of a log; how many."""
+    ranges = [
+        (log_offset(object_index, processor.processor_count) + (block << BLOCK_SHIFT), count << BLOCK_SHIFT)
+        for object_index, mask in data.masks.items()
+        for block, count in mask_runs(mask)
+    ]
+    if ranges:
+        await processor.access.in_thread(processor.logs.punch, data.log.log_id, data.log.device_id, ranges)
+    if data.log.sealed == 2:
+        await processor.access.ask(processor.access.store.clear_suspicion, data.log.log_id)
+    return sum(length for _, length in ranges) >> BLOCK_SHIFT

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapfs import blockmap, geometry, units
+from snapfs.blockmasks import mask_runs, objects_with_data
 from snapfs.cli import cli
 from snapfs.errors import (
     BadCommandError,
@@ -31,7 +32,6 @@ from snapfs.fuse import names
 from snapfs.fuse.command import split_words
 from snapfs.fuse.patience import Patience
 from snapfs.snapshotindex import NEVER, SnapshotIndex
-from snapfs.unnamed import mask_runs, objects_with_data
 
 from .contents import Contents, first_of_no_version
 
@@ -44,6 +44,7 @@ def test_no_script_closes_a_pipe_that_is_written_to() -> None:
     for script in (SOURCE / "contrib").iterdir():
         if script.is_file() and "pipefail" in script.read_text():
             assert "| grep -q" not in script.read_text(), script
+
 
 maps = st.one_of(
     st.integers(0, blockmap.LOG_ID_MAX),
@@ -290,12 +291,12 @@ LAYERS = [
     ["database", "traits", "image"],
     ["placement", "liveness"],
     ["catalog", "shardstore", "changelog", "reserve"],
-    ["catalogaccess", "unnamed", "shardstate", "counting", "objectdigests"],
-    ["writeback"],
+    ["catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
+    ["writeback", "namedblocks"],
     ["portion"],
     ["cowportion"],
     ["processor"],
-    ["reclaim", "volume", "sealing", "hooks", "space"],
+    ["reclaim", "unnamed", "volume", "sealing", "hooks", "space"],
     ["volumes", "snapshot", "smallest"],
     ["snapshots"],
     ["reclaimer", "scheduler", "affected", "sealer", "restoring"],

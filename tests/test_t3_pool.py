@@ -92,7 +92,7 @@ async def test_a_named_snapshot_leaves_other_volumes_alone() -> None:
         store = pool.processors[0].access.store
         b_logs = store.logs_of(pool.volumes.get(b"b").volume_id)
         assert len(b_logs) == 1, "b went on in its log"
-        assert not store.copies_of(pool.volumes.get(b"b").volume_id)
+        assert not store.copies_in(pool.volumes.get(b"b").volume_id, 0, 1 << 40)
 
 
 async def test_two_volumes_are_cut_at_one_instant() -> None:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from snapfs import changelog, reclaim, reclaimer
+from snapfs.blockmasks import named_masks
 from snapfs.changelog import ChangeLog
 from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch
 from snapfs.geometry import SnapshotId, VolumeId
@@ -18,7 +19,6 @@ from snapfs.pool import Pool
 from snapfs.processor import Processor
 from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
-from snapfs.unnamed import named_masks
 
 from .harness import World, open_world, read_snapshot, read_volume
 
@@ -208,10 +208,9 @@ async def test_whose_blocks_they_are_is_looked_up_once_an_object(
         steps.append([])
         return await step(processor)
 
-    def noted_look(store: Any, family: Any, first: int, last: int, log_ids: set[int]) -> dict[int, dict[int, int]]:
-        assert first == last
-        steps[-1].append((first, len(log_ids)))
-        return look(store, family, first, last, log_ids)
+    def noted_look(store: Any, family: Any, object_index: int, log_ids: set[int]) -> dict[int, int]:
+        steps[-1].append((object_index, len(log_ids)))
+        return look(store, family, object_index, log_ids)
 
     monkeypatch.setattr(reclaim, "_free_some_candidates", noted_step)
     monkeypatch.setattr(reclaim, "named_masks", noted_look)

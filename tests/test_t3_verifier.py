@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 import pytest
 import trio
@@ -12,14 +13,17 @@ import trio
 from snapfs.backends.memory import MemoryFile
 from snapfs.check import check_pool, repair
 from snapfs.damage import DamagedBlock, DamageLedger
+from snapfs.database import Database
 from snapfs.errors import NoSpaceError
-from snapfs.formats import COPY_ON_WRITE
+from snapfs.formats import CATALOG_FILE, COPY_ON_WRITE, shard_file
 from snapfs.making import VolumeWish
 from snapfs.scrub import scrub
+from snapfs.shardstore import ShardStore
 from snapfs.volume import Volume
 from snapfs.volumes import VolumeTable
 
 from .harness import Running, World, in_memory, open_until_power_is_lost, open_world, read_snapshot
+from .test_t3_between import noise, put
 
 
 async def test_a_scrub_keeps_what_a_reader_met_meanwhile() -> None:
@@ -72,7 +76,8 @@ async def test_what_cannot_be_read_keeps_nothing_else_from_being_looked_at(
                 await running.start(nursery)
                 found = await scrub(running.pool)
                 await running.close()
-            assert len(found.unreadable_logs) == 1 and found.checked_bytes > 0
+            # It asks for what maps name, not for what is there.
+            assert not found.unreadable_logs and found.checked_bytes == 2 * 4 * 4096
 
 
 async def test_holes_where_zeros_were_are_no_damage() -> None:
@@ -184,3 +189,141 @@ async def test_holes_of_a_source_behind_the_size_of_a_clone_are_no_leak() -> Non
             await clone.sync()
             assert bytes(await clone.read(8 << 20, 8192)) == bytes(4096) + b"z" * 4096
     world.check_clean()
+
+
+async def _edited(world: World, edit: Callable[[Database, Database], None]) -> list[str]:
+    """What the verifier calls damage once a pool's catalog and its store were edited."""
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"x" * 4 * 4096)
+        await pool.snapshots.create(b"s")
+        await put(pool, b"v", 0, b"y" * 4096)
+        await running.close()
+    home = world.home
+    databases = [Database(home, CATALOG_FILE, "the catalog"), Database(home, shard_file(0), "the store")]
+    with databases[0].transaction(), databases[1].transaction():
+        edit(*databases)
+    for database in databases:
+        database.close()
+    report = check_pool(home, "memory", world.open_device)
+    home.close()
+    return [f"{one.where}: {one.what}" for one in report.findings if one.severity == "damage"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "where"),
+    [
+        ("UPDATE meta SET value = 1 WHERE key = 'next_log_id'", "the next change log"),
+        ("UPDATE meta SET value = 256 WHERE key = 'next_volume_id'", "next_volume_id"),
+        ("UPDATE meta SET value = 1 WHERE key = 'next_snapshot_id'", "next_snapshot_id"),
+        ("INSERT INTO freed (log_id, offset, length) VALUES (1, 4096, 4096)", "1 blocks that are named"),
+        ("UPDATE snapshots SET unsealed = '256,x'", "not sealed"),
+    ],
+)
+async def test_what_would_harm_what_is_named_is_damage(sql: str, where: str) -> None:
+    """Ids that are given twice, ranges of blocks that are in use, and what no version writes."""
+
+    def edit(catalog: Database, store: Database) -> None:
+        of_store = "log_id" in sql
+        (store if of_store else catalog).execute(sql)
+
+    (found,) = await _edited(World(processor_count=1), edit)
+    assert where in found
+
+
+@pytest.mark.parametrize("object_count", [1, 6])
+async def test_every_version_of_an_object_is_looked_at_a_few_times(
+    object_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrub, and a repair, looked for each change log at all versions: at snapshots times snapshots."""
+    world = World(processor_count=1)
+    looked_at = 0
+    versions_of = ShardStore.versions_of
+
+    def counted(store: ShardStore, *args: Any) -> list[tuple[int, int | bytes]]:
+        nonlocal looked_at
+        found = versions_of(store, *args)
+        looked_at += len(found)
+        return found
+
+    monkeypatch.setattr(ShardStore, "versions_of", counted)
+    snapshot_count = 40
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(snapshot_count):
+            for object_index in range(object_count):
+                await put(pool, b"v", (object_index << 22) + 4096 * number, noise(1, number + 1))
+            await pool.snapshots.create(f"s{number}".encode())
+        assert await pool.sealer.seal_all()
+        looked_at = 0
+        found = await scrub(pool)
+        assert found.checked_bytes == snapshot_count * object_count * 4096
+        assert looked_at <= 2 * object_count * (snapshot_count + 1)
+        looked_at = 0
+    await repair(world.home, "memory", world.open_device)
+    assert 0 < looked_at <= 3 * object_count * (snapshot_count + 1)
+
+
+async def test_a_damaged_block_is_told_by_the_names_that_its_volume_had() -> None:
+    """Names of before and after a renaming, and of a clone, which has the block from its origin."""
+    world = World(processor_count=1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        await pool.volumes.create(b"old")
+        await put(pool, b"old", 0, noise(2, 1))
+        await pool.snapshots.create(b"first")
+        await pool.volumes.rename(b"old", b"new")
+        await pool.snapshots.create(b"second")
+        await pool.clones.clone(b"first", b"old", b"clone")
+        await put(pool, b"clone", 4096, noise(1, 2))
+        await put(pool, b"new", 0, noise(1, 3))
+        await pool.snapshots.create(b"third")
+        assert await pool.sealer.seal_all()
+        (log_name, *_) = world.devices["0"].names("logs/0")
+        file = world.devices["0"].open(f"logs/0/{log_name}")
+        file.write(b"?", 0)
+        file.sync()
+        file.close()
+        await scrub(pool)
+        (told,) = pool.damage.entries()
+        named = {
+            (one["volume"], one["is_live"]): one["snapshots"] for one in cast("list[dict[str, Any]]", told["volumes"])
+        }
+        assert named == {
+            ("old", False): ["first"],
+            ("new", False): ["second"],
+            ("clone", True): ["third"],
+        }
+        await running.close()
+
+
+async def test_what_fails_to_close_keeps_nothing_else_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=2)
+    running = Running(world)
+    closed: list[str] = []
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+
+        async def fail() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(pool.processors[0], "close", fail)
+        catalog_close = pool.catalog.close
+
+        async def close() -> None:
+            closed.append("catalog")
+            await catalog_close()
+
+        monkeypatch.setattr(pool.catalog, "close", close)
+        for device in pool.devices.values():
+            monkeypatch.setattr(in_memory(device), "close", lambda: closed.append("device"))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            await running.close()
+        pool.processors[0].access.store.database.abandon()
+    assert closed == ["catalog", "device"]

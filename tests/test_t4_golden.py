@@ -132,3 +132,13 @@ async def test_what_is_left_of_a_pool_of_an_earlier_version_is_read_and_nothing_
                     read += 1
         assert read
     assert {one: one.read_bytes() for one in path.rglob("*") if one.is_file()} == before
+
+
+async def test_a_pool_of_an_earlier_version_whose_device_is_not_there_is_not_upgraded(tmp_path: Path) -> None:
+    path = unpacked("0.1.0", tmp_path)
+    before = {one.name: one.read_bytes() for one in path.iterdir() if one.is_file()}
+    (path / "device").rename(path / "elsewhere")
+    with pytest.raises(DeviceMissingError):
+        async with snapfs.open_pool(path):
+            pass
+    assert {one.name: one.read_bytes() for one in path.iterdir() if one.is_file() and one.name in before} == before

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, mounted_filesystem, run, snapfs, wait_until_reclaimed
+from .conftest import Mounted, mounted_filesystem, run, snapfs, wait_until, wait_until_reclaimed
 
 pytestmark = pytest.mark.mount
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
@@ -196,6 +199,71 @@ def test_an_image_that_is_not_there(mounted: Mounted, tmp_path: Path) -> None:
     assert (mounted.path / "other").read_bytes() == b"other"
     (tmp_path / "away").rename(image)
     assert (mounted.path / "v").read_bytes() == b"i" * 20000
+
+
+_FAILING = """
+import os, sys
+import trio
+from snapfs.fuse.operations import Operations
+from snapfs.pool import Pool
+
+flag, is_beside_write = sys.argv.pop(), sys.argv.pop() == "write"
+written = trio.Event()
+write = Operations.write
+
+async def fail(pool):
+    if is_beside_write:
+        await written.wait()
+    while not os.path.exists(flag):
+        await trio.sleep(0.01)
+    raise RuntimeError("a defect")
+
+async def write_or_wait(operations, *args):
+    if is_beside_write and os.path.exists(flag):
+        written.set()
+        await trio.sleep_forever()
+    return await write(operations, *args)
+
+Operations.write = write_or_wait
+Pool._sync_periodically = fail
+from snapfs.cli import main
+sys.argv[1:1] = ["mount", "--foreground"]
+main()
+"""
+
+
+@pytest.mark.parametrize("beside", ["nothing", "write"])
+def test_a_daemon_that_fails_leaves_no_mount(mounted: Mounted, tmp_path: Path, beside: str) -> None:
+    """Whatever nobody has thought of ends the daemon, also while it waits for itself through the kernel.
+
+    Nobody waits for it then, and what was synced is there.
+    """
+    (mounted.path / "v").write_bytes(b"before")
+    mounted.unmount()
+    flag = tmp_path / "flag"
+    command = [sys.executable, "-c", _FAILING, mounted.pool, mounted.path, beside, flag]
+    daemon = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: os.path.ismount(mounted.path), "it is mounted")
+        descriptor = os.open(mounted.path / "v", os.O_RDWR)
+        os.pwrite(descriptor, b"synced", 0)
+        os.fsync(descriptor)
+        os.pwrite(descriptor, b"not synced", 6)
+        flag.touch()
+        if beside == "write":
+            # It has the kernel write back what is not synced, and waits for that.
+            snapfs("snapshot", mounted.path, "s", expect=1)
+        _, told = daemon.communicate(timeout=60)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    finally:
+        daemon.kill()
+        daemon.wait()
+    assert daemon.returncode not in (0, -9) and b"a defect" in told
+    assert not os.path.ismount(mounted.path)
+    mounted.mount()
+    assert (mounted.path / "v").read_bytes().startswith(b"synced")
+    assert not list(mounted.snapshots.iterdir())
 
 
 def test_each_procedure_is_rehearsed() -> None:

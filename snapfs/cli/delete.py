@@ -56,6 +56,8 @@ def reclaim(mount_point: str, need: str, dry_run: bool, as_json: bool) -> None:
     freed = format_size(answer["would_free_bytes" if dry_run else "freed_bytes"])
     click.echo(f"would free {freed}" if dry_run else f"freed {freed}")
     if not answer.get("is_freed", True):
-        click.echo("a file of one of them is open: its space comes back when that is closed")
+        click.echo(
+            "an open file or a clone of one of them keeps some of it: that comes back when it is closed, or gone"
+        )
     if not answer["is_smallest"]:
         click.echo("there may be a smaller set")
