@@ -241,7 +241,7 @@ def test_a_daemon_that_fails_leaves_no_mount(mounted: Mounted, tmp_path: Path, b
     (mounted.path / "v").write_bytes(b"before")
     mounted.unmount()
     flag = tmp_path / "flag"
-    command = [sys.executable, "-c", _FAILING, mounted.pool, mounted.path, beside, flag]
+    command = [sys.executable, "-c", _FAILING, str(mounted.pool), str(mounted.path), beside, str(flag)]
     daemon = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         wait_until(lambda: os.path.ismount(mounted.path), "it is mounted")

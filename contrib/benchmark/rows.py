@@ -92,9 +92,11 @@ def take_snapshots(subject: Snapfs, count: int, size_bytes: int, seed: int = 1) 
 def behind(folder: Path, scale: Scale) -> tuple[list[Result], list[Result]]:
     """With snapshots behind; and of them the oldest, read.
 
-    The other pool has the same writes behind it and no snapshots.
+    The other pool has the same writes behind it and no snapshots. Overwrites are of a part of the file that was
+    written to since the last snapshot: first writes after one have a row of their own.
     """
     size = scale.size_bytes
+    part = size // 8
     with ExitStack() as stack:
         many = stack.enter_context(subjects.snapfs(folder, f"with {scale.snapshot_count} snapshots"))
         none = stack.enter_context(subjects.snapfs(folder, "without"))
@@ -106,9 +108,19 @@ def behind(folder: Path, scale: Scale) -> tuple[list[Result], list[Result]]:
         take_snapshots(many, scale.snapshot_count, size)
         many.settle()
         lanes = _lanes(many, none, chain)
+        for lane in lanes:
+            subjects.fill(lane.file(), part)
         wanted = {"without": 0.9, chain_name: 5.0}
         rows = [
-            Row(f"{name}, snapshots behind", "IOPS", options, lanes, wanted, note=QEMU_NOTE)
+            Row(
+                f"{name}, snapshots behind",
+                "IOPS",
+                options,
+                lanes,
+                wanted,
+                size_bytes=part if "overwrite" in name else 0,
+                note=QEMU_NOTE,
+            )
             for name, options in FOUR.items()
         ]
         old = many.mount / ".snapshots" / "oldest" / "file"
