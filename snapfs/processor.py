@@ -109,7 +109,7 @@ class Processor:
         self.index = index
         self.access = ShardAccess(store, pending)
         sums = SumCache(partial(self.access.ask, store.checksums), partial(on_damage, index), index, processor_count)
-        self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums, watch)
+        self.logs = ChangeLogs(index, devices, placement, store.next_log_id, sums, watch, processor_count)
         self.sources = store.sources()
         self.snapshots = SnapshotIndex()
         self.clock = EpochClock(epoch)

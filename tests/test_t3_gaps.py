@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -381,6 +382,12 @@ async def test_a_long_read_begins_again_when_the_volume_is_cut_meanwhile(monkeyp
 
             monkeypatch.setattr(one, "read_now", cut_before_the_third)
             assert await one.read(0, 1 << 30) == b"b" * 3 * BLOCK
+
+
+def test_processors_share_the_files_that_the_process_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, processor_count, share in ((1024, 4, 128), (1024, 64, 16), (65536, 4, 16256), (-1, 4, 2048)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, soft=soft: (soft, -1))
+        assert changelog.files_share(processor_count) == share
 
 
 async def test_files_beyond_the_bound_are_closed_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
