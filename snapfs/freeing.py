@@ -97,9 +97,13 @@ class OldestFreer:
             # What is on its way back already is no reason to delete anything.
             failure = await self._reclaim()
             used_blocks = quota.used_blocks
+            on_their_way = set(self._snapshots.deleted)
             chosen = await self._chosen(changelog_id, quota)
             self._look_s = trio.current_time() - began
             if not chosen and _is_short(quota):
+                if not on_their_way.issuperset(self._snapshots.deleted):
+                    # A user deleted one meanwhile.
+                    continue
                 return _hindrance(failure, _NOTHING_TO_FREE)
             for snapshot in chosen:
                 if snapshot.opens:
@@ -135,7 +139,7 @@ class OldestFreer:
         try:
             await self._snapshots.delete_this(snapshot)
         except NotFoundError:
-            return None
+            return await self._reclaim()
         name = snapshot.name or b""
         self._events.note("snapshot-freed", logging.WARNING, name=show_name(name), change_log_volume=quota.name)
         return await self._reclaim()

@@ -37,7 +37,7 @@ from snapfs.pool import Pool
 from snapfs.portion import Portion
 from snapfs.processor import Processor
 from snapfs.schedule import make_schedule
-from snapfs.tasks import in_thread
+from snapfs.tasks import Wakeup, in_thread
 from snapfs.volume import Volume
 from snapfs.volumes import AttributeChange
 
@@ -326,6 +326,37 @@ async def test_room_is_made_although_a_cut_volume_cannot_be_cleared_for_want_of_
         (changelog_id,) = pool.placement.quotas
         await pool.freer._free(changelog_id, quota)
         assert list(pool.snapshots.by_name) == [b"old"]
+
+
+@pytest.mark.parametrize("when", ["account", "delete_this"])
+async def test_what_a_user_deletes_while_room_is_made_is_waited_for(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    world.devices["x"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"x", ["x"], 200 * BLOCK, frees_oldest=True)
+        await pool.maker.create(VolumeWish(b"a", 1 << 20, changelog_name=b"x"))
+        await put(pool, b"a", 0, noise(100))
+        await pool.snapshots.create(b"old", hold_tags=["keep"])
+        await put(pool, b"a", 0, noise(100, 2))
+        await pool.snapshots.create(b"new", hold_tags=["keep"])
+        quota = pool.changelogs.get(b"x")
+        (changelog_id,) = pool.placement.quotas
+        looked = getattr(pool.snapshots, when)
+        frees = pool.freer._free
+        # The pool's own tasks for this are busy elsewhere.
+        monkeypatch.setattr(pool.freer, "_look_at", lambda *_: trio.sleep(0))
+        monkeypatch.setattr(pool.snapshots, "_reclaim_wakeup", Wakeup())
+        await put(pool, b"a", 0, noise(100, 3))
+
+        async def user_is_first(*args: object) -> object:
+            if b"new" in pool.snapshots.by_name:
+                await pool.snapshots.delete(b"new")
+            return await looked(*args)
+
+        monkeypatch.setattr(pool.snapshots, when, user_is_first)
+        await pool.snapshots.release(b"new", "keep")
+        assert await frees(changelog_id, quota) == ""
+        assert list(pool.snapshots.by_name) == [b"old"] and quota.used_blocks <= 100
 
 
 async def test_after_a_failed_sync_no_zeros_are_taken_either(monkeypatch: pytest.MonkeyPatch) -> None:
