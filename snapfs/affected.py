@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
+from itertools import groupby, islice
 
 import trio
 
-from . import blockmap
-from .blockmap import BlockMap
 from .damage import DamagedBlock, DamageLedger
 from .errors import SnapfsError
 from .events import EventLog
-from .formats import VersionRow
 from .geometry import BLOCK_SHIFT, OBJECT_SHIFT, VolumeId
+from .objecthistory import ObjectHistory, Stretch
 from .processor import Processor
-from .shardstore import ShardStore
 from .snapshotindex import NEVER
 from .snapshots import SnapshotTable
-from .traits import TraitsTable
+from .tasks import in_thread
 from .units import show_name
 from .volumes import VolumeTable
 
 SNAPSHOTS_NAMED_MAX = 64
+# Volumes whose names over all snapshots are in memory at a time.
+_VOLUMES_MAX = 16
 
 
 class DamageTeller:
@@ -57,19 +55,37 @@ class DamageTeller:
     async def tell_all(self) -> None:
         """Tell all that nobody was told of yet."""
         async with self._turn:
-            await self._tell_all()
+            names: dict[VolumeId, _Names] = {}
+            for _, group in groupby(sorted(self._ledger.untold()), key=lambda one: one[:3]):
+                await self._tell_object(list(group), names)
 
-    async def _tell_all(self) -> None:
-        for _, group in groupby(sorted(self._ledger.untold()), key=lambda one: one[:3]):
-            blocks = list(group)
-            try:
-                histories = await self._histories(blocks[0])
-            except (SnapfsError, OSError) as error:
-                for damaged in blocks:
-                    self._tell(damaged, [{"reason": f"who has it is not known: {error}"}])
-                continue
+    async def _tell_object(self, blocks: Sequence[DamagedBlock], names: dict[VolumeId, _Names]) -> None:
+        """Tell who has these blocks of one object in one change log."""
+        try:
+            histories = await self._histories(blocks)
+            for volume_id in histories:
+                await self._note_names(volume_id, names)
+        except (SnapfsError, OSError) as error:
             for damaged in blocks:
-                self._tell(damaged, [one for history in histories for one in self._in_volume(history, damaged)])
+                self._tell(damaged, [{"reason": f"who has it is not known: {error}"}])
+            return
+        # Most blocks of an object have been in the same snapshots.
+        worked_out: dict[tuple[tuple[VolumeId, Stretch], ...], list[dict[str, object]]] = {}
+        for damaged in blocks:
+            key = tuple(
+                (volume_id, stretch)
+                for volume_id, stretches in histories.items()
+                for stretch, mask in stretches.items()
+                if mask >> damaged.block & 1
+            )
+            if key not in worked_out:
+                await trio.lowlevel.checkpoint()
+                worked_out[key] = [
+                    one
+                    for volume_id, of_volume in groupby(key, key=lambda pair: pair[0])
+                    for one in names[volume_id].told([stretch for _, stretch in of_volume])
+                ]
+            self._tell(damaged, worked_out[key])
 
     def _tell(self, damaged: DamagedBlock, named: list[dict[str, object]]) -> None:
         told: dict[str, object] = {
@@ -81,95 +97,81 @@ class DamageTeller:
         self._ledger.tell(damaged, told)
         self._events.note("damaged-block", logging.ERROR, **told)
 
-    async def _histories(self, damaged: DamagedBlock) -> list[_History]:
-        """What all volumes that may name a block say of its object, and have said."""
+    async def _histories(self, blocks: Sequence[DamagedBlock]) -> dict[VolumeId, dict[Stretch, int]]:
+        """By volume and from when to when: the mask of those of an object's damaged blocks that it has, or had."""
+        damaged = blocks[0]
         processor = self._processors[damaged.processor_index]
-        await processor.commit([one for one in processor.portions.values() if one.failure is None])
-        store = processor.access.store
-        log = await processor.access.ask(store.log, damaged.log_id)
+        await processor.commit(processor.sound_portions())
+        log = await processor.access.ask(processor.access.store.log, damaged.log_id)
         if log is None:
-            return []
-        traits = self._volumes.traits
-        spans: dict[VolumeId, list[_Span]] = {}
-        for volume_id in traits.family_of(log.volume_id):
-            await processor.access.ask(_spans, store, traits, volume_id, damaged.object_index, spans)
-        return [_History(one, spans[one], await self._snapshots.attributes_over_time(one)) for one in spans]
+            return {}
+        history = ObjectHistory(processor, self._volumes.traits, damaged.object_index, damaged.log_id)
+        wanted = sum(1 << one.block for one in blocks)
+        found: dict[VolumeId, dict[Stretch, int]] = {}
+        for volume_id in self._volumes.traits.family_of(log.volume_id):
+            stretches = await history.stretches(volume_id, wanted)
+            if stretches:
+                found[volume_id] = stretches
+        return found
 
-    def _in_volume(self, history: _History, damaged: DamagedBlock) -> list[dict[str, object]]:
-        """By the name that it has or had: whether it is in the live volume, and in which snapshots."""
-        volume_id = history.volume_id
-        spans = sorted(
-            (one.first, one.last)
-            for one in history.spans
-            if blockmap.entry(one.block_map, damaged.block) == damaged.log_id
-        )
-        if not spans:
-            return []
-        by_name: dict[bytes, list[str]] = {}
+    async def _note_names(self, volume_id: VolumeId, names: dict[VolumeId, _Names]) -> None:
+        """The names that a volume has, and has had in snapshots, into ``names``."""
+        if volume_id in names:
+            return
+        while len(names) >= _VOLUMES_MAX:
+            names.pop(next(iter(names)))
+        versions = await self._snapshots.attributes_over_time(volume_id)
+        named = [(one.epoch, one.instant, one.attributes.name) for one in versions]
+        holding = [(one.instant, one.name) for one in self._snapshots.by_id.values() if one.holds(volume_id)]
         live = self._volumes.by_id.get(volume_id)
-        if live is not None and not live.is_removed and any(last == NEVER for _, last in spans):
-            by_name[live.name] = []
-        is_live = set(by_name)
-        for snapshot in sorted(self._snapshots.by_id.values(), key=lambda one: -one.instant):
-            if snapshot.holds(volume_id) and _is_within(spans, snapshot.instant):
-                name = history.name_at(snapshot.instant)
-                if name is not None:
-                    by_name.setdefault(name, []).append(show_name(snapshot.name or b""))
-        return [
-            {
-                "volume": show_name(name),
-                "is_live": name in is_live,
-                "snapshots": names[:SNAPSHOTS_NAMED_MAX],
-                "snapshot_count": len(names),
-            }
-            for name, names in by_name.items()
-        ]
-
-
-class _Span(NamedTuple):
-    """The instants for which an object has had a map; NEVER is now."""
-
-    first: int
-    last: int
-    block_map: BlockMap
+        live_name = None if live is None or live.is_removed else live.name
+        names[volume_id] = await in_thread(_names_of, live_name, holding, named)
 
 
 @dataclass(frozen=True, slots=True)
-class _History:
-    """The maps of an object of a volume, and the volume's attributes, over time."""
+class _Names:
+    """A volume's name now, and by each that it has had the snapshots in which it had it: instants and names."""
 
-    volume_id: VolumeId
-    spans: list[_Span]
-    attributes: list[VersionRow]
+    live_name: bytes | None
+    snapshots: dict[bytes, tuple[list[int], list[bytes]]]
 
-    def name_at(self, instant: int) -> bytes | None:
-        """The volume's name at an instant; None when it was not there."""
-        place = bisect_right(self.attributes, instant, key=lambda one: one.epoch) - 1
-        found = self.attributes[place] if place >= 0 else None
-        return found.attributes.name if found is not None and instant <= found.instant else None
+    def told(self, stretches: Iterable[Stretch]) -> list[dict[str, object]]:
+        """By its names: whether it has something now that it has had for these stretches, and in which snapshots."""
+        ordered = sorted(stretches, reverse=True)
+        is_live = self.live_name is not None and any(one.last == NEVER for one in ordered)
+        found: list[tuple[bool, int, dict[str, object]]] = []
+        for name, (instants, snapshot_names) in self.snapshots.items():
+            places = [(bisect_left(instants, one.first), bisect_right(instants, one.last)) for one in ordered]
+            count = sum(high - low for low, high in places)
+            is_name_live = is_live and name == self.live_name
+            if not count and not is_name_live:
+                continue
+            newest = islice((one for low, high in places for one in range(high - 1, low - 1, -1)), SNAPSHOTS_NAMED_MAX)
+            shown = list(newest)
+            told: dict[str, object] = {
+                "volume": show_name(name),
+                "is_live": is_name_live,
+                "snapshots": [show_name(snapshot_names[one]) for one in shown],
+                "snapshot_count": count,
+            }
+            found.append((is_name_live, instants[shown[0]] if shown else NEVER, told))
+        return [told for _, _, told in sorted(found, key=lambda one: one[:2], reverse=True)]
 
 
-def _is_within(spans: list[tuple[int, int]], instant: int) -> bool:
-    """Whether an instant is in one of some spans, which are in order and do not overlap."""
-    place = bisect_right(spans, instant, key=lambda one: one[0]) - 1
-    return place >= 0 and instant <= spans[place][1]
-
-
-def _spans(
-    store: ShardStore, traits: TraitsTable, volume_id: VolumeId, object_index: int, known: dict[VolumeId, list[_Span]]
-) -> list[_Span]:
-    """The maps that an object of a volume has had, into ``known`` with those of its ancestors. Blocks."""
-    if volume_id in known:
-        return known[volume_id]
-    spans = [_Span(copy.epoch, copy.instant, copy.block_map) for copy in store.copies_from(volume_id, object_index, 0)]
-    spans += [_Span(row.epoch, NEVER, row.block_map) for row in store.maps(volume_id, object_index, object_index)]
-    row = traits.get(volume_id)
-    if row.inherits:
-        last = min((one.first for one in spans), default=NEVER)
-        for origin in _spans(store, traits, row.origin_id, object_index, known):
-            if origin.first <= row.origin_instant <= origin.last:
-                # Until its own first map, it has what the origin had when it was cloned.
-                spans.append(_Span(row.origin_instant, last if last == NEVER else last - 1, origin.block_map))
-                break
-    known[volume_id] = spans
-    return spans
+def _names_of(
+    live_name: bytes | None,
+    holding: Iterable[tuple[int, bytes | None]],
+    named: Sequence[tuple[int, int, bytes]],
+) -> _Names:
+    """From the instants and names of snapshots, and a volume's names: first and last instant, and name. Blocks."""
+    found: dict[bytes, tuple[list[int], list[bytes]]] = {} if live_name is None else {live_name: ([], [])}
+    begins = [first for first, _, _ in named]
+    for instant, snapshot_name in sorted(holding):
+        place = bisect_right(begins, instant) - 1
+        if place < 0 or instant > named[place][1]:
+            # It was not there then.
+            continue
+        instants, snapshot_names = found.setdefault(named[place][2], ([], []))
+        instants.append(instant)
+        snapshot_names.append(snapshot_name or b"")
+    return _Names(live_name, found)

@@ -44,8 +44,8 @@ from .traits import TraitsTable
 from .units import MANIFEST_NAME, check_name, format_size, show_name
 
 DAMAGE, LEAK, NOTE = "damage", "leak", "note"
-_FIRST_STEP_OBJECTS = 16
 _MAPS_A_STEP = 2048
+_OBJECT_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,12 @@ class _ShardCheck:
         self.report = context.report
         self.named: dict[int, _NamedBlocks] = {}
         self.logs: dict[int, LogRow] = {row.log_id: row for row in store.all_logs()}
-        self.candidates = store.candidate_log_ids()
+        # By log and object: the mask of blocks that are still to be looked at. They are counted until they were.
+        self.waiting: dict[int, dict[int, int]] = {}
+        for row in store.all_candidates():
+            masks = self.waiting.setdefault(row.log_id, {})
+            mask = ((1 << row.block_count) - 1) << row.block
+            masks[row.object_index] = masks.get(row.object_index, 0) | mask
 
     def run(self) -> None:
         """Run all of them."""
@@ -339,23 +344,23 @@ class _ShardCheck:
         own: set[int] = set()
         mapped = from_object = 0
         has_copies = False
-        limit = _FIRST_STEP_OBJECTS
-        while objects := self.store.objects_from([volume_id], from_object, limit):
+        while from_object <= _OBJECT_MAX:
+            # Some thousand maps in memory at a time, however many snapshots there are.
+            some = self.store.some_maps(volume_id, from_object, _MAPS_A_STEP)
+            last = some[-1].object_index if len(some) == _MAPS_A_STEP else _OBJECT_MAX
+            rows, last = self.store.some_copies(volume_id, from_object, last, _MAPS_A_STEP)
             copies: dict[int, list[CopyRow]] = {}
-            rows = self.store.copies_in(volume_id, objects[0], objects[-1])
             for copy in rows:
                 copies.setdefault(copy.object_index, []).append(copy)
-            live = {row.object_index: row for row in self.store.maps(volume_id, objects[0], objects[-1])}
-            for object_index in objects:
+            live = {row.object_index: row for row in some if row.object_index <= last}
+            for object_index in sorted(live.keys() | copies.keys()):
                 self._check_object(volume_id, object_index, copies.get(object_index, []), live.get(object_index))
             for row in live.values():
                 mapped += blockmap.mapped_count(row.block_map)
                 self._check_end(volume_id, row)
             own.update(live)
             has_copies = has_copies or bool(copies)
-            from_object = objects[-1] + 1
-            # Some thousand maps in memory at a time, however many snapshots there are.
-            limit = max(1, min(_MAPS_A_STEP, _MAPS_A_STEP * len(objects) // (len(rows) + len(live))))
+            from_object = last + 1
         self.report.object_count += len(own)
         if stands_on_cow(self.context.traits, volume_id):
             return
@@ -460,16 +465,21 @@ class _ShardCheck:
                 continue
             count = sum(mask.bit_count() for mask in named.masks.values())
             where = f"{self.where}: change log {log_id}"
-            if count != log.block_count and log.volume_id not in self.context.removed:
-                severity = NOTE if log_id in self.candidates else LEAK
-                if count > log.block_count:
-                    # Counted down with what is freed, it would go with blocks that are named; no repair begins then.
-                    severity = DAMAGE
-                self.report.add(severity, where, f"{count} of its blocks are named, {log.block_count} are counted")
+            due = self._due_count(log_id, named)
+            if count + due != log.block_count and log.volume_id not in self.context.removed:
+                # Counted down with what is freed, it would go with blocks that are named; no repair begins then.
+                severity = DAMAGE if count + due > log.block_count else LEAK
+                what = f"{count} of its blocks are named, {log.block_count} are counted"
+                self.report.add(severity, where, what + f", and {due} are to be counted out" * bool(due))
             if count:
                 self._check_file(where, log, named, has_pending=log_id in pending)
         self._check_strays()
         self._check_sums()
+
+    def _due_count(self, log_id: int, named: _NamedBlocks) -> int:
+        """Blocks of a log that nothing names and that are counted, for they are still to be looked at."""
+        masks = self.waiting.get(log_id, {})
+        return sum((mask & ~named.masks.get(one, 0)).bit_count() for one, mask in masks.items())
 
     def _check_freed(self) -> set[int]:
         """Whether nothing that is still to be punched is named; the logs with such ranges."""
@@ -594,7 +604,7 @@ class _ShardCheck:
         if unnamed:
             # A crash leaves blocks that were written and never named; they are written over or go
             # with the log.
-            is_due = has_pending or log.sealed == 2 or log.log_id in self.candidates
+            is_due = has_pending or log.sealed == 2 or log.log_id in self.waiting
             severity = LEAK if self.context.was_clean and not is_due else NOTE
             self.report.add(severity, where, f"{format_size(unnamed)} in {name} are not named by any map")
 

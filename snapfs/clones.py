@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from .errors import BusyVolumeError, ExistsError, SnapfsError, UnsupportedError
+from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, UnsupportedError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
@@ -49,6 +49,14 @@ class _Target:
     source_id: VolumeId
     attributes: Attributes
     is_in_place: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """What a rollback did: the snapshot that it kept of the present, and the volumes that went back, as named now."""
+
+    undo: Snapshot
+    names: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +145,16 @@ class Clones:
 
     async def rollback(
         self, snapshot_name: bytes, volume_names: Iterable[bytes] | None = None, *, force: bool = False
-    ) -> Snapshot:
+    ) -> RolledBack:
         """Put the volumes named, or all that the snapshot holds (None), back to what they were; durable.
 
         All at one instant, or none; but when a copy-on-write volume cannot be put back, redirecting ones are
         by then, and a rollback to the snapshot of the present brings them forth again. The present is kept as
-        a snapshot, which is returned; newer snapshots stay; volumes that were made later stay as they are, those
+        a snapshot; newer snapshots stay; volumes that were made later stay as they are, those
         removed since come back. A copy-on-write volume is restored in place, which takes as long as copying what
-        changed, and nobody reads or writes it meanwhile. Raises NotFoundError; BusyVolumeError when one is open,
+        changed, and nobody reads or writes it meanwhile. One that was renamed since keeps the name it has; named
+        itself it is refused, for what has the name now, if anything, is something else. Raises NotFoundError;
+        BusyVolumeError when one is open,
         without ``force``; ExistsError when the name of one that is to come back is taken.
         """
         with trio.CancelScope(shield=True):
@@ -152,7 +162,8 @@ class Clones:
                 snapshot = self._snapshots.get(snapshot_name)
                 members = await self._snapshots.members(snapshot)
                 wanted = list(members.by_name if volume_names is None else dict.fromkeys(volume_names))
-                targets = [self._target(*members.get(name)) for name in wanted]
+                is_named = volume_names is not None
+                targets = [self._target(*members.get(name), is_named=is_named) for name in wanted]
                 volumes = [target.volume for target in targets if target.volume is not None]
                 # Of those too that are gone: the kernel may still keep pages of the file that comes back.
                 file_ids = [self._volumes.traits.get(target.source_id).file_id for target in targets]
@@ -162,7 +173,7 @@ class Clones:
                         await self._wait_until_closed(volumes)
                     await self._snapshots.before_cut(volumes)
                     try:
-                        undo = await self._replace(snapshot, members, wanted, force=force)
+                        done = await self._replace(snapshot, members, wanted, is_named=is_named, force=force)
                     finally:
                         # Also when one could not be put back: others may have been.
                         await self.after_rollback(file_ids)
@@ -171,18 +182,24 @@ class Clones:
         self._events.note(
             "rolled-back",
             to=show_name(snapshot_name),
-            volumes=[show_name(name) for name in wanted],
-            undo=show_name(undo.name or b""),
+            volumes=[show_name(name) for name in done.names],
+            undo=show_name(done.undo.name or b""),
         )
-        return undo
+        return done
 
-    def _target(self, source_id: VolumeId, attributes: Attributes) -> _Target:
+    def _target(self, source_id: VolumeId, attributes: Attributes, *, is_named: bool) -> _Target:
         volume = self._volumes.by_file_id.get(self._volumes.traits.get(source_id).file_id)
         if volume is not None and volume.is_removed:
             volume = None
+        if is_named and volume is not None and volume.name != attributes.name:
+            raise NotFoundError(
+                f"the volume that was {show_name(attributes.name)!r} in the snapshot is {show_name(volume.name)!r} now",
+                "Rename it back, and then roll back, or clone it from the snapshot",
+            )
         if volume is None and attributes.name in self._volumes.by_name:
             raise ExistsError(
-                f"another volume has the name {show_name(attributes.name)!r} now", "Rename that one, then try again"
+                f"another volume has the name {show_name(attributes.name)!r} now",
+                "Rename that one, then try again; or clone what the snapshot has",
             )
         if volume is not None:
             self._volumes.check_whole([volume])
@@ -207,14 +224,15 @@ class Clones:
                 )
 
     async def _replace(
-        self, snapshot: Snapshot, members: SnapshotMembers, wanted: Sequence[bytes], *, force: bool
-    ) -> Snapshot:
+        self, snapshot: Snapshot, members: SnapshotMembers, wanted: Sequence[bytes], *, is_named: bool, force: bool
+    ) -> RolledBack:
         """The present as a snapshot, and the volumes as they were, in one commit."""
         async with AsyncExitStack() as stack:
             # In this order: a truncate trims while it has the lock of the volumes.
             await stack.enter_async_context(self._volumes.lock)
             # One may have been removed meanwhile, or its name been taken.
-            targets = [self._target(*members.get(name)) for name in wanted]
+            targets = [self._target(*members.get(name), is_named=is_named) for name in wanted]
+            names = [one.attributes.name if one.volume is None else one.volume.name for one in targets]
             volumes = [target.volume for target in targets if target.volume is not None]
             for volume in volumes:
                 await stack.enter_async_context(volume.kept_from_trimming())
@@ -259,7 +277,7 @@ class Clones:
             for target, row in zip(targets, rows, strict=True):
                 self._volumes.take_back(target.volume, row, Epoch(undo.instant + 1))
             await self._restore(restores, snapshot.instant, undo)
-        return undo
+        return RolledBack(undo, names)
 
     def _restorer(self, volume: Volume) -> Restorer:
         return Restorer(volume, self._processors, self._events)

@@ -160,7 +160,7 @@ def _differ(before: Attributes, after: Attributes | None) -> bool:
 async def _commit_all(pool: Pool) -> None:
     """Have the stores know all."""
     for processor in pool.processors:
-        await processor.commit([one for one in processor.portions.values() if one.failure is None])
+        await processor.commit(processor.sound_portions())
 
 
 async def changed_extents(pool: Pool, before: State | None, after: State) -> list[Extent]:

@@ -55,16 +55,21 @@ class OldestFreer:
         self._told: dict[int, set[str]] = {}
         self._read: dict[int, Snapshot] = {}
         self._look_s = 0.0
+        self._looked_s = 0.0
 
     async def run(self) -> None:
         """Free whenever a change log volume gets full; until cancelled."""
         while True:
-            with trio.move_on_at(min(self._due_s.values(), default=math.inf)):
+            with trio.move_on_at(min(self._due_s.values(), default=math.inf)) as rest:
                 await self._changelogs.nearly_full.wait()
+            if not rest.cancelled_caught:
+                # One has become full, or nearly so once more: much may be other than when it was looked at.
+                self._due_s = {one: min(due_s, self._looked_s + _REST_S_MIN) for one, due_s in self._due_s.items()}
             self._due_s = {one: due_s for one, due_s in self._due_s.items() if one in self._placement.quotas}
             for changelog_id, quota in list(self._placement.quotas.items()):
                 if self._due_s.get(changelog_id, 0.0) <= trio.current_time():
                     await self._look_at(changelog_id, quota)
+                    self._looked_s = trio.current_time()
 
     async def _look_at(self, changelog_id: int, quota: Quota) -> None:
         """Free what is needed; tell once what keeps it from that, and look again later."""
@@ -96,7 +101,7 @@ class OldestFreer:
             began = trio.current_time()
             # What is on its way back already is no reason to delete anything.
             failure = await self._reclaim()
-            used_blocks = quota.used_blocks
+            freed_blocks = quota.freed_blocks
             on_their_way = set(self._snapshots.deleted)
             chosen = await self._chosen(changelog_id, quota)
             self._look_s = trio.current_time() - began
@@ -112,7 +117,8 @@ class OldestFreer:
                     return _is_read(snapshot)
                 if _is_short(quota):
                     failure = await self._delete(snapshot, quota) or failure
-            if quota.used_blocks >= used_blocks and _is_short(quota):
+            if quota.freed_blocks == freed_blocks and _is_short(quota):
+                # What is used tells nothing: who writes meanwhile may take as much as comes back.
                 return _hindrance(failure, _NOTHING_FREED)
         return ""
 

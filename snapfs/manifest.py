@@ -75,7 +75,7 @@ def _checksums(pool: Pool, snapshot: Snapshot, members: SnapshotMembers) -> dict
 
 async def _intermediate(processor: Processor, snapshot: Snapshot, members: SnapshotMembers) -> dict[str, object]:
     # What is pending goes to the store first, so that its rows tell all.
-    await processor.commit([one for one in processor.portions.values() if one.failure is None])
+    await processor.commit(processor.sound_portions())
     store = processor.access.store
     if store.is_lost:
         return {"processor": processor.index, "state": None, "volumes": [], "lost": True}

@@ -6,30 +6,33 @@ with snapshots times snapshots. The store is held for the rows of one step; taki
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence, Set
 
 from .blockmasks import masks_of
 from .geometry import VolumeId
 from .shardstate import ShardAccess
 
-_OBJECTS_A_STEP_MAX = 256
-_FIRST_STEP_OBJECTS = 16
-# What a step is to look at: versions of objects, and places of the store.
-_LOOKS_A_STEP = 4096
+# Versions of objects that are in memory at a time, unless one object has more.
+_ROWS_A_STEP = 4096
+# So many are asked for of objects that are listed, of one volume; of more volumes fewer.
+_OBJECTS_A_STEP = 256
 # Objects less far from one another are read in one go, with what lies between.
-_GAP_MAX = 64
+_GAP_MAX = 8
+_OBJECT_MAX = (1 << 63) - 1
 
 
 class NamedBlocks:
     """A walk over the objects of a family on one processor, in order.
 
+    ``family`` tells who is in it and is asked at each step: a clone that is made meanwhile names what its origin did.
     ``log_ids``: of these logs alone. ``objects``: these alone, in order; else all of which there is a map or a copy.
     """
 
     def __init__(
         self,
         access: ShardAccess,
-        family: Sequence[VolumeId],
+        family: Callable[[], Sequence[VolumeId]],
         log_ids: Set[int] | None = None,
         objects: Sequence[int] | None = None,
     ) -> None:
@@ -38,35 +41,35 @@ class NamedBlocks:
         self._log_ids = log_ids
         self._objects = objects
         self._from = 0
-        self._limit = _FIRST_STEP_OBJECTS
 
     async def step(self) -> dict[int, dict[int, int]] | None:
         """By object and log the mask of blocks that anything names, of the next objects; None at the end.
 
         Raises DamagedError.
         """
-        objects = await self._next_objects()
-        if not objects:
+        family = self._family()
+        ranges = self._next_ranges(len(family))
+        if not ranges:
             return None
-        store = self._access.store
-        ranges = [(objects[0], objects[-1])] if self._objects is None else list(_ranges(objects))
-        versions = await self._access.ask(store.versions_of, self._family, ranges)
-        looks = len(versions) + len(ranges) * len(self._family)
-        self._limit = max(1, min(_OBJECTS_A_STEP_MAX, _LOOKS_A_STEP * len(objects) // looks))
+        versions, last = await self._access.ask(self._access.store.some_versions, family, ranges, _ROWS_A_STEP)
+        if self._objects is None:
+            if not versions:
+                return None
+            self._from = last + 1
+        else:
+            self._from = bisect_right(self._objects, last)
         return await self._access.in_thread(masks_of, versions, self._log_ids)
 
-    async def _next_objects(self) -> Sequence[int]:
-        if self._objects is not None:
-            objects = self._objects[self._from : self._from + self._limit]
-            self._from += len(objects)
-            return objects
-        store = self._access.store
-        found = await self._access.ask(store.objects_from, self._family, self._from, self._limit)
-        self._from = found[-1] + 1 if found else self._from
-        return found
+    def _next_ranges(self, family_size: int) -> list[tuple[int, int]]:
+        if self._objects is None:
+            return [(self._from, _OBJECT_MAX)] if self._from <= _OBJECT_MAX else []
+        count = max(1, _OBJECTS_A_STEP // family_size)
+        return list(_ranges(self._objects[self._from : self._from + count]))
 
 
 def _ranges(objects: Sequence[int]) -> Iterator[tuple[int, int]]:
+    if not objects:
+        return
     first = last = objects[0]
     for one in objects[1:]:
         if one - last > _GAP_MAX:

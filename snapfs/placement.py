@@ -27,11 +27,15 @@ def say_nothing(quota: Quota, percent: int) -> None:
 
 
 class Quota:
-    """How much of a change log volume is used. ``on_level`` hears of each warning level that is reached."""
+    """How much of a change log volume is used. ``on_level`` hears of each warning level that is reached.
+
+    ``freed_blocks`` are all that were ever given back.
+    """
 
     def __init__(self, row: ChangeLogVolumeRow) -> None:
         self.row = row
         self.used_blocks = 0
+        self.freed_blocks = 0
         self.on_level: OnLevel = say_nothing
         self._warned = 0
 
@@ -57,6 +61,8 @@ class Quota:
     def add(self, block_count: int) -> None:
         """Count blocks in, or out when negative."""
         self.used_blocks += block_count
+        if block_count < 0:
+            self.freed_blocks -= block_count
         percent = self.percent
         if percent >= WARNING_PERCENTS[0] or self._warned:
             for level in WARNING_PERCENTS:

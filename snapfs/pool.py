@@ -481,7 +481,7 @@ class Pool:
             try:
                 await self.volumes.sync_all()
                 for processor in self.processors:
-                    await processor.commit([one for one in processor.portions.values() if one.failure is None])
+                    await processor.commit(processor.sound_portions())
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
                 if self._is_recovered:
                     await self._trim_images()

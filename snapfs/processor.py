@@ -165,6 +165,10 @@ class Processor:
             portion.users -= 1
             self.let_go(portion)
 
+    def sound_portions(self) -> list[Portion]:
+        """Those whose data could be synced; the others commit nothing more."""
+        return [one for one in self.portions.values() if one.failure is None]
+
     async def _commit_one(self, portion: Portion) -> None:
         await self.commit([portion])
 

@@ -23,6 +23,7 @@ from . import blockmap
 from .blockmap import BlockMap
 from .blockmasks import mask_runs, named_masks
 from .changelog import ChangeLog, in_use
+from .errors import DamagedError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
 from .notresident import when_resident
@@ -117,13 +118,13 @@ async def drop_unneeded_copies(
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 # What is pending goes to the store first, so that the store knows every copy.
-                await processor.commit_locked(_sound(processor))
+                await processor.commit_locked(processor.sound_portions())
                 step = await _find(processor, places)
                 try:
                     for one in step.unneeded:
                         await _drop(one)
                     if step.unneeded:
-                        await processor.commit_locked(_sound(processor))
+                        await processor.commit_locked(processor.sound_portions())
                 finally:
                     _let_go(processor, step)
         is_complete &= step.is_complete
@@ -132,10 +133,6 @@ async def drop_unneeded_copies(
         processor.wake()
         await rest()
     return is_complete
-
-
-def _sound(processor: Processor) -> list[Portion]:
-    return [portion for portion in processor.portions.values() if portion.failure is None]
 
 
 async def _find(processor: Processor, places: list[_CopySpan]) -> _Step:
@@ -323,6 +320,12 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
         # At once, so that nothing goes into it any more.
         log.sealed = log.sealed or 1
         row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
+        if row_after.block_count < 0:
+            raise DamagedError(
+                f"processor {processor.index}: change log {log.log_id} holds more than the {log.block_count} blocks"
+                " that are counted",
+                "Nothing of it was freed. Unmount and run snapfs check",
+            )
         is_dead = row_after.block_count == 0 and not log.pins
         if is_dead:
             dead.append(log)
@@ -357,7 +360,7 @@ async def _free_some_candidates(processor: Processor) -> int | None:
     store = processor.access.store
     # What is pending goes to the store first, so that the store knows every name. A block that
     # nobody names is never named again, so what is found holds.
-    await processor.commit_locked(_sound(processor))
+    await processor.commit_locked(processor.sound_portions())
     rows = await processor.access.ask(store.candidates, _BATCH)
     if not rows:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -70,7 +71,7 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
     rate = _Rate(bytes_per_s)
     summed: list[tuple[Processor, LogRow]] = []
     for processor in pool.processors:
-        await processor.commit([one for one in processor.portions.values() if one.failure is None])
+        await processor.commit(processor.sound_portions())
         store = processor.access.store
         summed += [(processor, row) for row in await processor.access.ask(store.summed_logs)]
         report.unsealed_bytes += sum(
@@ -103,7 +104,8 @@ class _ProcessorScrub:
         families: dict[tuple[VolumeId, ...], dict[int, LogRow]] = {}
         for row in logs:
             families.setdefault(self._processor.traits.family_of(row.volume_id), {})[row.log_id] = row
-        for family, by_id in families.items():
+        for by_id in families.values():
+            family = partial(self._processor.traits.families_of, {row.volume_id for row in by_id.values()})
             walk = NamedBlocks(self._processor.access, family, by_id.keys())
             while (named := await walk.step()) is not None:
                 for log_id, masks in sorted(_by_log(named).items()):
@@ -154,8 +156,9 @@ class _ProcessorScrub:
     async def _still_named(self, row: LogRow, objects: Iterable[int]) -> dict[int, int]:
         """By object: the mask of blocks in a log that anything names now."""
         processor = self._processor
-        await processor.commit([one for one in processor.portions.values() if one.failure is None])
-        walk = NamedBlocks(processor.access, processor.traits.family_of(row.volume_id), {row.log_id}, sorted(objects))
+        await processor.commit(processor.sound_portions())
+        family = partial(processor.traits.family_of, row.volume_id)
+        walk = NamedBlocks(processor.access, family, {row.log_id}, sorted(objects))
         found: dict[int, int] = {}
         while (named := await walk.step()) is not None:
             found.update(_by_log(named).get(row.log_id, {}))

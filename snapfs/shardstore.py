@@ -180,9 +180,10 @@ class ShardStore:
         )
         return [(row[0], CandidateRow(*row[1:])) for row in rows]
 
-    def candidate_log_ids(self) -> set[int]:
-        """Logs with blocks that are still to be looked at."""
-        return {row[0] for row in self.database.rows("SELECT DISTINCT log_id FROM candidates")}
+    def all_candidates(self) -> list[CandidateRow]:
+        """All blocks that are still to be looked at."""
+        rows = self.database.rows("SELECT log_id, object_index, block, block_count FROM candidates")
+        return [CandidateRow(*row) for row in rows]
 
     def copy_at(self, volume_id: VolumeId, object_index: int, instant: int) -> CopyRow | None:
         """The point-in-time copy with the smallest instant at or after ``instant``."""
@@ -211,6 +212,25 @@ class ShardStore:
             (volume_id, first_object, last_object),
         )
         return [_copy(row) for row in rows]
+
+    def some_copies(
+        self, volume_id: VolumeId, first_object: int, last_object: int, row_count_max: int
+    ) -> tuple[list[CopyRow], int]:
+        """All copies of the first of a range of a volume's objects, by object and instant; and the last of them.
+
+        As many objects as have so many copies together, but at least one.
+        """
+        rows = self.database.rows(
+            "SELECT volume_id, object_index, instant, epoch, map FROM copies"
+            " WHERE volume_id = ? AND object_index BETWEEN ? AND ? ORDER BY object_index, instant LIMIT ?",
+            (volume_id, first_object, last_object, row_count_max + 1),
+        )
+        if len(rows) <= row_count_max:
+            return [_copy(row) for row in rows], last_object
+        first, cut = cast("int", rows[0][1]), cast("int", rows[-1][1])
+        if first == cut:
+            return self.copies_in(volume_id, first, first), first
+        return [_copy(row) for row in rows if row[1] != cut], cut - 1
 
     def maps_at(self, volume_id: VolumeId, instant: int) -> list[MapRow | CopyRow]:
         """Each object's map as it stood at an instant: its copy, or the live map if that has not changed since."""
@@ -313,13 +333,58 @@ class ShardStore:
                 found += cast("list[tuple[int, StoredMap]]", rows)
         return found
 
+    def some_versions(
+        self, volume_ids: Iterable[VolumeId], ranges: Sequence[tuple[int, int]], row_count_max: int
+    ) -> tuple[list[tuple[int, StoredMap]], int]:
+        """Like :meth:`versions_of`, of the first objects of these ranges alone; and the last of those looked at.
+
+        As many objects as have so many versions together, but at least one. The ranges are in order.
+        """
+        found: list[tuple[int, StoredMap]] = []
+        last = ranges[-1][1]
+        for volume_id in volume_ids:
+            for first, end in ranges:
+                if first > last:
+                    break
+                rows, last = self._first_versions(volume_id, first, min(end, last), last, row_count_max)
+                found += rows
+            if len(found) > 2 * row_count_max:
+                found, last = _whole_objects(found, last, row_count_max)
+        return _whole_objects(found, last, row_count_max)
+
+    def _first_versions(
+        self, volume_id: VolumeId, first: int, end: int, last: int, row_count_max: int
+    ) -> tuple[list[tuple[int, StoredMap]], int]:
+        """The versions of the first of a volume's objects; and the last of which all are there, else ``last``."""
+        rows = cast(
+            "list[tuple[int, StoredMap]]",
+            self.database.rows(
+                "SELECT object_index, map FROM maps WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
+                " UNION ALL"
+                " SELECT object_index, map FROM copies WHERE volume_id = ?1 AND object_index BETWEEN ?2 AND ?3"
+                " ORDER BY object_index LIMIT ?4",
+                (volume_id, first, end, row_count_max + 1),
+            ),
+        )
+        if len(rows) <= row_count_max:
+            return rows, last
+        first_found, cut = rows[0][0], rows[-1][0]
+        if first_found == cut:
+            return self.versions_of([volume_id], [(cut, cut)]), cut
+        return [row for row in rows if row[0] != cut], cut - 1
+
     def set_block_count(self, volume_id: VolumeId, count: int) -> None:
         """Correct a portion's count; inside a transaction."""
         self.database.execute("INSERT OR REPLACE INTO portions VALUES (?, ?)", (volume_id, count))
 
     def set_log_count(self, log_id: LogId, count: int) -> None:
-        """Correct a log's count, and seal it; inside a transaction."""
-        self.database.execute("UPDATE logs SET block_count = ?, sealed = 1 WHERE log_id = ?", (count, log_id))
+        """Correct a log's count to the blocks that are named, and seal it; inside a transaction.
+
+        Blocks of it that were still to be looked at are not, or they would be counted out once more: it is suspect,
+        so that what of them nothing names is given back.
+        """
+        self.database.execute("UPDATE logs SET block_count = ?, sealed = 2 WHERE log_id = ?", (count, log_id))
+        self.database.execute("DELETE FROM candidates WHERE log_id = ?", (log_id,))
 
     def sources(self) -> dict[VolumeId, LogRow]:
         """By volume: the log that stands for what it is written over."""
@@ -386,6 +451,17 @@ class ShardStore:
             (volume_id, object_index, instant),
         )
         return [_copy(row) for row in rows]
+
+    def stored_versions(self, volume_id: VolumeId, object_index: int) -> list[tuple[int, int | None, StoredMap]]:
+        """``(epoch, instant, stored map)`` of an object's copies in order, and of its live map, without an instant.
+
+        The maps are for :func:`blockmap.decode`.
+        """
+        where = "WHERE volume_id = ? AND object_index = ?"
+        place = (volume_id, object_index)
+        copies = self.database.rows(f"SELECT epoch, instant, map FROM copies {where} ORDER BY instant", place)
+        live = self.database.rows(f"SELECT epoch, NULL, map FROM maps {where}", place)
+        return cast("list[tuple[int, int | None, StoredMap]]", copies + live)
 
     def latest_copy(self, volume_id: VolumeId, object_index: int) -> CopyRow | None:
         """The latest copy of an object."""
@@ -617,6 +693,24 @@ class ShardStore:
     def close(self) -> None:
         """Close the store."""
         self.database.close()
+
+
+def _whole_objects(
+    rows: list[tuple[int, StoredMap]], last: int, row_count_max: int
+) -> tuple[list[tuple[int, StoredMap]], int]:
+    """Of versions of objects up to ``last`` those of the first that have so many together; and the last of these."""
+    counts: dict[int, int] = {}
+    for object_index, _ in rows:
+        counts[object_index] = counts.get(object_index, 0) + 1
+    total = 0
+    for object_index in sorted(counts):
+        total += counts[object_index]
+        if object_index > last:
+            break
+        if total > row_count_max:
+            last = object_index if total == counts[object_index] else object_index - 1
+            break
+    return [row for row in rows if row[0] <= last], last
 
 
 def _what(processor_index: int) -> str:

@@ -490,7 +490,7 @@ class SnapshotTable:
         With ``device_ids`` on these devices. ``also`` are deleted ones that are to be counted among those who hold.
         """
         for processor in self.processors:
-            await processor.commit([one for one in processor.portions.values() if one.failure is None])
+            await processor.commit(processor.sound_portions())
         of_all: list[int] = []
         of_volumes: dict[VolumeId, list[int]] = {}
         for snapshot in [*self.by_id.values(), *also]:

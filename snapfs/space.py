@@ -28,6 +28,8 @@ from .snapshotindex import NEVER
 from .traits import TraitsTable
 
 _OBJECTS_A_STEP = 64
+# Of each volume of a family, unless one object has more.
+_COPIES_A_STEP = 4096
 _ALL_BLOCKS = (1 << BLOCKS_PER_OBJECT) - 1
 
 
@@ -216,7 +218,8 @@ class _Counting:
         objects = self._store.objects_from(family, from_object, _OBJECTS_A_STEP)
         if not objects:
             return None
-        versions = self._versions(family, objects[0], objects[-1])
+        versions, last = self._versions(family, objects[0], objects[-1])
+        objects = [one for one in objects if one <= last]
         is_plain = len(family) == 1 and self._traits.get(family[0]).change_mode != COPY_ON_WRITE
         for object_index in objects:
             of_object = {one: versions.get((one, object_index), []) for one in family}
@@ -228,17 +231,19 @@ class _Counting:
 
     def _versions(
         self, family: Sequence[VolumeId], first: int, last: int
-    ) -> dict[tuple[VolumeId, int], list[_Version]]:
+    ) -> tuple[dict[tuple[VolumeId, int], list[_Version]], int]:
+        """What there is of a range of objects, as far as is looked at in one step; and the last object of that."""
         found: dict[tuple[VolumeId, int], list[_Version]] = {}
         for volume_id in family:
-            for copy in self._store.copies_in(volume_id, first, last):
+            copies, last = self._store.some_copies(volume_id, first, last, _COPIES_A_STEP)
+            for copy in copies:
                 version = _Version(copy.epoch, copy.instant, copy.block_map)
                 found.setdefault((volume_id, copy.object_index), []).append(version)
             last_instant = self._span_of(volume_id).last_instant
             for row in self._store.maps(volume_id, first, last):
                 version = _Version(row.epoch, last_instant, row.block_map)
                 found.setdefault((volume_id, row.object_index), []).append(version)
-        return found
+        return found, last
 
     def _list_of(self, volume_id: VolumeId) -> tuple[int, list[int]]:
         group = int(volume_id) if int(volume_id) in self._account.instants else 0

@@ -59,6 +59,10 @@ class TraitsTable:
         """The volumes whose maps may name blocks of this one's change logs, itself among them."""
         return self._families.get(volume_id) or (volume_id,)
 
+    def families_of(self, volume_ids: Iterable[VolumeId]) -> tuple[VolumeId, ...]:
+        """The volumes of the families of all of these."""
+        return tuple(sorted({member for one in volume_ids for member in self.family_of(one)}))
+
     def shared_until(self, volume_id: VolumeId) -> int:
         """The latest instant as of which a clone was made of a volume, 0 for none.
 

@@ -6,6 +6,7 @@ A log that may hold some is sealed first, so it takes no more writes: what is no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from .blockmasks import mask_runs, objects_with_data
@@ -16,6 +17,8 @@ from .processor import Processor
 
 # Objects of logs whose masks are in memory at a time.
 _MASKS_MAX = 100_000
+# And logs; what is known of one without data takes memory too.
+_LOGS_MAX = 8192
 
 
 class _LogData(NamedTuple):
@@ -38,14 +41,17 @@ async def free_unnamed(processor: Processor, logs: Sequence[LogRow]) -> int:
         if log.kind == CHANGE_LOG:
             families.setdefault(processor.traits.family_of(log.volume_id), []).append(log)
     freed = 0
-    for family, of_family in families.items():
+    for of_family in families.values():
         waiting: list[_LogData] = []
+        mask_count = 0
         for log in of_family:
             waiting.append(_LogData(log, await _data_in(processor, log)))
-            if sum(len(one.masks) for one in waiting) >= _MASKS_MAX:
-                freed += await _free_in(processor, family, waiting)
+            mask_count += len(waiting[-1].masks)
+            if mask_count >= _MASKS_MAX or len(waiting) >= _LOGS_MAX:
+                freed += await _free_in(processor, waiting)
                 waiting = []
-        freed += await _free_in(processor, family, waiting)
+                mask_count = 0
+        freed += await _free_in(processor, waiting)
     return freed
 
 
@@ -55,10 +61,11 @@ async def _data_in(processor: Processor, log: LogRow) -> dict[int, int]:
     return dict(objects_with_data(extents, processor.index, processor.processor_count))
 
 
-async def _free_in(processor: Processor, family: Sequence[VolumeId], waiting: Sequence[_LogData]) -> int:
-    """Give back what no volume of the family names of the data in these logs; how many blocks."""
+async def _free_in(processor: Processor, waiting: Sequence[_LogData]) -> int:
+    """Give back what no volume of their family names of the data in these logs; how many blocks."""
     by_id: dict[int, dict[int, int]] = {data.log.log_id: data.masks for data in waiting}
     objects = sorted({one for masks in by_id.values() for one in masks})
+    family = partial(processor.traits.families_of, {data.log.volume_id for data in waiting})
     walk = NamedBlocks(processor.access, family, by_id.keys(), objects)
     while (named := await walk.step()) is not None:
         for object_index, masks in named.items():

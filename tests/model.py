@@ -298,7 +298,11 @@ class Runner:
             with pytest.raises(ExistsError):
                 await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
             return
-        undo = await self.running.pool.clones.rollback(snapshot, None if name is None else [name])
+        if name is not None and any(now[one][0] != name for one, _ in wanted.values() if one in now):
+            with pytest.raises(NotFoundError):
+                await self.running.pool.clones.rollback(snapshot, [name])
+            return
+        undo = (await self.running.pool.clones.rollback(snapshot, None if name is None else [name])).undo
         assert undo.name is not None
         self.keep(undo.name, {now[i][0]: now[i][1] for i, _ in wanted.values() if i in now})
         for one, (identity, data) in wanted.items():

@@ -6,6 +6,7 @@ FUSE, the command file, and a daemon that is killed and mounted again.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -174,6 +175,11 @@ class RealRunner:
         for one in self.model.volumes.values():
             volume = one if found is not None and one.identity is found[0] else volume
         if found is None or volume is None:
+            return
+        if self.model.volumes.get(name.encode()) is not volume:
+            # It was renamed since.
+            answer = self.mounted.ask(f"rollback {snapshot} volume={name} force=yes")
+            assert (answer["ok"], answer["errno"]) == (False, errno.ENOENT)
             return
         undo = str(self.ask(f"rollback {snapshot} volume={name} force=yes")["undo"])
         os.rmdir(self.mounted.snapshots / undo)

@@ -563,7 +563,7 @@ class Storm:
             with self._changing(tracked, values) as done:
                 began = self.tick()
                 try:
-                    undo = await self.pool.clones.rollback(name, [source], force=rng.random() < 0.7)
+                    undo = (await self.pool.clones.rollback(name, [source], force=rng.random() < 0.7)).undo
                 except BaseException:
                     # One that is put back in place is finished when the pool is opened again.
                     for half, value in values.items():

@@ -299,6 +299,7 @@ LAYERS = [
     ["reclaim", "unnamed", "volume", "sealing", "hooks", "space"],
     ["volumes", "snapshot", "smallest"],
     ["snapshots"],
+    ["objecthistory"],
     ["reclaimer", "scheduler", "affected", "sealer", "restoring"],
     ["clones", "making", "changelogvolumes"],
     ["freeing", "imagewatch"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import trio
 
@@ -185,14 +187,14 @@ async def test_a_rollback_can_be_undone_and_newer_snapshots_stay() -> None:
         await pool.snapshots.create(b"second")
         await put(pool, b"v", 0, b"3" * BLOCK)
         file_id = pool.volumes.get(b"v").file_id
-        undo = await pool.clones.rollback(b"first")
+        undo = (await pool.clones.rollback(b"first")).undo
         assert await read_volume(pool, b"v") == b"1" * 10 * BLOCK
         assert pool.volumes.get(b"v").file_id == file_id
         assert pool.volumes.get(b"v").mode == 0o640
         assert await read_snapshot(pool, pool.snapshots.get(b"second"), b"v") == b"2" * 20 * BLOCK
         assert undo.name is not None and undo.name.endswith(b"-before-rollback")
         await put(pool, b"v", 9 * BLOCK, b"4" * BLOCK)
-        again = await pool.clones.rollback(undo.name)
+        again = (await pool.clones.rollback(undo.name)).undo
         assert await read_volume(pool, b"v") == b"3" * BLOCK + b"2" * 19 * BLOCK
         assert await read_snapshot(pool, again, b"v") == b"1" * 9 * BLOCK + b"4" * BLOCK
         await pool.clones.rollback(b"second")
@@ -226,6 +228,33 @@ async def test_a_rollback_brings_back_what_was_removed() -> None:
         assert await read_volume(pool, b"w") == b"w" * BLOCK
         await pool.clones.rollback(b"s")
         assert await read_volume(pool, b"w") == b"w" * BLOCK
+
+
+async def test_a_rollback_of_one_that_was_renamed_is_told_by_its_name_of_now() -> None:
+    """What had another name by then went back silently when the old name was given."""
+    async with open_world(World()) as pool:
+        for name in (b"v", b"w"):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, name * BLOCK)
+        await pool.snapshots.create(b"s")
+        for name in (b"v", b"w"):
+            await put(pool, name, 0, b"x" * BLOCK)
+        await pool.volumes.rename(b"v", b"archive")
+        with pytest.raises(NotFoundError, match="is 'archive' now"):
+            await pool.clones.rollback(b"s", [b"w", b"v"])
+        for name in (b"archive", b"w"):
+            assert await read_volume(pool, name) == b"x" * BLOCK
+        await pool.volumes.rename(b"w", b"v")
+        # What has the name now is something else.
+        with pytest.raises(NotFoundError, match="is 'archive' now"):
+            await pool.clones.rollback(b"s", [b"v"])
+        done = await pool.clones.rollback(b"s")
+        assert sorted(done.names) == [b"archive", b"v"]
+        assert await read_volume(pool, b"archive") == b"v" * BLOCK
+        assert await read_volume(pool, b"v") == b"w" * BLOCK
+        events = [json.loads(line) for line in pool.events.contents.splitlines()]
+        (told,) = [one["volumes"] for one in events if one["event"] == "rolled-back"]
+        assert sorted(told) == ["archive", "v"]
 
 
 async def test_a_rollback_refuses_open_volumes_and_taken_names_and_changes_nothing() -> None:
@@ -273,7 +302,7 @@ async def test_readers_during_a_forced_rollback_see_one_side_or_the_other() -> N
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             for _ in range(4):
-                undo = await pool.clones.rollback(b"s", force=True)
+                undo = (await pool.clones.rollback(b"s", force=True)).undo
                 await trio.sleep(0.005)
                 assert undo.name is not None
                 await pool.clones.rollback(undo.name, force=True)
@@ -292,7 +321,7 @@ async def test_a_rollback_that_returned_survives_a_power_cut(keep: float) -> Non
         await put(pool, b"v", 0, b"1" * 10 * BLOCK)
         await pool.snapshots.create(b"s")
         await put(pool, b"v", 0, b"2" * 10 * BLOCK)
-        undo = await pool.clones.rollback(b"s")
+        undo = (await pool.clones.rollback(b"s")).undo
         await pool.clones.clone(b"s", b"v", b"c")
         await running.crash(CrashPlan(5, keep))
         world.check()
@@ -363,7 +392,7 @@ async def test_many_rollbacks_leave_no_long_line() -> None:
             async with pool.volumes.opened(b"a") as volume:
                 await volume.write(0, b"x" * 9000)
             expected = await read_snapshot(pool, pool.snapshots.get(b"s"), b"a")
-            undo = await pool.clones.rollback(b"s", None)
+            undo = (await pool.clones.rollback(b"s", None)).undo
             assert undo.name is not None
             for name in (undo.name, b"s"):
                 await pool.snapshots.delete(name)

@@ -146,7 +146,7 @@ async def test_a_rollback_changes_no_block_of_a_volume_whose_end_is_in_the_middl
             await pool.volumes.create(name)
             await put(pool, name, 0, b"1" * size)
         await pool.snapshots.create(b"a")
-        undo = await pool.clones.rollback(b"a")
+        undo = (await pool.clones.rollback(b"a")).undo
         assert undo.name is not None
         await pool.snapshots.delete(undo.name)
         await pool.reclaimer.reclaim_all()

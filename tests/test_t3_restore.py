@@ -65,7 +65,7 @@ async def test_back_and_forth() -> None:
     async with open_world(world) as pool:
         old, new = await prepare(pool, world)
         between = await read_snapshot(pool, pool.snapshots.get(b"between"), b"v")
-        undo = await pool.clones.rollback(b"old")
+        undo = (await pool.clones.rollback(b"old")).undo
         assert await read_volume(pool, b"v") == old
         await pool.reclaimer.reclaim_all()
         assert image_bytes(world, "/image") == old

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from snapfs import freeing
 from snapfs.backends import MemoryDevice
-from snapfs.errors import BadCommandError, DamagedError, ExistsError, MissingToolError, SnapfsError
+from snapfs.errors import BadCommandError, DamagedError, ExistsError, MissingToolError, NoSpaceError, SnapfsError
 from snapfs.images import export_image, image_format_of, import_image
 from snapfs.making import VolumeWish
 from snapfs.placement import Quota
@@ -575,3 +575,53 @@ def test_a_state_of_an_earlier_version_survives_being_kept_again() -> None:
     state = ReceiveState.from_fields([1, 4096, 0, ["a"], ["b"]])
     assert state.base_guid is None
     assert ReceiveState.from_fields(json.loads(state.to_json())) == state
+
+
+async def test_what_writers_take_meanwhile_is_not_taken_for_nothing_freed(
+    looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer took as much as each deletion gave back: freeing stopped, and the writer had no space."""
+    async with nearly_full_soon() as pool:
+        quota = pool.changelogs.get(b"logs")
+        await write(pool, 120, b"-")
+        for number in range(9):
+            await pool.snapshots.create(b"s%d" % number)
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(0, b"%d" % number * 10 * BLOCK)
+        taken = 0
+        delete = pool.freer._delete
+
+        async def beside_a_writer(*args: Any) -> object:
+            nonlocal taken
+            failure = await delete(*args)
+            if taken < 3:
+                async with pool.volumes.opened(b"v") as volume:
+                    await volume.write((20 + 10 * taken) * BLOCK, b"w" * 10 * BLOCK)
+                taken += 1
+            return failure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.freer, "_delete", beside_a_writer)
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(10 * BLOCK, b"x" * 6 * BLOCK)
+            await until(lambda: taken == 3 and quota.percent < 95)
+        assert not reasons(pool)
+
+
+async def test_a_rest_is_cut_short_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a minute had passed writers had no space, though there was much to free by then."""
+    monkeypatch.setattr(freeing, "_REST_S_MIN", 0.01)
+    monkeypatch.setattr(freeing, "_REST_S_MAX", 1e6)
+    monkeypatch.setattr(freeing, "_REST_FACTOR", 1e9)
+    async with nearly_full_soon() as pool:
+        quota = pool.changelogs.get(b"logs")
+        await write(pool, 120, b"-")
+        await pool.snapshots.create(b"s", hold_tags=["keep"])
+        await write(pool, 96, b"A")
+        await until(lambda: bool(reasons(pool)))
+        await pool.snapshots.create(b"t")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"B" * 4 * BLOCK)
+            with pytest.raises(NoSpaceError):
+                await volume.write(10 * BLOCK, b"B" * 10 * BLOCK)
+        await until(lambda: quota.percent < 95 or b"t" not in pool.snapshots.by_name)

@@ -10,15 +10,20 @@ from typing import Any, NoReturn, cast
 import pytest
 import trio
 
+from snapfs import namedblocks
 from snapfs.backends.memory import MemoryFile
+from snapfs.blockmasks import named_masks
 from snapfs.check import check_pool, repair
 from snapfs.damage import DamagedBlock, DamageLedger
 from snapfs.database import Database
-from snapfs.errors import NoSpaceError
-from snapfs.formats import CATALOG_FILE, COPY_ON_WRITE, shard_file
+from snapfs.errors import DamagedError, NoSpaceError
+from snapfs.formats import CATALOG_FILE, CHANGE_LOG, COPY_ON_WRITE, log_file, shard_file
+from snapfs.geometry import VolumeId
 from snapfs.making import VolumeWish
+from snapfs.namedblocks import NamedBlocks
 from snapfs.scrub import scrub
 from snapfs.shardstore import ShardStore
+from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 from snapfs.volumes import VolumeTable
 
@@ -241,15 +246,16 @@ async def test_every_version_of_an_object_is_looked_at_a_few_times(
     """A scrub, and a repair, looked for each change log at all versions: at snapshots times snapshots."""
     world = World(processor_count=1)
     looked_at = 0
-    versions_of = ShardStore.versions_of
 
-    def counted(store: ShardStore, *args: Any) -> list[tuple[int, int | bytes]]:
+    some_versions = ShardStore.some_versions
+
+    def counted(store: ShardStore, *args: Any) -> tuple[list[tuple[int, int | bytes]], int]:
         nonlocal looked_at
-        found = versions_of(store, *args)
-        looked_at += len(found)
+        found = some_versions(store, *args)
+        looked_at += len(found[0])
         return found
 
-    monkeypatch.setattr(ShardStore, "versions_of", counted)
+    monkeypatch.setattr(ShardStore, "some_versions", counted)
     snapshot_count = 40
     async with open_world(world) as pool:
         await pool.volumes.create(b"v")
@@ -327,3 +333,193 @@ async def test_what_fails_to_close_keeps_nothing_else_open(monkeypatch: pytest.M
             await running.close()
         pool.processors[0].access.store.database.abandon()
     assert closed == ["catalog", "device"]
+
+
+async def test_a_clone_that_is_made_amid_a_scrub_names_what_its_origin_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its origin, and the snapshot, went while the scrub ran: the damage was no longer known, and the clone has it."""
+    world = World(processor_count=1)
+    object_count = 20
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for object_index in range(object_count):
+            await put(pool, b"v", object_index << 22, noise(2, object_index + 1))
+        await pool.snapshots.create(b"s")
+        assert await pool.sealer.seal_all()
+        (name,) = world.devices["0"].names("logs/0")
+        file = world.devices["0"].open(f"logs/0/{name}")
+        file.write(b"?", 18 << 22)
+        file.close()
+        monkeypatch.setattr(namedblocks, "_ROWS_A_STEP", 8)
+        assert len((await scrub(pool)).damaged) == 1
+        step, steps = NamedBlocks.step, 0
+
+        async def clone_amid(walk: NamedBlocks) -> dict[int, dict[int, int]] | None:
+            nonlocal steps
+            steps += 1
+            if steps == 2:
+                await pool.clones.clone(b"s", b"v", b"c")
+                await pool.volumes.remove(b"v")
+                await pool.snapshots.delete(b"s")
+                await pool.reclaimer.reclaim_all()
+            return await step(walk)
+
+        monkeypatch.setattr(NamedBlocks, "step", clone_amid)
+        report = await scrub(pool)
+        assert steps > 3
+        assert len(report.damaged) == 1 and len(pool.damage.known) == 1
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_step_of_a_walk_takes_a_bounded_number_of_versions(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After quiet objects a step took hundreds of busy ones, with all their versions, and held the store for them."""
+    world = World(processor_count=1)
+    rows_max = 40
+    monkeypatch.setattr(namedblocks, "_ROWS_A_STEP", rows_max)
+    quiet_count, busy_count, version_count = 100, 12, 30
+    objects = range(quiet_count + busy_count)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for object_index in objects:
+            await put(pool, b"v", object_index << 22, noise(1, object_index + 1))
+        for number in range(version_count):
+            await pool.snapshots.create(b"s%d" % number)
+            for object_index in objects[quiet_count:]:
+                await put(pool, b"v", object_index << 22, noise(1, 1000 + number))
+        await pool.snapshots.create(b"last")
+        await pool.clones.clone(b"last", b"v", b"c")
+        await put(pool, b"c", quiet_count << 22, noise(1, 5))
+        volume_id = pool.volumes.get(b"v").volume_id
+        (processor,) = pool.processors
+        family = processor.traits.family_of(volume_id)
+        assert len(family) == 2
+        some_versions, steps = ShardStore.some_versions, []
+
+        def counted(store: ShardStore, *args: Any) -> tuple[list[tuple[int, int | bytes]], int]:
+            found = some_versions(store, *args)
+            steps.append(len(found[0]))
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardStore, "some_versions", counted)
+            walk = NamedBlocks(processor.access, lambda: family, objects=objects if listed else None)
+            found: dict[int, dict[int, int]] = {}
+            while (named := await walk.step()) is not None:
+                assert not found.keys() & named.keys()
+                found.update(named)
+        store = processor.access.store
+        assert found == {one: named_masks(store, family, one) for one in objects}
+        assert max(steps) <= rows_max and sum(steps) >= quiet_count + busy_count * version_count
+
+
+async def test_one_object_has_more_versions_than_a_step_takes() -> None:
+    """It is taken alone, and whole."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(12):
+            for object_index in (0, 1, 2):
+                await put(pool, b"v", object_index << 22, noise(1, number + object_index))
+            await pool.snapshots.create(b"s%d" % number)
+        volume_id = pool.volumes.get(b"v").volume_id
+        store = pool.processors[0].access.store
+        ranges = [(0, 100)]
+        for object_index in (0, 1, 2):
+            ranges[0] = (object_index, 100)
+            rows, last = store.some_versions([volume_id], ranges, 5)
+            assert last == object_index and sorted(rows) == sorted(store.versions_of([volume_id], [(last, last)]))
+            assert len(rows) == 12
+
+
+async def test_a_check_takes_a_bounded_number_of_versions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took two thousand objects with all their versions behind as many that had one each."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for object_index in range(30):
+            await put(pool, b"v", object_index << 22, noise(1, object_index + 1))
+        for number in range(15):
+            await pool.snapshots.create(b"s%d" % number)
+            for object_index in range(20, 30):
+                await put(pool, b"v", object_index << 22, noise(1, 100 + number))
+    monkeypatch.setattr("snapfs.check._MAPS_A_STEP", 16)
+    taken = []
+    rows = Database.rows
+
+    def counted(database: Database, sql: str, *args: Any) -> list[tuple[object, ...]]:
+        found = rows(database, sql, *args)
+        if "map" in sql:
+            taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(Database, "rows", counted)
+    report = check_pool(world.home, "memory", world.open_device)
+    world.home.close()
+    assert report.object_count == 30 and report.copy_count == 150 and not report.is_damaged
+    assert max(taken) <= 17
+
+
+async def test_all_snapshots_of_a_volume_written_in_place_that_have_a_damaged_block_are_told() -> None:
+    """An older copy that names the source means what the next newer one says; only the newest was told."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 4 * 4096, change_mode=COPY_ON_WRITE))
+        await put(pool, b"v", 0, noise(4, 1))
+        snapshots = []
+        for number in range(3):
+            snapshots.append(await pool.snapshots.create(b"s%d" % (number + 1)))
+            await put(pool, b"v", number * 4096, noise(1, 10 + number))
+        assert await pool.sealer.seal_all()
+        store = pool.processors[0].access.store
+        logs = [row for row in store.all_logs() if row.kind == CHANGE_LOG]
+        (log,) = [row for row in logs if row.epoch == snapshots[1].instant + 1]
+        file = world.devices["0"].open(log_file(0, log.log_id))
+        preserved = bytearray(4096)
+        file.read_into(preserved, 4096)
+        assert preserved == noise(4, 1)[4096:8192]
+        file.write(b"?", 4096)
+        file.close()
+        with pytest.raises(DamagedError):
+            await read_snapshot(pool, snapshots[0], b"v")
+        await pool.damage_teller.tell_all()
+        (told,) = pool.damage.entries()
+        (named,) = cast("list[dict[str, Any]]", told["volumes"])
+        assert (named["volume"], named["is_live"], named["snapshots"]) == ("v", False, ["s2", "s1"])
+
+
+async def test_who_has_many_damaged_blocks_is_looked_for_once_a_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All snapshots were looked at for each block, while everything else stood still."""
+    world = World(processor_count=1)
+    snapshot_count, block_count = 30, 64
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, noise(block_count))
+        for number in range(snapshot_count):
+            await pool.snapshots.create(b"s%d" % number)
+        # The second half is left of the snapshots alone.
+        await put(pool, b"v", block_count // 2 * 4096, noise(block_count // 2, 2))
+        looks = 0
+        holds = Snapshot.holds
+
+        def counted(snapshot: Snapshot, volume_id: VolumeId) -> bool:
+            nonlocal looks
+            looks += 1
+            return holds(snapshot, volume_id)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Snapshot, "holds", counted)
+            for block in range(block_count):
+                pool.damage.note(0, 1, 0, block)
+            await pool.damage_teller.tell_all()
+        assert looks <= 2 * snapshot_count
+        entries = pool.damage.entries()
+        assert len(entries) == block_count
+        newest_first = [f"s{number}" for number in reversed(range(snapshot_count))]
+        for entry in entries:
+            is_live = cast("int", entry["offset"]) < block_count // 2 * 4096
+            assert entry["volumes"] == [
+                {"volume": "v", "is_live": is_live, "snapshots": newest_first, "snapshot_count": snapshot_count}
+            ]
+        pool.damage.known.clear()

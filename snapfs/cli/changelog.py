@@ -20,7 +20,8 @@ def changelog() -> None:
     A change log volume is a named set of directories with a capacity, spread over the processors.
     Volumes that are created with --change-log NAME log there what changed since each snapshot. When
     it is full their writers get ENOSPC; no snapshot is ever given up for that, unless it was
-    created with --free-oldest. Events tell when it is 80 and 95 percent full.
+    created with --free-oldest: then the oldest go from 95 percent on, and who writes faster than
+    that gives room back still gets ENOSPC. Events tell when it is 80 and 95 percent full.
 
     Redirecting volumes keep there what was written since their first snapshot, until it is
     overwritten in a later epoch or the volume goes; copy-on-write volumes keep there only what

@@ -23,6 +23,10 @@ def rollback(mount_point: str, name: str, volumes: tuple[str, ...], force: bool,
     same time whatever the size; but copy-on-write volumes are copied back, which takes as long as what
     changed, and one that was removed cannot come back: clone it.
 
+    A volume that was renamed since goes back under the name that it has now; named with --volume it is
+    refused. Where another volume has the name by now, as after an editor that saves by renaming, rename
+    that one first, or clone what the snapshot has.
+
     A volume that is open is refused (EBUSY). With --force its users read the old contents from the
     next read on; a filesystem that is mounted from it will not expect that, so unmount it first.
     """

@@ -102,8 +102,9 @@ async def _rollback(context: CommandContext, command: Command) -> Answer:
         # Whoever has a volume open may then read what its mode, which comes back as well, forbids.
         context.for_owner("forcing a rollback")
     name = snapshot_of(context.pool, command.words[0]).name or b""
-    undo = await context.pool.clones.rollback(name, command.all_of("volume") or None, force=command.flag("force"))
-    return {"name": show_name(name), "undo": show_name(undo.name or b"")}
+    done = await context.pool.clones.rollback(name, command.all_of("volume") or None, force=command.flag("force"))
+    volumes = [show_name(one) for one in done.names]
+    return {"name": show_name(name), "undo": show_name(done.undo.name or b""), "volumes": volumes}
 
 
 COMMANDS: Mapping[str, CommandFunction] = {
