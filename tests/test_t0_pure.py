@@ -311,7 +311,7 @@ LAYERS = [
     ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands"],
     ["fuse.comparecommands", "fuse.trustcommands", "fuse.volumecommands"],
     ["fuse.control"],
-    ["fuse.handles"],
+    ["fuse.handles", "fuse.manifests"],
     ["fuse.namespace"],
     ["fuse.ownmount", "fuse.operations"],
     ["mountpoint"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -223,6 +224,51 @@ async def test_a_volume_of_an_earlier_version_with_the_name_of_the_manifest() ->
             await pool.volumes.rename(MANIFEST_NAME, b"v", exchange=True)
         await pool.volumes.rename(MANIFEST_NAME, b"w")
     world.check_clean()
+
+
+async def test_a_manifest_that_changes_is_one_file_to_who_looks_at_it_and_opens_it(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    """``cp`` refused it, as replaced while being copied, when the snapshot was sealed between the two."""
+    async with open_world(World()) as pool:
+
+        async def never(*arguments: object) -> None:
+            raise AssertionError
+
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"a" * 3 * OBJECT)
+        await pool.snapshots.create(b"s")
+        tree = Namespace(pool, "/", never, never)
+        folder = (await tree.lookup(names.SNAPSHOTS, b"s", Caller(1, 0, 0))).inode
+
+        async def look(pid: int) -> int:
+            return (await tree.lookup(folder, MANIFEST_NAME, Caller(pid, 0, 0))).inode
+
+        async def text(inode: int, pid: int) -> bytes:
+            handle = await tree.open(inode, os.O_RDONLY, Caller(pid, 0, 0))
+            try:
+                return bytes(await handle.read(0, 1 << 20))
+            finally:
+                tree.close(handle)
+
+        first = await look(1)
+        before = await manifest.manifest_of(pool, pool.snapshots.get(b"s"))
+        await put(pool, b"v", 0, b"b" * 4096)
+        assert await look(2) != first
+        assert await look(1) == first
+        assert await text(first, 1) == before
+        # It was opened: the next look is a new one, and as often as it looks without opening the third.
+        second = await look(1)
+        assert second != first and await text(second, 1) == await manifest.manifest_of(pool, pool.snapshots.get(b"s"))
+        third = await look(1)
+        assert third == second
+        await put(pool, b"v", OBJECT, b"b" * 4096)
+        assert await look(1) == third
+        fourth = await look(1)
+        assert fourth != third
+        await put(pool, b"v", 2 * OBJECT, b"b" * 4096)
+        mock_clock.jump(60)
+        assert await look(1) != fourth
 
 
 def test_a_snapshot_with_a_volume_that_no_path_leads_to_is_not_sent() -> None:

@@ -279,6 +279,23 @@ def test_editors_and_archivers(mounted: Mounted, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "before" / ".manifest.json").read_text())["snapshot"]["name"] == "before"
 
 
+def test_a_manifest_can_be_copied_while_it_changes(mounted: Mounted) -> None:
+    path = mounted.path / "v"
+    path.write_bytes(bytes(8192))
+    mounted.snapshot("s")
+    manifest = mounted.snapshots / "s" / ".manifest.json"
+    looked_at = os.stat(manifest)
+    with path.open("r+b") as file:
+        file.write(b"x" * 4096)
+        os.fsync(file)
+    with manifest.open("rb") as file:
+        opened = os.fstat(file.fileno())
+        assert (opened.st_ino, opened.st_size) == (looked_at.st_ino, looked_at.st_size)
+        assert len(file.read()) == looked_at.st_size
+    assert b'"point_in_time_copy": {' in manifest.read_bytes()
+    assert os.stat(manifest).st_ino != looked_at.st_ino
+
+
 def test_modes_are_enforced(mounts: Callable[..., Mounted], tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents[:3]):
         # pytest's own folders are its user's alone.

@@ -16,7 +16,6 @@ import json
 import os
 import stat
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,8 +31,7 @@ from ..errors import (
     SnapfsError,
 )
 from ..formats import Attributes
-from ..geometry import BLOCK_SIZE, SnapshotId, VolumeId
-from ..manifest import manifest_of
+from ..geometry import BLOCK_SIZE, VolumeId
 from ..pool import Pool, space_in
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
@@ -44,12 +42,12 @@ from . import names
 from .command import CommandContext, ForgetPages, ResizeFile
 from .control import ControlSession
 from .handles import ControlHandle, EventsHandle, Handle, SnapshotHandle, TextHandle, VolumeHandle
+from .manifests import Manifests
 
 # Long: once it is over, the kernel asks before every write, until one answer arrives with no write
 # in flight. The count of blocks, which it cannot know, is refreshed at fsync and close instead.
 VOLUME_ATTR_TIMEOUT_S = 60.0
 FOREVER_S = 86400.0
-_MANIFESTS_KEPT = 4
 _SECTOR = 512
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 
@@ -115,8 +113,7 @@ class Namespace:
         self._control = CommandContext(pool, resize_file, forget_pages)
         self._control_gid = control_gid
         self._control_numbers = names.ControlNumbers()
-        self._manifests: OrderedDict[SnapshotId, bytes] = OrderedDict()
-        self._manifest_sizes: dict[SnapshotId, tuple[int, int]] = {}
+        self._manifests = Manifests(pool)
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
         self._files: dict[int, tuple[bytes, int]] = {
             names.CONTROL: (b"control", 0o600 if control_gid is None else 0o660),
@@ -140,7 +137,7 @@ class Namespace:
                 raise NoEntryError("there is no such snapshot")
             return self._snapshot_node(snapshot)
         if names.is_snapshot_folder(parent):
-            return await self._lookup_in_snapshot(parent, name)
+            return await self._lookup_in_snapshot(parent, name, caller)
         inode = self._lookup_in_meta(parent, name, caller)
         node = await self.node(inode)
         # A volume under its number is for the helper alone: the kernel must ask each time.
@@ -169,10 +166,10 @@ class Namespace:
             raise NoEntryError("there is no such volume")
         return self._folder_node(inode)
 
-    async def _lookup_in_snapshot(self, parent: int, name: bytes) -> Node:
+    async def _lookup_in_snapshot(self, parent: int, name: bytes, caller: Caller) -> Node:
         snapshot = self._snapshot(parent)
         if name == MANIFEST_NAME:
-            return await self._lookup_manifest(snapshot)
+            return self._manifest_node(snapshot, *await self._manifests.look_up(snapshot, caller.pid))
         if name in (b".", b".."):
             return await self.node(parent if name == b"." else names.SNAPSHOTS)
         members = await self.pool.snapshots.members(snapshot)
@@ -181,22 +178,10 @@ class Namespace:
             raise NoEntryError("the snapshot holds no such volume")
         return await self.node(names.of_snapshot_volume(snapshot.snapshot_id, volume_id))
 
-    async def _lookup_manifest(self, snapshot: Snapshot) -> Node:
-        text = await manifest_of(self.pool, snapshot)
-        variant, size_bytes = self._manifest_sizes.get(snapshot.snapshot_id, (1, -1))
-        if size_bytes != len(text):
-            variant = variant % (names.MANIFEST_VARIANT_MAX - 1) + 2
-            self._manifest_sizes[snapshot.snapshot_id] = (variant, len(text))
-        self._manifests[snapshot.snapshot_id] = text
-        while len(self._manifests) > _MANIFESTS_KEPT:
-            self._manifests.popitem(last=False)
-        return self._manifest_node(snapshot, names.of_manifest(snapshot.snapshot_id, variant))
-
-    def _manifest_node(self, snapshot: Snapshot, inode: int) -> Node:
-        _, size_bytes = self._manifest_sizes.get(snapshot.snapshot_id, (1, 0))
+    def _manifest_node(self, snapshot: Snapshot, inode: int, size_bytes: int) -> Node:
         when = snapshot.created_ns
         mode = stat.S_IFREG | 0o444
-        return Node(inode, mode, self._uid, self._gid, max(0, size_bytes), 0, 1, when, when, when)
+        return Node(inode, mode, self._uid, self._gid, size_bytes, 0, 1, when, when, when)
 
     def _lookup_in_meta(self, parent: int, name: bytes, caller: Caller) -> int:
         if parent == names.META:
@@ -291,7 +276,7 @@ class Namespace:
         if volume_id is None:
             snapshot = self._snapshot(inode)
             if names.is_manifest(inode):
-                return self._manifest_node(snapshot, inode)
+                return self._manifest_node(snapshot, inode, self._manifests.size_bytes(snapshot))
             return self._snapshot_node(snapshot)._replace(inode=inode)
         try:
             return await self._member_node(inode, volume_id)
@@ -433,7 +418,7 @@ class Namespace:
         if names.snapshot_id_of(inode):
             if flags & (_WRITE_FLAGS | os.O_TRUNC):
                 raise ReadOnlyError("a snapshot cannot be changed", "Copy the file, and change the copy")
-            return await self._open_in_snapshot(inode)
+            return await self._open_in_snapshot(inode, caller)
         volume_id = names.volume_id_of(inode)
         if volume_id is not None:
             volume = self.pool.volumes.by_file_id.get(volume_id)
@@ -475,12 +460,11 @@ class Namespace:
             self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1
         return VolumeHandle(volume, is_writer=is_writer, is_flusher=self._is_helper(caller))
 
-    async def _open_in_snapshot(self, inode: int) -> Handle:
+    async def _open_in_snapshot(self, inode: int, caller: Caller) -> Handle:
         snapshot = self._snapshot(inode)
         volume_id = names.volume_id_of(inode)
         if volume_id is None:
-            text = self._manifests.pop(snapshot.snapshot_id, None)
-            return TextHandle(text if text is not None else await manifest_of(self.pool, snapshot))
+            return TextHandle(await self._manifests.opened(snapshot, inode, caller.pid))
         handle = SnapshotHandle(await self.pool.snapshots.open_volume(snapshot, volume_id))
         self._open_snapshot_files.setdefault(inode, []).append(handle)
         return handle
