@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import time
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from .backends import DeviceFile
-from .errors import BadCommandError, InUseError, NotFoundError, UnreadableError
+from .errors import BadCommandError, InUseError, NotFoundError, SnapfsError, TooLargeError, UnreadableError
 from .events import EventLog
 from .formats import (
     CHANGE_MODES,
@@ -27,6 +29,7 @@ from .formats import (
 from .geometry import BLOCKS_PER_OBJECT, OBJECT_SIZE, Epoch, VolumeId, blocks_of, object_count
 from .placement import OpenImage, Placement
 from .processor import Processor
+from .reclaimer import Reclaimer
 from .tasks import in_thread
 from .units import show_name
 from .volume import Volume
@@ -63,6 +66,7 @@ class VolumeMaker:
         processors: Sequence[Processor],
         placement: Placement,
         open_image: OpenImage,
+        reclaimer: Reclaimer,
         events: EventLog,
     ) -> None:
         self.is_own_path: IsOwnPath = nothing_is_own
@@ -71,6 +75,7 @@ class VolumeMaker:
         self._processors = processors
         self._placement = placement
         self._open_image = open_image
+        self._reclaimer = reclaimer
         self._events = events
 
     async def create(self, wish: VolumeWish) -> Volume:
@@ -124,9 +129,12 @@ class VolumeMaker:
             if source is not None and size_bytes != source.source_size_bytes:
                 try:
                     await self._volumes.fit(volume)
-                except BaseException:
-                    # The image cannot be so long, say.
+                except BaseException as error:
                     await self._volumes.remove(volume.name)
+                    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                        raise TooLargeError(
+                            f"{wish.source_path} cannot be {size_bytes} bytes long", "Give a smaller size"
+                        ) from error
                     raise
         self._events.note(
             "volume-created",
@@ -174,6 +182,10 @@ class VolumeMaker:
             raise UnreadableError(f"{path} cannot be opened: {error.strerror}", "Give a raw image") from error
         none = VolumeId(0)
         found = VolumeTraits(none, none, source_path=real, source_size_bytes=size_bytes, source_mtime_ns=mtime_ns)
+        if self._is_of_removed_alone(found, wish):
+            # What was just removed may be gone for good; if not, or not now, the user is told whose image it is.
+            with contextlib.suppress(SnapfsError, OSError):
+                await self._reclaimer.reclaim_all()
         self._check_unused(found, wish)
         if wish.change_mode == COPY_ON_WRITE and wish.size_bytes is not None and wish.size_bytes < size_bytes:
             raise BadCommandError(
@@ -182,11 +194,24 @@ class VolumeMaker:
             )
         return found
 
-    def _check_unused(self, source: VolumeTraits | None, wish: VolumeWish) -> None:
-        """Raises InUseError for an image of another volume, unless all of its volumes only read it."""
+    def _users_of(self, source: VolumeTraits | None, wish: VolumeWish) -> list[VolumeTraits]:
+        """Volumes, removed ones among them, that keep a new one from an image; none if all of them only read it."""
         path = "" if source is None else source.source_path
         known = [row for row in self._volumes.traits.rows.values() if path and self._is_same(row.source_path, path)]
-        if any(not row.change_mode == REDIRECT == wish.change_mode for row in known):
+        return known if any(not row.change_mode == REDIRECT == wish.change_mode for row in known) else []
+
+    def _is_of_removed_alone(self, source: VolumeTraits | None, wish: VolumeWish) -> bool:
+        users = self._users_of(source, wish)
+        return bool(users) and all(row.volume_id not in self._volumes.by_id for row in users)
+
+    def _check_unused(self, source: VolumeTraits | None, wish: VolumeWish) -> None:
+        """Raises InUseError for an image of another volume, unless all of its volumes only read it."""
+        if self._is_of_removed_alone(source, wish):
+            raise InUseError(
+                f"{wish.source_path} is the source of a volume that was removed, of which snapshots or clones are left",
+                "Delete those snapshots, and make the clones independent with snapfs flatten",
+            )
+        if self._users_of(source, wish):
             raise InUseError(
                 f"{wish.source_path} is the source of another volume", "An image can be written by one only"
             )

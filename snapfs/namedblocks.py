@@ -26,7 +26,8 @@ class NamedBlocks:
     """A walk over the objects of a family on one processor, in order.
 
     ``family`` tells who is in it and is asked at each step: a clone that is made meanwhile names what its origin did.
-    ``log_ids``: of these logs alone. ``objects``: these alone, in order; else all of which there is a map or a copy.
+    ``log_ids``: of these logs alone. ``objects``: these alone, in order; else all of which there is a map or a copy,
+    ``from_object`` on.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class NamedBlocks:
         family: Callable[[], Sequence[VolumeId]],
         log_ids: Set[int] | None = None,
         objects: Sequence[int] | None = None,
+        from_object: int = 0,
     ) -> None:
         self._access = access
         self._family = family
         self._log_ids = log_ids
         self._objects = objects
-        self._from = 0
+        # Of listed objects: how many were looked at.
+        self._from = from_object if objects is None else 0
 
     async def step(self) -> dict[int, dict[int, int]] | None:
         """By object and log the mask of blocks that anything names, of the next objects; None at the end.

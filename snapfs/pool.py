@@ -318,7 +318,7 @@ class Pool:
             self.events,
             self.volumes.lock,
         )
-        self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.events)
+        self.maker = VolumeMaker(self.volumes, self.processors, self.placement, open_image, self.reclaimer, self.events)
         self.freer = OldestFreer(
             self.changelogs, self.placement, self.snapshots, self.reclaimer, self.reserve, self.events
         )

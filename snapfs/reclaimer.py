@@ -15,8 +15,9 @@ from . import reclaim
 from .catalogaccess import CatalogAccess
 from .errors import SnapfsError
 from .events import EventLog
-from .formats import LEFTOVERS_FROM, CatalogBatch, VolumeTraits
+from .formats import COPY_ON_WRITE, LEFTOVERS_FROM, CatalogBatch, VolumeTraits
 from .geometry import Epoch, SnapshotId, VolumeId
+from .namedblocks import NamedBlocks
 from .pace import Demand, Pace
 from .processor import Processor
 from .reserve import Reserve
@@ -69,6 +70,8 @@ class Reclaimer:
         self._pace = Pace(demand)
         self._used_percent = used_percent
         self._has_failed = False
+        # By processor and source: the first object of which a map names it.
+        self._source_named_at: dict[tuple[int, int], int] = {}
         # When there was last little to do. Nothing has fallen behind before it runs.
         self._kept_up_s = math.inf
 
@@ -279,39 +282,104 @@ class Reclaimer:
             self._traits.drop(one)
 
     async def _prune_traits(self) -> None:
-        """Forget the traits of volumes of which nothing is left."""
+        """Forget the traits of volumes of which nothing is left, and what such ones stood on."""
         if not self._traits.rows or self._snapshots.leftovers_from:
             # What is left over of a volume needs its source, and its family, to be dropped.
             return
-        # The lock keeps out those that are being made, which are not among the volumes yet.
+        await self._let_go_of_sources()
         async with self._volumes.lock:
-            kept = await self._catalog.ask(self._catalog.catalog.version_volume_ids)
-            gone = [
-                one
-                for one in self._traits.rows
-                if one not in kept and one not in self._volumes.by_id and one not in self._volumes.removed
-            ]
-            idle = [one for one in gone if not self._traits.is_origin(one)]
-            if idle:
-                for processor in self._processors:
-                    for one in idle:
-                        await processor.drop_source(one)
+            gone = await self._gone_volumes()
+            # Again when some are forgotten: what they descend from is no origin any more.
+            while idle := [one for one in gone if not self._traits.is_origin(one)]:
+                await self._drop_sources(idle)
                 await self._change_traits(list, idle)
+                gone = [one for one in gone if one not in idle]
             for one in gone:
-                if one not in idle:
-                    await self._leave_out(one)
+                await self._leave_out(one)
+
+    async def _gone_volumes(self) -> list[VolumeId]:
+        """Volumes of which nothing is left but traits.
+
+        The volumes' lock keeps out those that are being made, which are not among the volumes yet.
+        """
+        kept = await self._catalog.ask(self._catalog.catalog.version_volume_ids)
+        return [
+            one
+            for one in self._traits.rows
+            if one not in kept and one not in self._volumes.by_id and one not in self._volumes.removed
+        ]
+
+    async def _drop_sources(self, volume_ids: Iterable[VolumeId]) -> None:
+        for processor in self._processors:
+            for one in volume_ids:
+                await processor.drop_source(one)
+
+    async def _let_go_of_sources(self) -> None:
+        standing = {one for processor in self._processors for one in processor.sources}
+        standing.update(row.volume_id for row in self._traits.rows.values() if row.source_path)
+        if not standing:
+            return
+        async with self._volumes.lock:
+            gone = await self._gone_volumes()
+        for one in gone:
+            if one in standing:
+                await self._let_go_of_source(one)
+
+    async def _let_go_of_source(self, volume_id: VolumeId) -> None:
+        """Forget what a volume of which nothing is left stood on, if no clone of it needs that any more.
+
+        No map comes to name it again: each is made of one that did.
+        """
+        if any(clone.inherits for clone in self._traits.clones_of(volume_id)):
+            return
+        for processor in self._processors:
+            if await self._names_source_of(processor, volume_id):
+                return
+        # The path goes last: a log of an image is opened by it.
+        await self._drop_sources([volume_id])
+        await self._change_traits(
+            lambda: [self._traits.get(volume_id)._replace(source_path="", source_size_bytes=0, source_mtime_ns=0)]
+        )
+
+    async def _names_source_of(self, processor: Processor, volume_id: VolumeId) -> bool:
+        """Whether a map of a relative names what a volume stands on; one of a relative that failed may."""
+        source = processor.sources.get(volume_id)
+        if source is None:
+            return False
+        family = self._traits.family_of(volume_id)
+        portions = [processor.portions[one] for one in family if one in processor.portions]
+        if any(portion.failure for portion in portions):
+            return True
+        # What is pending goes to the store first, so that its rows tell all.
+        await processor.commit(processor.sound_portions())
+        log_id = int(source.log_id)
+        key = (processor.index, log_id)
+        named = NamedBlocks(
+            processor.access,
+            partial(self._traits.family_of, volume_id),
+            {log_id},
+            from_object=self._source_named_at.get(key, 0),
+        )
+        while (found := await named.step()) is not None:
+            if found:
+                # Before it nothing names the source, and nothing will.
+                self._source_named_at[key] = min(found)
+                return True
+        self._source_named_at.pop(key, None)
+        return False
 
     async def _leave_out(self, volume_id: VolumeId) -> None:
         """Have the clones of a volume descend from its origin, if nothing of it is left that they could name.
 
         Each rollback makes a volume descend from the one before: without this, lines would only ever get longer.
         """
-        if any(row.inherits for row in self._traits.clones_of(volume_id)):
+        origin = self._traits.get(volume_id)
+        if origin.change_mode == COPY_ON_WRITE or any(row.inherits for row in self._traits.clones_of(volume_id)):
+            # By an origin that was written in place its clones are known as ones whose blocks are not counted.
             return
         for processor in self._processors:
             if await processor.access.ask(processor.access.store.has_anything_of, volume_id):
                 return
-        origin = self._traits.get(volume_id)
 
         def moved() -> list[VolumeTraits]:
             return [

@@ -313,7 +313,8 @@ class _Counting:
         versions = of_object.get(volume_id, [])
         traits = self._traits.get(volume_id)
         if traits.change_mode == COPY_ON_WRITE:
-            return _without_source(versions, self._source_ids[volume_id])
+            # Of one that is gone the source may be too.
+            return _without_source(versions, self._source_ids[volume_id]) if versions else []
         if versions or not traits.inherits:
             return versions
         span = self._span_of(volume_id)

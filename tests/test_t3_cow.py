@@ -16,6 +16,7 @@ from snapfs.cowportion import CowPortion
 from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
 from snapfs.making import VolumeWish
+from snapfs.tasks import Wakeup
 
 from .harness import Running, World, open_world, read_snapshot, read_volume, without_threads
 from .test_t3_clones import BLOCK, OBJECT, allocated_blocks, put
@@ -493,4 +494,106 @@ async def test_a_cut_between_the_planning_of_two_objects_leaves_each_snapshot_it
             found = await read_snapshot(pool, left, b"v")
             for number, data in enumerate(contents[:2]):
                 assert found[number * OBJECT : number * OBJECT + 4 * BLOCK] == data
+    world.check_clean()
+
+
+@pytest.mark.parametrize("mode", [COPY_ON_WRITE, REDIRECT])
+async def test_an_image_is_free_when_the_clone_of_what_stood_on_it_is_independent(mode: int) -> None:
+    """It stayed the source of a volume of which nothing was left, for as long as the clone lived."""
+    world = World(processor_count=2)
+    world.make_image("/image", b"0" * 2 * OBJECT)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", None, mode, "/image"))
+        await put(pool, b"v", 100, b"1" * 5000)
+        await pool.snapshots.create(b"s")
+        await pool.clones.clone(b"s", b"v", b"c")
+        await put(pool, b"c", OBJECT, b"2" * BLOCK)
+        contents = await read_volume(pool, b"c")
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s")
+        for _ in range(2):
+            await pool.reclaimer.reclaim_all()
+            assert await read_volume(pool, b"c") == contents
+            if mode == REDIRECT:
+                # The clone reads it yet.
+                with pytest.raises(InUseError):
+                    await pool.maker.create(VolumeWish(b"w", None, COPY_ON_WRITE, "/image"))
+        await pool.clones.flatten(b"c")
+        await pool.reclaimer.reclaim_all()
+        assert not any(row.source_path for row in pool.volumes.traits.rows.values())
+        assert not any(processor.sources for processor in pool.processors)
+        await pool.maker.create(VolumeWish(b"w", None, COPY_ON_WRITE, "/image"))
+        await put(pool, b"w", 0, b"w" * 2 * OBJECT)
+        assert await read_volume(pool, b"c") == contents
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"c") == contents
+    world.check_clean()
+
+
+async def test_an_image_is_free_when_all_that_stood_on_it_is_gone() -> None:
+    """Of an origin and its clone that went together the origin was forgotten the next time something was freed."""
+    world = World(processor_count=2)
+    world.make_image("/image", b"0" * OBJECT)
+    async with open_world(world) as pool:
+        pool.snapshots._reclaim_wakeup = pool.volumes._reclaim_wakeup = Wakeup()
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        await pool.clones.clone(b"s", b"v", b"c")
+        await pool.snapshots.create(b"t")
+        await pool.clones.clone(b"t", b"c", b"d")
+        for name in (b"v", b"c", b"d"):
+            await pool.volumes.remove(name)
+        for name in (b"s", b"t"):
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        assert not pool.volumes.traits.rows
+        await pool.maker.create(VolumeWish(b"w", None, COPY_ON_WRITE, "/image"))
+    world.check_clean()
+
+
+async def test_an_image_is_free_as_soon_as_the_volume_is_removed() -> None:
+    """Until the reclaimer had forgotten it the image was another volume's: also after a command that failed."""
+    world = World()
+    world.make_image("/image", b"0" * OBJECT)
+    async with open_world(world) as pool:
+        pool.snapshots._reclaim_wakeup = pool.volumes._reclaim_wakeup = Wakeup()
+        for name in (b"v", b"w"):
+            await pool.maker.create(VolumeWish(name, None, COPY_ON_WRITE, "/image"))
+            await put(pool, name, 0, name * BLOCK)
+            with pytest.raises(InUseError, match="of another volume"):
+                await pool.maker.create(VolumeWish(b"x", None, COPY_ON_WRITE, "/image"))
+            await pool.volumes.remove(name)
+        await pool.maker.create(VolumeWish(b"x", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        await pool.volumes.remove(b"x")
+        with pytest.raises(InUseError, match="that was removed"):
+            await pool.maker.create(VolumeWish(b"y", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.delete(b"s")
+        await pool.maker.create(VolumeWish(b"y", None, COPY_ON_WRITE, "/image"))
+    assert image(world, "/image")[:BLOCK] == b"w" * BLOCK
+    world.check_clean()
+
+
+async def test_the_file_that_was_written_over_goes_when_no_clone_needs_it() -> None:
+    """It took the size of the whole volume for as long as a clone of it lived."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", 4 * OBJECT, COPY_ON_WRITE))
+        await put(pool, b"v", 0, b"1" * 4 * OBJECT)
+        await pool.snapshots.create(b"s")
+        await pool.clones.clone(b"s", b"v", b"c")
+        await pool.clones.flatten(b"c")
+        await pool.volumes.remove(b"v")
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert not pool.processors[0].sources
+        assert await read_volume(pool, b"c") == b"1" * 4 * OBJECT
+        await pool.snapshots.create(b"t")
+        await pool.snapshots.account()
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"c") == b"1" * 4 * OBJECT
+        await pool.volumes.remove(b"c")
+        await pool.snapshots.delete(b"t")
+        await pool.reclaimer.reclaim_all()
+        assert not pool.volumes.traits.rows
     world.check_clean()
