@@ -270,8 +270,8 @@ class ChangeLogs:
 
     def _close(self, log: ChangeLog) -> None:
         if log.file is not None:
-            log.file.close()
-            log.file = None
+            file, log.file = log.file, None
+            file.close()
 
     def _forget_idle(self) -> None:
         if len(self.known) < KNOWN_LOGS_MAX:
@@ -377,11 +377,12 @@ class ChangeLogs:
         self._devices[device_id].remove(name)
 
     def close(self) -> None:
-        """Close every file."""
-        for log in self.known.values():
-            self._close(log)
-        self.known.clear()
-        self._open.clear()
+        """Close every file. What fails is raised, when the others are closed."""
+        with contextlib.ExitStack() as stack:
+            for log in self.known.values():
+                stack.callback(self._close, log)
+            self.known.clear()
+            self._open.clear()
 
 
 def files_share(processor_count: int) -> int:

@@ -560,6 +560,8 @@ class Processor:
         )
 
     async def close(self) -> None:
-        """Close files and store; everything must be committed."""
-        self.logs.close()
-        await self.access.ask(self.access.store.close)
+        """Close files and store; everything must be committed. What fails is raised, when all else is closed."""
+        try:
+            self.logs.close()
+        finally:
+            await self.access.ask(self.access.store.close)

@@ -335,6 +335,41 @@ async def test_what_fails_to_close_keeps_nothing_else_open(monkeypatch: pytest.M
     assert closed == ["catalog", "device"]
 
 
+async def test_a_log_that_fails_to_close_keeps_neither_another_nor_the_store_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    running = Running(world)
+    closed: list[str] = []
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        for name in (b"v", b"w"):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, noise(1, 1))
+        files = [log.file for log in pool.processors[0].logs.known.values() if log.file is not None]
+        assert len(files) == 2
+
+        def fail() -> None:
+            closed.append("failed")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        # The last that was begun is closed first.
+        monkeypatch.setattr(files[-1], "close", fail)
+        monkeypatch.setattr(files[0], "close", lambda: closed.append("log"))
+        store = pool.processors[0].access.store
+        store_close = store.close
+
+        def close() -> None:
+            closed.append("store")
+            store_close()
+
+        monkeypatch.setattr(store, "close", close)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            await running.close()
+    assert closed == ["failed", "log", "store"]
+
+
 async def test_a_clone_that_is_made_amid_a_scrub_names_what_its_origin_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its origin, and the snapshot, went while the scrub ran: the damage was no longer known, and the clone has it."""
     world = World(processor_count=1)
