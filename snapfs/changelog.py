@@ -147,6 +147,16 @@ class ChangeLogs:
         self._open: OrderedDict[int, ChangeLog] = OrderedDict()
         self._open_max = files_share(processor_count)
 
+    @property
+    def known_room(self) -> int:
+        """How many more logs may be known before others are forgotten."""
+        return max(0, KNOWN_LOGS_MAX - len(self.known))
+
+    @property
+    def files_room(self) -> int:
+        """How many more files may be open before others are closed."""
+        return max(0, min(OPEN_FILES_MAX, self._open_max) - len(self._open))
+
     def adopt(self, row: LogRow) -> ChangeLog:
         """The log of a stored row, the one in memory if it is known already."""
         log = self.known.get(row.log_id)

@@ -8,6 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 # By processor, change log and place in its file: ids of logs are those of one processor.
 OldBlocks = dict[tuple[int, int, int], bytes]
+Fetch = Callable[[OldBlocks], Awaitable[None]]
 
 
 class NotResidentError(Exception):
@@ -16,7 +17,7 @@ class NotResidentError(Exception):
     ``fetch`` puts old contents of blocks into the dictionary it is given.
     """
 
-    def __init__(self, fetch: Callable[[OldBlocks], Awaitable[None]]) -> None:
+    def __init__(self, fetch: Fetch) -> None:
         super().__init__()
         self.fetch = fetch
 

@@ -25,14 +25,16 @@ from .geometry import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
     BLOCKS_PER_OBJECT,
+    OBJECT_SHIFT,
     OBJECT_SIZE,
     Epoch,
     VolumeId,
     blocks_of,
     log_offset,
 )
-from .notresident import NotResidentError, OldBlocks
+from .notresident import Fetch, NotResidentError, OldBlocks
 from .placement import Quota
+from .prefetch import fetch_checksums, ids_around, prefetch
 from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
@@ -188,8 +190,15 @@ class Portion:
             return
         log = self._logs.known.get(log_id)
         if log is None or log.file is None:
-            raise NotResidentError(partial(self._open_log, log_id))
-        log.file.try_read_into(view, (object_index // self._processor_count) * OBJECT_SIZE + inside)
+            fetch: Fetch = partial(self._open_log, log_id)
+        else:
+            try:
+                log.file.try_read_into(view, (object_index // self._processor_count) * OBJECT_SIZE + inside)
+            except NotResidentError as missing:
+                fetch = missing.fetch
+            else:
+                return
+        raise NotResidentError(partial(self._fetch_for_reads, block_map, object_index, inside >> BLOCK_SHIFT, fetch))
 
     def _read_runs_now(self, block_map: BlockMap, object_index: int, inside: int, view: memoryview) -> None:
         for log, offset, length, at in self.segments(block_map, object_index, inside, len(view), 0):
@@ -220,7 +229,8 @@ class Portion:
             if log_id != HOLE:
                 log = self._logs.known.get(log_id)
                 if log is None:
-                    raise NotResidentError(partial(self._look_at_log, log_id))
+                    fetch = partial(self._look_at_log, log_id)
+                    raise NotResidentError(partial(self._fetch_for_reads, block_map, object_index, block, fetch))
             found.append((log, base + low, high - low, at + low - inside))
         return found
 
@@ -723,6 +733,14 @@ class Portion:
             pending = self.pending.get(object_index)
             state.copied = pending[-1].instant if pending else newest
 
+    async def _fetch_for_reads(
+        self, block_map: BlockMap, object_index: int, block: int, fetch: Fetch, old_blocks: OldBlocks
+    ) -> None:
+        """Fetch what a read of an object needs; before that, what reads of its other blocks will."""
+        log_ids = ids_around(block_map, block)
+        await prefetch(self._access, self._logs, log_ids, object_index // self._processor_count)
+        await fetch(old_blocks)
+
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
         """Bring a log's row into memory."""
         row = await self._access.ask(self._access.store.log, log_id)
@@ -812,6 +830,7 @@ class Portion:
                     part[:] = _ZEROS[:length]
                 else:
                     files.append((self._logs.open_file(log), offset, part, log.kind != CHANGE_LOG))
+            await self._fetch_checksums(segments)
             while files:
                 try:
                     await self._access.read_in_thread(_read_all, files)
@@ -820,6 +839,13 @@ class Portion:
                     await missing.fetch({})
                 else:
                     return
+
+    async def _fetch_checksums(self, segments: list[Segment]) -> None:
+        """Bring in those that segments of one object are held against."""
+        log_ids = [log.log_id for log, _, _, _ in segments if log is not None]
+        if len(log_ids) > 1:
+            place = segments[0][1] >> OBJECT_SHIFT
+            await fetch_checksums(self._access, self._logs, list(dict.fromkeys(log_ids)), place)
 
     async def _with_logs(self, used: Sequence[ChangeLog], call: Callable[[], None]) -> None:
         """Run a blocking call in a thread; the files of these logs stay open meanwhile."""

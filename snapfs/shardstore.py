@@ -5,6 +5,8 @@ A SQLite database. Every call blocks; the processor calls it from a thread, one 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -274,6 +276,13 @@ class ShardStore:
         """One change log."""
         row = self.database.row("SELECT * FROM logs WHERE log_id = ?", (log_id,))
         return None if row is None else LogRow(*row)
+
+    def some_logs(self, log_ids: Sequence[int]) -> list[LogRow]:
+        """Those of these change logs that there are."""
+        rows = self.database.rows(
+            "SELECT * FROM logs WHERE log_id IN (SELECT value FROM json_each(?))", (json.dumps(log_ids),)
+        )
+        return [LogRow(*row) for row in rows]
 
     def open_log(self, volume_id: VolumeId, epoch: int) -> LogRow | None:
         """The log that takes a volume's writes in an epoch, if it was begun."""
@@ -548,6 +557,19 @@ class ShardStore:
             (log_id, object_index),
         )
         return ObjectSums(0, b"") if row is None else ObjectSums.decode((log_id, object_index), *row)
+
+    def some_checksums(self, log_ids: Sequence[int], object_index: int) -> list[tuple[int, ObjectSums]]:
+        """Like :meth:`checksums`, in several logs; without those that there are none of, or that are damaged."""
+        rows = self.database.rows(
+            "SELECT log_id, blocks, checksums, ranges, guards, NULL FROM json_each(?)"
+            " CROSS JOIN sums ON log_id = value AND object_index = ?",
+            (json.dumps(log_ids), object_index),
+        )
+        found = []
+        for log_id, *encoded in rows:
+            with contextlib.suppress(DamagedError):
+                found.append((log_id, ObjectSums.decode((log_id, object_index), *encoded)))
+        return found
 
     def sums(self, log_id: int, object_index: int) -> ObjectSums:
         """The checksums and digests of an object's blocks in a log; of zeros alone when there are none."""

@@ -292,7 +292,7 @@ LAYERS = [
     ["placement", "liveness"],
     ["catalog", "shardstore", "changelog", "reserve"],
     ["catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
-    ["writeback", "namedblocks"],
+    ["writeback", "namedblocks", "prefetch"],
     ["portion"],
     ["cowportion"],
     ["processor"],
