@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, UnsupportedError
+from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, StaleVolumeError, UnsupportedError
 from .events import EventLog
 from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, VolumeRow, VolumeTraits
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
@@ -32,13 +32,19 @@ from .units import check_name, show_name, utc_name
 from .volume import Volume
 from .volumes import VolumeTable
 
-AfterRollback = Callable[[Sequence[VolumeId]], Awaitable[None]]
+BeforeRollback = Callable[[Sequence[Volume]], Awaitable[None]]
+AfterRollback = Callable[[Sequence[VolumeId]], Awaitable[dict[VolumeId, str]]]
 _CLOSING_S = 2.0
 _FLATTEN_BATCH = 256
 
 
-async def nothing_after_rollback(file_ids: Sequence[VolumeId]) -> None:
+async def nothing_before_rollback(volumes: Sequence[Volume]) -> None:
+    """Without a mount nothing keeps any from being rolled back."""
+
+
+async def nothing_after_rollback(file_ids: Sequence[VolumeId]) -> dict[VolumeId, str]:
     """Without a mount nobody has pages of them."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,10 @@ class _Restore:
 class Clones:
     """Makes clones, rolls back, and makes clones independent.
 
-    ``after_rollback`` has whoever mounts drop the pages that the kernel keeps of rolled back volumes. Until it has,
-    nobody is to open those in ``rolling_back``: their modes change.
+    ``after_rollback`` has whoever mounts drop what the kernel keeps of rolled back volumes, pages and sizes; it gives
+    those for which that failed, with the reason, by their ids as files. Until it has, nobody is to open those in
+    ``rolling_back``: their modes change; nor those in ``stale`` after that: they would write where the file of before
+    ended. ``before_rollback`` raises what is known beforehand to keep it from that.
     """
 
     def __init__(
@@ -84,8 +92,10 @@ class Clones:
         events: EventLog,
         jobs: Jobs,
     ) -> None:
+        self.before_rollback: BeforeRollback = nothing_before_rollback
         self.after_rollback: AfterRollback = nothing_after_rollback
         self.rolling_back: set[Volume] = set()
+        self.stale: dict[VolumeId, str] = {}
         self._volumes = volumes
         self._snapshots = snapshots
         self._processors = processors
@@ -154,8 +164,8 @@ class Clones:
         removed since come back. A copy-on-write volume is restored in place, which takes as long as copying what
         changed, and nobody reads or writes it meanwhile. One that was renamed since keeps the name it has; named
         itself it is refused, for what has the name now, if anything, is something else. Raises NotFoundError;
-        BusyVolumeError when one is open,
-        without ``force``; ExistsError when the name of one that is to come back is taken.
+        BusyVolumeError when one is open, without ``force``; ExistsError when the name of one that is to come back is
+        taken; StaleVolumeError when all is done, but the kernel keeps what one was.
         """
         with trio.CancelScope(shield=True):
             async with self._snapshots.lock:
@@ -169,6 +179,7 @@ class Clones:
                 file_ids = [self._volumes.traits.get(target.source_id).file_id for target in targets]
                 self.rolling_back.update(volumes)
                 try:
+                    await self.before_rollback(volumes)
                     if not force:
                         await self._wait_until_closed(volumes)
                     await self._snapshots.before_cut(volumes)
@@ -176,7 +187,7 @@ class Clones:
                         done = await self._replace(snapshot, members, wanted, is_named=is_named, force=force)
                     finally:
                         # Also when one could not be put back: others may have been.
-                        await self.after_rollback(file_ids)
+                        await self._refresh(file_ids)
                 finally:
                     self.rolling_back.difference_update(volumes)
         self._events.note(
@@ -185,7 +196,24 @@ class Clones:
             volumes=[show_name(name) for name in done.names],
             undo=show_name(done.undo.name or b""),
         )
+        self._check_fresh(file_ids, done)
         return done
+
+    async def _refresh(self, file_ids: Sequence[VolumeId]) -> None:
+        failed = await self.after_rollback(file_ids)
+        for file_id in file_ids:
+            self.stale.pop(file_id, None)
+        self.stale.update(failed)
+
+    def _check_fresh(self, file_ids: Sequence[VolumeId], done: RolledBack) -> None:
+        stale = [(name, self.stale[one]) for name, one in zip(done.names, file_ids, strict=True) if one in self.stale]
+        if stale:
+            undo = show_name(done.undo.name or b"")
+            raise StaleVolumeError(
+                f"all is rolled back, and the present kept as {undo!r};"
+                f" but the kernel keeps the size that {show_name(stale[0][0])!r} had ({stale[0][1]})",
+                "Unmount and mount: until then it cannot be opened. Whoever has it open must not write to it",
+            )
 
     def _target(self, source_id: VolumeId, attributes: Attributes, *, is_named: bool) -> _Target:
         volume = self._volumes.by_file_id.get(self._volumes.traits.get(source_id).file_id)

@@ -156,6 +156,12 @@ class BusyVolumeError(SnapfsError):
     errno = errno.EBUSY
 
 
+class StaleVolumeError(SnapfsError):
+    """A volume was rolled back, durably, and the kernel keeps its size of before. It opens after the next mount."""
+
+    errno = errno.EBUSY
+
+
 class UnsupportedError(SnapfsError):
     """Something that this kind of volume cannot do. Nothing was done."""
 

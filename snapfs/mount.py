@@ -23,7 +23,7 @@ from .fuse.kernelnames import KernelNames
 from .fuse.names import EVENTS, SNAPSHOTS, of_volume
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
-from .fuse.ownmount import OwnMount
+from .fuse.ownmount import FlushError, MountMovedError, OwnMount
 from .mountpoint import KNOWN_OPTIONS, MountRequest, check_mount_point, check_options, control_gid, offering_rescue
 from .pool import Pool, open_pool
 from .rescue import open_damaged_pool
@@ -75,7 +75,10 @@ class _Mount:
         self._kernel_names = KernelNames(_forget_snapshot_name)
         self._operations = Operations(self._namespace, self._kernel_names)
         self._own_mount = OwnMount(
-            self._namespace, request.mount_point, partial(self._kernel_names.tell, _forget_pages)
+            self._namespace,
+            request.mount_point,
+            partial(self._kernel_names.tell, _forget_pages),
+            self._operations.request_mark,
         )
         self._kernel_events = KernelEvents(
             pool.events, partial(self._kernel_names.tell, _store_events), self._own_mount.cut_events
@@ -83,6 +86,7 @@ class _Mount:
         pool.snapshots.before_cut = self._own_mount.flush
         pool.snapshots.forget_name = self._kernel_names.forget
         pool.maker.is_own_path = self._is_own_path
+        pool.clones.before_rollback = self._own_mount.check_refreshable
         pool.clones.after_rollback = self._own_mount.refresh
         self._device = 0
         self._has_ended = False
@@ -145,7 +149,8 @@ class _Mount:
                 # It waits in the kernel for a request that was never taken from it, and that ends it.
                 _abort_connection(self._device)
             if await self._kernel_names.close():
-                pyfuse3.close(unmount=True)
+                # By its path: what is seen there by now may be another's.
+                pyfuse3.close(unmount=self._own_mount.is_in_place)
             else:
                 _log.error("the kernel still waits for an answer; end that with: umount -f %s", self._mount_point)
             events.note("unmounted", mount_point=self._mount_point)
@@ -177,16 +182,18 @@ class _Mount:
         """Unmount, with nothing of what was written left in the kernel.
 
         A plain unmount has the kernel write all back; the session then ends by itself. While the
-        mount is busy: no new opens first, then each open volume is flushed, then the session ends.
+        mount is busy: no new opens first, then each open volume is flushed, then the session ends. So
+        too when its path leads elsewhere by now, where nothing is taken away.
         """
         self._pool.jobs.stop()
         try:
+            self._own_mount.check_in_place()
             await self._own_mount.unmount()
-        except OSError as error:
+        except (OSError, MountMovedError) as error:
             _log.warning("the mount is taken away although it cannot be unmounted: %s", error)
             try:
                 await self._own_mount.detach()
-            except OSError as failed:
+            except (OSError, FlushError) as failed:
                 _log.error("the kernel could not write all back: %s", failed)
             # Before requests go without answers: what is under way waits for some.
             await self._kernel_names.close()

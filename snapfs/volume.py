@@ -144,6 +144,7 @@ class Volume(VolumeView):
     """A live volume.
 
     ``opens`` counts who has it open; portions are in memory while it is above zero.
+    ``failed_write_count`` counts the writes that whoever serves them had to refuse.
     ``last_instant`` is NEVER until it is removed, then the last that can hold it.
     ``versions`` are attributes kept for snapshots and not saved yet. ``file_id`` names it for as
     long as it is there; ``volume_id`` changes when a rollback gives it other contents.
@@ -170,6 +171,7 @@ class Volume(VolumeView):
         self.versions: list[VersionRow] = []
         self._trim_turn = trio.Lock()
         self._shrink_count = 0
+        self.failed_write_count = 0
         self._catalog = catalog
         self._snapshots = snapshots
         self._clock = clock

@@ -149,7 +149,12 @@ class Mounted:
         return self.path / ".snapfs" / "control"
 
     def status(self) -> dict[str, Any]:
-        return cast(dict[str, Any], json.loads((self.path / ".snapfs" / "status.json").read_text()))
+        return self.status_of(self.path)
+
+    @staticmethod
+    def status_of(mount: Path) -> dict[str, Any]:
+        """What a mount tells of itself."""
+        return cast(dict[str, Any], json.loads((mount / ".snapfs" / "status.json").read_text()))
 
     def mount(self) -> None:
         options = ["-o", ",".join(self.mount_options)] if self.mount_options else []

@@ -306,7 +306,7 @@ LAYERS = [
     ["pool"],
     ["manifest", "status", "repair", "rescue", "diff", "scrub"],
     ["check"],
-    ["fuse.patience"],
+    ["fuse.patience", "fuse.mounttable"],
     ["fuse.loop", "fuse.names", "fuse.kernelnames", "fuse.kernelevents", "fuse.command", "fuse.helper"],
     ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands"],
     ["fuse.comparecommands", "fuse.trustcommands", "fuse.volumecommands"],

@@ -534,7 +534,7 @@ async def test_a_helper_that_could_not_be_started_anew_is_started_later(monkeypa
     async def refuse(*arguments: object, **options: object) -> trio.Process:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    own_mount = OwnMount(SimpleNamespace(helper_pid=0), "/nowhere", invalidate)  # type: ignore[arg-type]
+    own_mount = OwnMount(SimpleNamespace(helper_pid=0), "/nowhere", invalidate, lambda: None)  # type: ignore[arg-type]
     await own_mount.start()
     assert own_mount._process is not None
     own_mount._process.kill()

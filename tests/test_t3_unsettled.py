@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,11 +12,12 @@ import pytest
 import trio
 
 from snapfs.backends import CrashPlan, FaultyDevice, MemoryDevice
-from snapfs.errors import BusyVolumeError, SnapfsError
+from snapfs.errors import BusyVolumeError, SnapfsError, StaleVolumeError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.fuse import names
 from snapfs.fuse.command import nothing_to_forget
 from snapfs.fuse.namespace import Caller, Namespace, NoEntryError
+from snapfs.geometry import VolumeId
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot, SnapshotMembers
@@ -120,6 +121,48 @@ async def test_no_sync_is_acknowledged() -> None:
             await pool.volumes.get(b"v").sync(data_only=True)
 
 
+async def test_nobody_opens_a_volume_of_which_the_kernel_keeps_what_it_was() -> None:
+    async with open_world(World(2, 1)) as pool:
+        volume, other = await pool.volumes.create(b"v"), await pool.volumes.create(b"w")
+        await pool.snapshots.create(b"s")
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            """Nobody asks for it."""
+
+        async def fail(file_ids: Sequence[VolumeId]) -> dict[VolumeId, str]:
+            return {volume.file_id: "out of luck"}
+
+        async def succeed(file_ids: Sequence[VolumeId]) -> dict[VolumeId, str]:
+            return {}
+
+        namespace = Namespace(pool, "/nowhere", resize, nothing_to_forget)
+        pool.clones.after_rollback = fail
+        with pytest.raises(StaleVolumeError, match="kept as '.*-before-rollback'.* that 'v' had .out of luck."):
+            await pool.clones.rollback(b"s")
+        assert len(pool.snapshots.by_name) == 2
+        for flags in (os.O_RDONLY, os.O_RDWR | os.O_TRUNC):
+            with pytest.raises(StaleVolumeError):
+                await namespace.open(names.of_volume(volume.file_id), flags, Caller(1, 1, 1))
+        namespace.close(await namespace.open(names.of_volume(other.file_id), os.O_RDONLY, Caller(1, 1, 1)))
+        pool.clones.after_rollback = succeed
+        await pool.clones.rollback(b"s")
+        namespace.close(await namespace.open(names.of_volume(volume.file_id), os.O_RDONLY, Caller(1, 1, 1)))
+
+
+async def test_a_rollback_that_is_known_to_fail_changes_nothing() -> None:
+    async with open_world(World(2, 1)) as pool:
+        await pool.volumes.create(b"v")
+        await pool.snapshots.create(b"s")
+
+        async def refuse(volumes: object) -> None:
+            raise BusyVolumeError("it runs")
+
+        pool.clones.before_rollback = refuse
+        with pytest.raises(BusyVolumeError, match="it runs"):
+            await pool.clones.rollback(b"s")
+        assert list(pool.snapshots.by_name) == [b"s"] and not pool.clones.rolling_back
+
+
 async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
     async with open_world(World(2, 1)) as pool:
         volume = await pool.volumes.create(b"v")
@@ -132,7 +175,7 @@ async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
         namespace = Namespace(pool, "/nowhere", resize, nothing_to_forget)
         inode = names.of_volume(volume.file_id)
 
-        async def look(volumes: object) -> None:
+        async def look(volumes: object) -> dict[VolumeId, str]:
             with pytest.raises(BusyVolumeError):
                 await namespace.open(inode, os.O_RDONLY, Caller(1, 1, 1))
             with pytest.raises(BusyVolumeError):
@@ -142,6 +185,7 @@ async def test_nobody_opens_a_volume_that_is_being_rolled_back() -> None:
                     await namespace.change(inode, change, size_bytes, Caller(1, 1, 1))
             await namespace.change(inode, AttributeChange(mtime_ns=1), None, Caller(1, 1, 1))
             seen.append(volumes)
+            return {}
 
         pool.clones.after_rollback = look
         await pool.clones.rollback(b"s")

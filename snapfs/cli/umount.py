@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import select
 
 import click
 
 from ..errors import MountError
+from ..fuse.mounttable import mounted_on, mounts, real_mount_point
 from ..mountpoint import unmount
+
+_LOOK_S = 1.0
 
 
 @click.command()
@@ -30,23 +32,17 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
         unmount(mount_point, lazy=True)
         return
     pid = _daemon_pid(mount_point)
+    found = mounted_on(real_mount_point(mount_point))
     unmount(mount_point)
     if pid is not None:
-        _wait_for_end(pid)
+        _wait_for_end(pid, mount_point, 0 if found is None else found.device)
 
 
 def _check_is_mounted(mount_point: str) -> None:
-    """Raises MountError when no snapfs is mounted there, by what the kernel's table of mounts says (proc(5))."""
-    path = os.path.abspath(mount_point)
-    # Not the mount point itself: to look at that is to ask the daemon.
-    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            own, _, others = line.partition(b" - ")
-            shown = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), own.split(b" ")[4])
-            if shown == os.fsencode(path) and others.startswith(b"fuse.snapfs "):
-                return
-    raise MountError(f"no snapfs is mounted on {mount_point}")
+    """Raises MountError when no snapfs is mounted there, by what the kernel's table of mounts says."""
+    found = mounted_on(real_mount_point(mount_point))
+    if found is None or found.kind != b"fuse.snapfs":
+        raise MountError(f"no snapfs is mounted on {mount_point}")
 
 
 def _daemon_pid(mount_point: str) -> int | None:
@@ -60,12 +56,19 @@ def _daemon_pid(mount_point: str) -> int | None:
         raise MountError(f"no snapfs is mounted on {mount_point} ({error.strerror})") from error
 
 
-def _wait_for_end(pid: int) -> None:
+def _wait_for_end(pid: int, mount_point: str, device: int) -> None:
+    """Raises MountError when the daemon does not end, for its filesystem is mounted elsewhere too."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        select.select([fd], [], [])
+        while not select.select([fd], [], [], _LOOK_S)[0]:
+            others = [os.fsdecode(one.path) for one in mounts() if one.device == device]
+            if others:
+                raise MountError(
+                    f"{mount_point} is unmounted, but the pool stays open: it is seen on {others[0]!r} too",
+                    "Unmount that as well; the daemon then ends by itself",
+                )
     finally:
         os.close(fd)

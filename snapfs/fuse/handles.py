@@ -35,6 +35,9 @@ class Handle(ABC):
         """Write; how much was taken."""
         raise ReadOnlyError("this file cannot be written", "Copy it, and change the copy")
 
+    def note_failed_write(self) -> None:  # noqa: B027 - only what the kernel may write back later is of interest
+        """A write has failed."""
+
     async def fsync(self, *, data_only: bool) -> None:  # noqa: B027 - most kinds have nothing to sync
         """Make what was written durable."""
 
@@ -82,6 +85,10 @@ class VolumeHandle(ViewHandle):
         """See :meth:`Handle.write`."""
         await self.volume.write(offset, data)
         return len(data)
+
+    def note_failed_write(self) -> None:
+        """See :meth:`Handle.note_failed_write`."""
+        self.volume.failed_write_count += 1
 
     async def fsync(self, *, data_only: bool) -> None:
         """See :meth:`Handle.fsync`."""

@@ -11,6 +11,7 @@ daemon does.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -21,12 +22,23 @@ from collections.abc import Callable
 MNT_DETACH = 2
 
 
-def fsync(paths: list[str]) -> None:
-    """Have the kernel write back the pages of these files; one that is not there has none."""
+def opened(device: int, path: str, flags: int) -> int:
+    """A file of the daemon's mount, which has this device number. Raises OSError, ESTALE for one of another."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if os.fstat(fd).st_dev != device:
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    return fd
+
+
+def fsync(device: int, paths: list[str]) -> list[str]:
+    """Have the kernel write back the pages of these files; those that cannot be opened are given back."""
+    unopened = []
     for path in paths:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            fd = opened(device, path, os.O_RDONLY)
+        except OSError:
+            unopened.append(path)
             continue
         try:
             os.fsync(fd)
@@ -35,18 +47,33 @@ def fsync(paths: list[str]) -> None:
             raise
         finally:
             os.close(fd)
+    return unopened
 
 
-def truncate(path: str, size_bytes: int) -> None:
+def check_writable(device: int, paths: list[str]) -> None:
+    """Raises OSError when one of these files cannot be written to: ETXTBSY for a program that runs."""
+    for path in paths:
+        os.close(opened(device, path, os.O_WRONLY))
+
+
+def truncate(device: int, path: str, size_bytes: int) -> None:
     """Set a file's size."""
-    os.truncate(path, size_bytes)
+    fd = opened(device, path, os.O_WRONLY)
+    try:
+        os.ftruncate(fd, size_bytes)
+    finally:
+        os.close(fd)
 
 
-def set_size_and_times(path: str, size_bytes: int, atime_ns: int, mtime_ns: int) -> None:
+def set_size_and_times(device: int, path: str, size_bytes: int, atime_ns: int, mtime_ns: int) -> None:
     """Have the kernel, which trusts its own, take a file's size and times from the daemon."""
-    if os.stat(path).st_size != size_bytes:
-        os.truncate(path, size_bytes)
-    os.utime(path, ns=(atime_ns, mtime_ns))
+    fd = opened(device, path, os.O_RDONLY)
+    try:
+        if os.fstat(fd).st_size != size_bytes:
+            truncate(device, path, size_bytes)
+        os.utime(fd, ns=(atime_ns, mtime_ns))
+    finally:
+        os.close(fd)
 
 
 def device_of(path: str) -> int:
@@ -69,25 +96,36 @@ def unmount(path: str, lazy: bool) -> None:
         raise OSError(16 if "busy" in done.stderr else 22, done.stderr.strip(), path)
 
 
-def detach(path: str, files: list[str]) -> None:
-    """Take a busy mount away so that nothing new is opened, and then write back what these files hold."""
-    fds = []
+def detach(device: int, path: str, files: list[str]) -> list[str]:
+    """Take a busy mount away so that nothing new is opened, and then write back what these files hold.
+
+    Those that cannot be opened are given back. Raises OSError, when all others are written back.
+    """
+    fds, unopened = [], []
     for file in files:
         try:
-            fds.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            fds.append(opened(device, file, os.O_RDONLY))
         except OSError:
-            continue
+            unopened.append(file)
+    failure = None
     try:
         unmount(path, True)
         for fd in fds:
-            os.fsync(fd)
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                failure = error
     finally:
         for fd in fds:
             os.close(fd)
+    if failure is not None:
+        raise failure
+    return unopened
 
 
-CALLS: dict[str, Callable[..., int | None]] = {
+CALLS: dict[str, Callable[..., int | list[str] | None]] = {
     "fsync": fsync,
+    "check_writable": check_writable,
     "truncate": truncate,
     "set_size_and_times": set_size_and_times,
     "device_of": device_of,

@@ -29,6 +29,7 @@ from ..errors import (
     ReadOnlyError,
     ReservedNameError,
     SnapfsError,
+    StaleVolumeError,
 )
 from ..formats import Attributes
 from ..geometry import BLOCK_SIZE, VolumeId
@@ -139,7 +140,7 @@ class Namespace:
         if names.is_snapshot_folder(parent):
             return await self._lookup_in_snapshot(parent, name, caller)
         inode = self._lookup_in_meta(parent, name, caller)
-        node = await self.node(inode)
+        node = self.as_seen_by(caller, await self.node(inode))
         # A volume under its number is for the helper alone: the kernel must ask each time.
         return node._replace(entry_timeout_s=0.0) if names.volume_id_of(inode) is not None else node
 
@@ -201,6 +202,18 @@ class Namespace:
             if special is not None:
                 return special
         raise NoEntryError("there is no such file")
+
+    def as_seen_by(self, caller: Caller, node: Node) -> Node:
+        """The attributes that the kernel is to hold a caller's rights against.
+
+        A volume that its owner or mode keeps from the daemon's user is that user's for the helper; the kernel asks
+        again for whoever comes next.
+        """
+        if self._uid == 0 or not self._is_helper(caller) or names.volume_id_of(node.inode) is None:
+            return node
+        if node.uid == self._uid and node.mode & 0o600 == 0o600:
+            return node
+        return node._replace(mode=stat.S_IFREG | 0o600, uid=self._uid, gid=self._gid, attr_timeout_s=0.0)
 
     def _is_helper(self, caller: Caller) -> bool:
         return caller.pid == self.helper_pid != 0
@@ -447,6 +460,11 @@ class Namespace:
 
     def _refuse_in_rollback(self, volume: Volume) -> None:
         """The kernel looked at the mode and the owner of before, which others come in place of."""
+        if volume.file_id in self.pool.clones.stale:
+            raise StaleVolumeError(
+                "the volume was rolled back, and the kernel keeps the size that it had",
+                "Unmount and mount, then use it",
+            )
         if volume in self.pool.clones.rolling_back:
             raise BusyVolumeError("the volume is being rolled back", "Try again in a moment")
 
@@ -559,7 +577,7 @@ class Namespace:
             await self.pool.volumes.truncate(volume, size_bytes)
         if change != AttributeChange():
             await self.pool.volumes.change(volume, change)
-        return self.volume_node(volume)
+        return self.as_seen_by(caller, self.volume_node(volume))
 
     def refuse_link(self, parent: int) -> None:
         """Links, device files and the like: none."""

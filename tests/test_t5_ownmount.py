@@ -1,0 +1,251 @@
+"""The daemon's own use of its mount: wherever that is seen by now, whoever holds a lock, and as an ordinary user."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import SNAPFS, Mounted, has_unmounted, run, snapfs, wait_for_end, wait_until
+from .unprivileged import run_unprivileged
+
+pytestmark = pytest.mark.mount
+
+
+@pytest.fixture
+def seen_elsewhere(mounted_in_memory: Mounted, tmp_path: Path) -> Iterator[Path]:
+    """Where a mount is seen that was lazily unmounted from where it was made."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run("mount", "--bind", mounted_in_memory.path, elsewhere)
+    daemon = os.pidfd_open(int(mounted_in_memory.status()["pid"]))
+    snapfs("umount", "--lazy", mounted_in_memory.path)
+    try:
+        yield elsewhere
+    finally:
+        wait_until(lambda: has_unmounted(elsewhere), f"{elsewhere} stays busy")
+        wait_for_end(daemon)
+
+
+@contextlib.contextmanager
+def left_open(path: Path) -> Iterator[int]:
+    """A new file, open until its daemon has ended."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        yield fd
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_a_snapshot_of_a_mount_seen_elsewhere_holds_what_the_kernel_had(seen_elsewhere: Path) -> None:
+    with open(seen_elsewhere / "v", "w+b", buffering=0) as file:
+        file.write(b"WRITTEN BEFORE" + bytes(4096))
+        os.fsync(file.fileno())
+        os.pwrite(file.fileno(), b"SECOND version", 0)
+        os.mkdir(seen_elsewhere / ".snapshots" / "one")
+        assert (seen_elsewhere / ".snapshots" / "one" / "v").read_bytes()[:14] == b"SECOND version"
+
+
+def test_a_rollback_of_a_mount_seen_elsewhere_is_refused_and_changes_nothing(seen_elsewhere: Path) -> None:
+    volume = seen_elsewhere / "v"
+    volume.write_bytes(b"balance of monday: 100 000\n")
+    os.mkdir(seen_elsewhere / ".snapshots" / "one")
+    volume.write_bytes(b"tuesday: 5\n")
+    refused = snapfs("rollback", seen_elsewhere, "one", expect=1)
+    assert "is not this pool's mount any more" in refused.stderr
+    assert volume.read_bytes() == b"tuesday: 5\n"
+    assert os.listdir(seen_elsewhere / ".snapshots") == ["one"]
+
+
+def test_unmounting_what_is_seen_elsewhere_too_says_so_and_ends(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    elsewhere.mkdir()
+    link.symlink_to(mounted_in_memory.path)
+    daemon = os.pidfd_open(int(mounted_in_memory.status()["pid"]))
+    run("mount", "--bind", mounted_in_memory.path, elsewhere)
+    said = snapfs("umount", mounted_in_memory.path, expect=1)
+    assert f"it is seen on '{elsewhere}' too" in said.stderr
+    wait_until(lambda: has_unmounted(elsewhere), f"{elsewhere} stays busy")
+    wait_for_end(daemon)
+    mounted_in_memory.mount()
+    snapfs("umount", "--lazy", link)
+
+
+def test_a_signal_takes_no_other_pools_mount_away(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    first = mounted_in_memory
+    pid = int(first.status()["pid"])
+    daemon = os.pidfd_open(pid)
+    with left_open(first.path / "v") as file:
+        os.write(file, b"OLD" + bytes(4096))
+        os.fsync(file)
+        snapfs("umount", "--lazy", first.path)
+        snapfs("init", tmp_path / "other")
+        snapfs("mount", tmp_path / "other", first.path)
+        (first.path / "theirs").write_bytes(b"theirs")
+        os.pwrite(file, b"NEW", 0)
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(daemon)
+    assert (first.path / "theirs").read_bytes() == b"theirs"
+    snapfs("umount", first.path)
+    first.mount()
+    assert (first.path / "v").read_bytes()[:3] == b"NEW"
+
+
+def test_a_signal_after_a_lazy_unmount_loses_nothing(mounted_in_memory: Mounted) -> None:
+    pid = int(mounted_in_memory.status()["pid"])
+    daemon = os.pidfd_open(pid)
+    with left_open(mounted_in_memory.path / "v") as file:
+        os.write(file, b"OLD" + bytes(4096))
+        os.fsync(file)
+        snapfs("umount", "--lazy", mounted_in_memory.path)
+        os.pwrite(file, b"NEW", 0)
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(daemon)
+    mounted_in_memory.mount()
+    assert (mounted_in_memory.path / "v").read_bytes()[:3] == b"NEW"
+
+
+def test_a_rollback_of_a_program_that_runs_changes_nothing(mounted_in_memory: Mounted) -> None:
+    program, volume = mounted_in_memory.path / "program", mounted_in_memory.path / "v"
+    program.write_bytes(Path("/bin/sleep").read_bytes())
+    program.chmod(0o755)
+    volume.write_bytes(b"balance of monday: 100 000\n")
+    mounted_in_memory.snapshot("one")
+    os.truncate(program, program.stat().st_size + 5000)
+    volume.write_bytes(b"tuesday: 5\n")
+    size_bytes = program.stat().st_size
+    running = subprocess.Popen([program, "3600"])
+    try:
+        wait_until(lambda: os.readlink(f"/proc/{running.pid}/exe") == str(program), "it runs")
+        refused = snapfs(
+            "rollback", mounted_in_memory.path, "one", "--volume", "program", "--volume", "v", "--force", expect=1
+        )
+        assert "'program' is a program that runs" in refused.stderr
+        assert program.stat().st_size == size_bytes and volume.read_bytes() == b"tuesday: 5\n"
+        assert os.listdir(mounted_in_memory.snapshots) == ["one"]
+    finally:
+        running.kill()
+        running.wait()
+    snapfs("rollback", mounted_in_memory.path, "one")
+    assert volume.read_bytes() == b"balance of monday: 100 000\n"
+    assert program.stat().st_size == size_bytes - 5000
+
+
+_WRITER = """
+import mmap, os, sys
+source = os.open(sys.argv[1], os.O_RDONLY)
+memory = mmap.mmap(source, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+target = os.open(sys.argv[2], os.O_WRONLY)
+print("ready", flush=True)
+sys.stdin.readline()
+print("writing", flush=True)
+os.write(target, memory)
+"""
+
+
+def test_a_write_that_waits_for_its_memory_holds_up_no_snapshot(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    snapfs("init", tmp_path / "slow")
+    slow = tmp_path / "slow-mount"
+    slow.mkdir()
+    snapfs("mount", tmp_path / "slow", slow)
+    (slow / "memory").write_bytes(os.urandom(mmap.PAGESIZE))
+    snapfs("umount", slow)
+    snapfs("mount", tmp_path / "slow", slow)
+    slow_pid = int(Mounted.status_of(slow)["pid"])
+    held, other = mounted_in_memory.path / "held", mounted_in_memory.path / "other"
+    held.write_bytes(b"held")
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, slow / "memory", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writer.stdin is not None and writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        os.kill(slow_pid, signal.SIGSTOP)
+        with open(other, "wb", buffering=0) as file:
+            file.write(b"only in the kernel")
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "writing\n"
+            stat = Path(f"/proc/{writer.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(") ")[2].startswith("D"), "the write waits")
+            for name in ("one", "two"):
+                # Not waited for by run(), which could not end it: it waits for its own answer.
+                made = subprocess.Popen([*SNAPFS, "snapshot", str(mounted_in_memory.path), name])
+                wait_until(lambda made=made: made.poll() is not None, "the snapshot is made")  # type: ignore[misc]
+                assert made.returncode == 0
+                assert (mounted_in_memory.snapshots / name / "other").read_bytes() == b"only in the kernel"
+    finally:
+        os.kill(slow_pid, signal.SIGCONT)
+        writer.communicate("\n")
+        snapfs("umount", slow)
+    assert held.stat().st_size == mmap.PAGESIZE
+
+
+def test_an_ordinary_users_volumes_keep_nobody_from_anything_by_their_modes(tmp_path: Path) -> None:
+    said = run_unprivileged(
+        textwrap.dedent("""
+            import contextlib, json, os, select, signal, subprocess, sys
+            SNAPFS = [sys.executable, "-m", "snapfs"]
+            def snapfs(*words):
+                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+            assert os.geteuid() != 0
+            os.mkdir("m")
+            snapfs("init", "pool")
+            snapfs("mount", "pool", "m")
+            with open("m/log", "wb", buffering=0) as log:
+                os.chmod("m/log", 0o200)
+                log.write(b"line")
+                snapfs("snapshot", "m", "one")
+                os.chmod("m/log", 0o600)
+                snapfs("clone", "m", "one/log", "kept")
+                os.chmod("m/kept", 0o600)
+                print("kept", open("m/kept", "rb").read())
+            with open("m/golden", "wb") as golden:
+                golden.write(b"the old contents")
+            os.chmod("m/golden", 0o444)
+            snapfs("snapshot", "m", "two")
+            os.chmod("m/golden", 0o644)
+            with open("m/golden", "wb") as golden:
+                golden.write(b"x")
+            os.chmod("m/golden", 0o444)
+            snapfs("rollback", "m", "two", "--volume", "golden")
+            print("back", open("m/golden", "rb").read(), oct(os.stat("m/golden").st_mode & 0o777))
+            control = os.open("m/.snapfs/control", os.O_RDWR)
+            os.write(control, b"resize golden 3" + bytes([10]))
+            os.close(control)
+            print("cut", open("m/golden", "rb").read())
+            for mode in (0o600, 0o200):
+                file = os.open(f"m/{mode:o}", os.O_WRONLY | os.O_CREAT)
+                os.chmod(f"m/{mode:o}", mode)
+                os.write(file, b"written")
+                with open("m/.snapfs/status.json") as status:
+                    pid = int(json.load(status)["pid"])
+                daemon = os.pidfd_open(pid)
+                os.kill(pid, signal.SIGTERM)
+                select.select([daemon], [], [], 60)
+                with contextlib.suppress(OSError):
+                    os.close(file)
+                snapfs("mount", "pool", "m")
+                os.chmod(f"m/{mode:o}", 0o600)
+                print("stopped", open(f"m/{mode:o}", "rb").read())
+            snapfs("umount", "m")
+            snapfs("check", "pool")
+        """),
+        tmp_path,
+    )
+    assert said.splitlines() == [
+        "kept b'line'",
+        "back b'the old contents' 0o444",
+        "cut b'the'",
+        "stopped b'written'",
+        "stopped b'written'",
+    ]
