@@ -314,6 +314,8 @@ class DirectoryDevice(Device):
         known = self._folders.get(folder)
         if known is not None:
             return known
+        if not folder:
+            raise OSError(errno.EBADF, "the device is closed", self.path)
         outer, _, last = folder.rpartition("/")
         outer_fd = self._folder(outer, create=create)
         if create:

@@ -1,8 +1,8 @@
 """The block map of an object: which change log holds each block. Pure.
 
 A map of 1024 entries is an ``array`` of unsigned 32-bit log ids; one whose entries are all equal
-is a plain ``int``. Entry 0 is a hole and reads as zeros. Arrays of live maps are changed in place
-by their processor; any map that is kept for later is a copy.
+is a plain ``int``. Entry 0 is a hole and reads as zeros. A map is never changed: a change gives another one, so that
+what finds no memory halfway has changed nothing.
 
 Encoded for a store, a map is an integer (uniform), or a blob: a byte of kind, then little-endian
 ``R`` runs of (count - 1: u16, log id: u32), or ``A`` the 1024 ids (u32) - whichever is shorter. A map that
@@ -41,21 +41,16 @@ def entry(block_map: BlockMap, block: int) -> int:
     return block_map if isinstance(block_map, int) else block_map[block]
 
 
-def keep(block_map: BlockMap) -> BlockMap:
-    """A copy that later changes do not reach."""
-    return block_map if isinstance(block_map, int) else block_map[:]
-
-
 def expanded(block_map: BlockMap) -> array[int]:
-    """The map as an array, which is the map's own if it has one."""
+    """The map as an array, to be read: it is the map's own if it has one."""
     return array("I", [block_map]) * BLOCKS_PER_OBJECT if isinstance(block_map, int) else block_map
 
 
 def with_range(block_map: BlockMap, first: int, last: int, log_id: int) -> BlockMap:
-    """The map with blocks ``first`` up to, not including, ``last`` set; an array is changed in place."""
+    """The map with blocks ``first`` up to, not including, ``last`` set."""
     if last - first == BLOCKS_PER_OBJECT or (isinstance(block_map, int) and block_map == log_id):
         return log_id
-    entries = expanded(block_map)
+    entries = expanded(block_map) if isinstance(block_map, int) else block_map[:]
     if last - first == 1:
         entries[first] = log_id
     else:

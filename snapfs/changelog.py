@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from .backends import Device, DeviceFile
-from .errors import DamagedError
+from .blockmap import LOG_ID_MAX
+from .errors import DamagedError, IdsUsedUpError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder
 from .geometry import Epoch, LogId, VolumeId
 from .liveness import DeviceWatch, Liveness
@@ -94,9 +95,10 @@ class ChangeLog:
 
     def add_blocks(self, count: int) -> None:
         """Count blocks that came to be named, or are named no more when negative."""
-        self.block_count += count
+        block_count = self.block_count + count
         if self.quota is not None:
             self.quota.add(count)
+        self.block_count = block_count
 
     def close_if_discarded(self) -> None:
         """Close the file of a log that is gone, once nobody reads from it any more."""
@@ -201,7 +203,12 @@ class ChangeLogs:
         return log
 
     def take_id(self) -> LogId:
-        """The id of a log that is about to be made, given once. In the event loop, as all logs are that take writes."""
+        """The id of a log that is about to be made, given once. In the event loop, as all logs are that take writes.
+
+        Raises IdsUsedUpError.
+        """
+        if self.next_log_id > LOG_ID_MAX:
+            raise IdsUsedUpError("this pool has begun all the change logs it can", "Send its snapshots to a new pool")
         self.next_log_id += 1
         return LogId(self.next_log_id - 1)
 

@@ -28,6 +28,7 @@ from .restoring import Restorer
 from .sealedfile import DamagedBlockError
 from .snapshot import Snapshot, SnapshotMembers
 from .snapshots import SnapshotTable
+from .tasks import until_memory
 from .units import check_name, show_name, utc_name
 from .volume import Volume
 from .volumes import VolumeTable
@@ -303,7 +304,8 @@ class Clones:
                 await self._volumes.forget_counts(one.volume_id for one in traits)
                 raise
             for target, row in zip(targets, rows, strict=True):
-                self._volumes.take_back(target.volume, row, Epoch(undo.instant + 1))
+                # It is durable: whoever writes now must write to what it is.
+                await until_memory(partial(self._volumes.take_back, target.volume, row, Epoch(undo.instant + 1)))
             await self._restore(restores, snapshot.instant, undo)
         return RolledBack(undo, names)
 

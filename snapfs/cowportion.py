@@ -14,6 +14,7 @@ latest copy means the source itself. When a copy goes, the one before it takes o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -134,9 +135,7 @@ class CowPortion(Portion):
         self._check_refusal()
         source = self._logs.known[self._source_id]
         source.liveness.check_now()
-        if not source.dirty:
-            source.dirty = True
-            self._dirty_logs.append(source)
+        self._mark_dirty(source)
         assert source.file is not None, "_check_preserved has seen to it"
         return source.file
 
@@ -294,18 +293,13 @@ class CowPortion(Portion):
             state.kept = self.pending[object_index][-1]
             self.generation += 1
 
-    def _mark_dirty(self, log: ChangeLog) -> None:
-        if not log.dirty:
-            log.dirty = True
-            self._dirty_logs.append(log)
-
     def _point_copy_at(self, log: ChangeLog, run: _Run) -> CopyRow | None:
         """Have the latest copy name what was preserved of a run; blocks of zeros become holes of it.
 
         None when the copy went meanwhile; then what was preserved goes too.
         """
         copy = self._latest_copy_now(run.object_index)
-        entries = blockmap.expanded(HOLE if copy is None else blockmap.keep(copy.block_map))
+        entries = blockmap.expanded(HOLE if copy is None else copy.block_map)[:]
         stored = 0
         leftover = []
         for index in range(run.count):
@@ -315,15 +309,19 @@ class CowPortion(Portion):
                 stored += not is_zero
             elif not is_zero and entries[run.first + index] != log.log_id:
                 leftover.append(index)
-        # The quota counts them already.
-        log.block_count += stored
         self._note_changed(log)
-        if leftover:
-            self._give_back_blocks(log, run, leftover)
-        if copy is None:
-            return None
-        copy = copy._replace(block_map=blockmap.simplified(entries))
-        self._put_pending(copy)
+        # The quota counts them already. More counted than named is given back; fewer is damage.
+        log.block_count += stored
+        try:
+            if leftover:
+                self._give_back_blocks(log, run, leftover)
+            if copy is None:
+                return None
+            copy = copy._replace(block_map=blockmap.simplified(entries))
+            self._put_pending(copy)
+        except BaseException:
+            log.block_count -= stored
+            raise
         return copy
 
     def _latest_copy_now(self, object_index: int) -> CopyRow | None:
@@ -371,17 +369,16 @@ class CowPortion(Portion):
 
     def _folded(self, chain: list[CopyRow]) -> BlockMap:
         """The map of the first of these copies: where it names the source, the next one tells."""
-        found = blockmap.keep(chain[0].block_map)
+        found = chain[0].block_map
         for row in chain[1:]:
             if isinstance(found, int):
                 if found != self._source_id:
                     return found
-                found = blockmap.keep(row.block_map)
+                found = row.block_map
                 continue
             newer = blockmap.expanded(row.block_map)
-            for block, log_id in enumerate(found):
-                if log_id == self._source_id:
-                    found[block] = newer[block]
+            source_id = self._source_id
+            found = array("I", [later if one == source_id else one for one, later in zip(found, newer, strict=True)])
         return blockmap.simplified(found)
 
     async def lasting_map(self, object_index: int, instant: int) -> BlockMap:

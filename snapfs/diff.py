@@ -257,7 +257,7 @@ async def _map_of(processor: Processor, state: State, object_index: int) -> Bloc
 
 
 async def _live_map(portion: Portion, object_index: int) -> BlockMap:
-    return await when_resident(lambda _: blockmap.keep(portion.map_now(object_index)))
+    return await when_resident(lambda _: portion.map_now(object_index))
 
 
 def differing_runs(old: BlockMap, new: BlockMap) -> list[tuple[int, int, bool]]:

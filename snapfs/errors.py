@@ -97,6 +97,12 @@ class NoMemoryError(SnapfsError):
     errno = errno.ENOMEM
 
 
+class IdsUsedUpError(SnapfsError):
+    """A processor has begun as many change logs as there are ids. What was written stays readable."""
+
+    errno = errno.EOVERFLOW
+
+
 class SyncFailedError(SnapfsError):
     """A sync failed, so what was written since the last success may be lost.
 

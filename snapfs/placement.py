@@ -6,6 +6,7 @@ logs on them. The capacity counts blocks that maps and point-in-time copies name
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from .backends import DeviceFile
@@ -50,8 +51,11 @@ class Quota:
         return (self.used_blocks << BLOCK_SHIFT) * 100 // max(1, self.row.capacity_bytes)
 
     def check(self, block_count: int) -> None:
-        """Raises NoSpaceError when so many more blocks have no room."""
-        if (self.used_blocks + block_count) << BLOCK_SHIFT > self.row.capacity_bytes:
+        """Raises NoSpaceError when so many more blocks have no room.
+
+        None always have some, also where more is in use: it may have been made smaller.
+        """
+        if block_count and (self.used_blocks + block_count) << BLOCK_SHIFT > self.row.capacity_bytes:
             self._tell(100)
             raise NoSpaceError(
                 f"change log volume {self.name!r} is full: {format_size(self.row.capacity_bytes)}",
@@ -61,8 +65,13 @@ class Quota:
     def add(self, block_count: int) -> None:
         """Count blocks in, or out when negative."""
         self.used_blocks += block_count
-        if block_count < 0:
-            self.freed_blocks -= block_count
+        # Whatever else there is no memory for: it is counted.
+        with contextlib.suppress(MemoryError):
+            if block_count < 0:
+                self.freed_blocks -= block_count
+            self._warn()
+
+    def _warn(self) -> None:
         percent = self.percent
         if percent >= WARNING_PERCENTS[0] or self._warned:
             for level in WARNING_PERCENTS:

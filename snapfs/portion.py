@@ -50,6 +50,11 @@ _SEGMENTS_AT_ONCE = 32
 _WAS_MISSING = -1
 _BLOCK_MASK = BLOCK_SIZE - 1
 _ZEROS = memoryview(bytes(OBJECT_SIZE))
+# Made beforehand: there is no memory for it when it is needed.
+_FORGOTTEN = SyncFailedError(
+    "there was no memory to note what is still to be committed",
+    "The volume takes no more writes. Save what its writer still has, then unmount and mount the pool",
+)
 
 
 @dataclass(slots=True)
@@ -65,6 +70,16 @@ class PortionChanges:
     freed: list[FreedRow]
     candidates: list[CandidateRow]
     count_changed: bool
+    is_taken: bool = False
+    # What stands in their places from then on. Made before, for nothing may fail amid the exchange.
+    fresh: tuple[
+        list[ChangeLog],
+        dict[int, ChangeLog],
+        set[int],
+        list[tuple[int, int]],
+        list[FreedRow],
+        list[CandidateRow],
+    ] = field(default_factory=lambda: ([], {}, set(), [], [], []))
 
 
 @dataclass(slots=True)
@@ -235,7 +250,7 @@ class Portion:
         return found
 
     def snapshot_map_now(self, object_index: int, instant: int) -> BlockMap:
-        """The map of an object as it stood at an instant that a snapshot holds; a copy, for good.
+        """The map of an object as it stood at an instant that a snapshot holds.
 
         The point-in-time copy with the smallest instant at or after it, else the live map.
         """
@@ -243,7 +258,7 @@ class Portion:
         if state is None:
             raise NotResidentError(partial(self._load, object_index))
         if state.epoch <= instant:
-            return blockmap.keep(state.block_map)
+            return state.block_map
         for copy in self.pending.get(object_index, ()):
             if copy.epoch <= instant <= copy.instant:
                 return copy.block_map
@@ -332,11 +347,12 @@ class Portion:
     def _make_holes(self, object_index: int, state: ObjectState, first: int, last: int) -> None:
         """Have blocks that read as zeros take no space; what only they named is the caller's to free."""
         count = blockmap.mapped_count(state.block_map, first, last)
-        if count:
-            self._tally.add(self.volume_id, -count)
-            self._count_changed = True
-        state.block_map = blockmap.with_range(state.block_map, first, last, HOLE)
+        block_map = blockmap.with_range(state.block_map, first, last, HOLE)
         self._dirty_objects.add(object_index)
+        if count:
+            self._count_changed = True
+            self._tally.add(self.volume_id, -count)
+        state.block_map = block_map
 
     def ready_to_write_now(self, object_index: int, inside: int, data: Buffer, old_blocks: OldBlocks) -> int:
         """Raise what would keep :meth:`write_now` from going through, and change nothing.
@@ -365,10 +381,16 @@ class Portion:
         if log.liveness.is_over:
             raise NotResidentError(log.liveness.fetch)
         if not log.dirty:
-            log.dirty = True
-            self._dirty_logs.append(log)
+            self._mark_dirty(log)
         assert log.file is not None, "the current change log is open"
         return log.file
+
+    def _mark_dirty(self, log: ChangeLog) -> None:
+        """Have a log synced by the next commit."""
+        if not log.dirty:
+            # In this order: one that is called dirty and stands in no list would never be synced.
+            self._dirty_logs.append(log)
+            log.dirty = True
 
     def _check_refusal(self) -> None:
         if self.refusal is not None:
@@ -462,7 +484,7 @@ class Portion:
                 object_index,
                 Epoch(instant),
                 Epoch(state.epoch),
-                blockmap.keep(state.block_map),
+                state.block_map,
             )
             self.pending.setdefault(object_index, []).append(copy)
             state.copied = instant
@@ -476,15 +498,21 @@ class Portion:
                 gained += count
                 if log_id == HOLE:
                     holes += count
+        # First what may find no memory and counts nothing, then the counts, then the map: it may be tried again.
+        block_map = blockmap.with_range(state.block_map, first, last, log.log_id)
+        self._note_changed(log)
+        self._dirty_objects.add(object_index)
         log.add_blocks(gained)
+        if holes:
+            self._count_changed = True
+            try:
+                self._tally.add(self.volume_id, holes)
+            except MemoryError:
+                log.add_blocks(-gained)
+                raise
+        state.block_map = block_map
         if gained >= LARGE_BLOCKS_MIN:
             self._neighbours.writeback.note(log, gained)
-        self._note_changed(log)
-        if holes:
-            self._tally.add(self.volume_id, holes)
-            self._count_changed = True
-        state.block_map = blockmap.with_range(state.block_map, first, last, log.log_id)
-        self._dirty_objects.add(object_index)
 
     def unmap_now(self, object_index: int, first: int, last: int = BLOCKS_PER_OBJECT) -> None:
         """Make holes of an object's blocks from ``first`` up to ``last``; free those that no copy names.
@@ -502,10 +530,7 @@ class Portion:
             self._enter_epoch()
         freed = self._unpinned(state, object_index, first, last, None)
         self._keep_copy(object_index, state)
-        state.block_map = blockmap.with_range(state.block_map, first, last, HOLE)
-        self._tally.add(self.volume_id, -count)
-        self._count_changed = True
-        self._dirty_objects.add(object_index)
+        self._make_holes(object_index, state, first, last)
         for log, offset, length in freed:
             self._free(log, object_index, offset, length)
 
@@ -886,14 +911,14 @@ class Portion:
         """Objects whose maps are not committed."""
         return len(self._dirty_objects)
 
-    def take_changes(self) -> PortionChanges:
-        """Copy what is to be committed; what changes from now on is for the next commit."""
-        changes = PortionChanges(
+    def changes(self) -> PortionChanges:
+        """What is to be committed, to be taken by :meth:`take`."""
+        return PortionChanges(
             logs_to_sync=self._dirty_logs,
             changed_logs=self._changed_logs,
             objects=self._dirty_objects,
             maps=[
-                MapRow(self.volume_id, index, Epoch(state.epoch), blockmap.keep(state.block_map))
+                MapRow(self.volume_id, index, Epoch(state.epoch), state.block_map)
                 for index in self._dirty_objects
                 if (state := self.objects[index]).epoch != NEVER
             ],
@@ -903,18 +928,22 @@ class Portion:
             candidates=self._candidates,
             count_changed=self._count_changed,
         )
-        # Nothing before this may be changed: there may have been no memory for what is to be committed.
+
+    def take(self, changes: PortionChanges) -> None:
+        """What changes from now on is for the next commit. All of it or, for want of memory, nothing."""
         for log in self._dirty_logs:
             log.dirty = False
-        self._dirty_logs = []
-        self._changed_logs = {}
-        self._dirty_objects = set()
-        self._dropped_copies = []
-        self._freed = []
-        self._candidates = []
+        changes.is_taken = True
+        (
+            self._dirty_logs,
+            self._changed_logs,
+            self._dirty_objects,
+            self._dropped_copies,
+            self._freed,
+            self._candidates,
+        ) = changes.fresh
         self._count_changed = False
         self.in_commit = True
-        return changes
 
     def changes_done(self, changes: PortionChanges) -> None:
         """What was taken is durable."""
@@ -932,13 +961,25 @@ class Portion:
     def changes_failed(self, changes: PortionChanges, error: SnapfsError | OSError, *, sync_failed: bool) -> None:
         """What was taken is not durable; it is still to be committed.
 
-        After a failed sync of data it never will be: what the device kept is not known.
+        After a failed sync of data it never will be: what the device kept is not known. Nor when there is no memory to
+        note what was taken.
         """
+        if not changes.is_taken:
+            return
         self.in_commit = False
+        try:
+            self._take_back(changes)
+            if sync_failed:
+                self.failure = self.refusal = SyncFailedError(
+                    f"a sync of volume {self.volume_id} failed ({error})",
+                    "It takes no more writes. Save what its writer still has, then unmount and mount the pool",
+                )
+        except MemoryError:
+            self.failure = self.refusal = _FORGOTTEN
+
+    def _take_back(self, changes: PortionChanges) -> None:
         for log in changes.logs_to_sync:
-            if not log.dirty:
-                log.dirty = True
-                self._dirty_logs.append(log)
+            self._mark_dirty(log)
         for log_id, log in changes.changed_logs.items():
             if log_id in self._changed_logs:
                 log.held -= 1
@@ -949,11 +990,6 @@ class Portion:
         self._freed = changes.freed + self._freed
         self._candidates = changes.candidates + self._candidates
         self._count_changed = self._count_changed or changes.count_changed
-        if sync_failed:
-            self.failure = self.refusal = SyncFailedError(
-                f"a sync of volume {self.volume_id} failed ({error})",
-                "It takes no more writes. Save what its writer still has, then unmount and mount the pool",
-            )
 
     def let_go(self, object_index: int) -> bool:
         """Forget an object's map if it is clean; whether it is no longer kept."""

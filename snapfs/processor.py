@@ -357,16 +357,15 @@ class Processor:
         """Like :meth:`commit`, by a holder of the commit lock, shielded from cancellation."""
         began = time.perf_counter_ns()
         commit = self._begin_commit(portions, batch, catalog_generation)
-        started = time.perf_counter_ns()
-        if not commit.taken and not commit.batch:
-            return started - began
-        syncing = [log for _, changes in commit.taken for log in changes.logs_to_sync]
-        for log in syncing:
-            log.users += 1
         try:
+            started = time.perf_counter_ns()
+            if not commit.taken and not commit.batch:
+                return started - began
             # Data first, then the maps that name it. While the data's device takes its time, the store answers.
-            if any(changes.logs_to_sync for _, changes in commit.taken):
-                await self.access.in_thread(self._sync_data, commit)
+            syncing = [log for _, changes in commit.taken for log in changes.logs_to_sync]
+            if syncing:
+                with in_use(syncing):
+                    await self.access.in_thread(self._sync_data, commit)
             if commit.batch:
                 await self.access.ask(self._write_maps, commit)
         except _DataSyncError as failed:
@@ -375,10 +374,6 @@ class Processor:
         except BaseException as error:
             self._fail_commit(commit, error, None)
             raise
-        finally:
-            for log in syncing:
-                log.users -= 1
-                log.close_if_discarded()
         self._end_commit(commit)
         self.commit_count += 1
         self.last_commit_ns = time.time_ns()
@@ -401,12 +396,12 @@ class Processor:
                 raise type(portion.failure)(portion.failure.reason, portion.failure.fix)
         try:
             self._take_changes(commit, chosen)
+            if rows:
+                rows.next_log_id = LogId(self.logs.next_log_id)
         except BaseException as error:
             # There may be no memory for all of it: what was taken is still to be committed.
             self._fail_commit(commit, error, None)
             raise
-        if rows:
-            rows.next_log_id = LogId(self.logs.next_log_id)
         return commit
 
     def _take_changes(self, commit: _Commit, portions: list[Portion]) -> None:
@@ -414,8 +409,9 @@ class Processor:
         for portion in portions:
             if not portion.is_dirty or portion.failure is not None:
                 continue
-            changes = portion.take_changes()
+            changes = portion.changes()
             commit.taken.append((portion, changes))
+            portion.take(changes)
             rows.maps += changes.maps
             rows.copies += changes.copies
             rows.dropped_copies += [(portion.volume_id, *one) for one in changes.dropped_copies]  # type: ignore[misc]

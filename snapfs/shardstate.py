@@ -78,11 +78,13 @@ class Tally:
 
     def add(self, volume_id: VolumeId, count: int) -> None:
         """Count blocks in, or out when negative."""
-        before = self.counts.get(volume_id, 0)
+        before = self.counts.setdefault(volume_id, 0)
         # What a clone inherits of a copy-on-write volume was never counted in.
-        after = self.counts[volume_id] = max(0, before + count)
-        if volume_id not in self._hidden:
-            self.total += after - before
+        after = max(0, before + count)
+        total = self.total if volume_id in self._hidden else self.total + after - before
+        # Both, or for want of memory neither.
+        self.counts[volume_id] = after
+        self.total = total
 
     def hide(self, volume_id: VolumeId) -> None:
         """Leave a removed volume out of the total."""

@@ -89,9 +89,10 @@ class SnapshotVolume(VolumeView):
         self.size_bytes = attributes.size_bytes
         self._maps: dict[int, tuple[int, BlockMap]] = {}
         self.portions = [processor.portion(volume_id) for processor in processors]
-        snapshot.opens += 1
         for portion in self.portions:
             portion.users += 1
+        # Last: one that is not made is not closed.
+        snapshot.opens += 1
 
     def map_now(self, object_index: int) -> BlockMap:
         """See :meth:`VolumeView.map_now`. What a snapshot holds never changes, so a map found once is kept.

@@ -29,15 +29,15 @@ class SnapshotIndex:
             insort(self._of_volume.setdefault(volume_id, []), instant)
 
     def remove(self, instant: int, volume_ids: Iterable[VolumeId] | None) -> None:
-        """The snapshot is deleted; nothing is kept for it from now on."""
+        """The snapshot is deleted; nothing is kept for it from now on. It may be in here in part, or not at all."""
         if volume_ids is None:
-            self._of_all.remove(instant)
+            _leave_out(self._of_all, instant)
             return
         for volume_id in volume_ids:
-            instants = self._of_volume[volume_id]
-            instants.remove(instant)
+            instants = self._of_volume.get(volume_id, [])
+            _leave_out(instants, instant)
             if not instants:
-                del self._of_volume[volume_id]
+                self._of_volume.pop(volume_id, None)
 
     def holds(self, volume_id: VolumeId, low: int, high: int) -> bool:
         """Whether a snapshot holds the volume with an instant from ``low`` to ``high``, both included."""
@@ -70,7 +70,14 @@ class SnapshotIndex:
         return instants[place] if place < len(instants) else NEVER
 
 
+def _leave_out(instants: list[int], instant: int) -> None:
+    place = bisect_left(instants, instant)
+    if instants[place : place + 1] == [instant]:
+        del instants[place]
+
+
 def _any_between(instants: list[int], low: int, high: int) -> bool:
     place = bisect_left(instants, low)
     # A slice, for threads ask too: an instant may go between two looks.
-    return any(instant <= high for instant in instants[place : place + 1])
+    found = instants[place : place + 1]
+    return bool(found) and found[0] <= high

@@ -191,26 +191,36 @@ class SnapshotTable:
         wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule, guid)
         async with self.lock:
             self._check_free(name)
-            chosen = self._chosen(volume_names)
-            self._volumes.check_whole(self._volumes.by_name.values() if chosen is None else chosen)
-            await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
+            chosen = await self._flushed(volume_names)
             shown = None if volume_names is None else [show_name(one) for one in volume_names]
             hooks = self.hooks.concerning(shown) if with_hooks else []
             max_stall_s = None if max_stall_ms is None else max_stall_ms / 1e3
             async with self.hooks.frozen(hooks, show_name(name or b""), max_stall_s) as freeze:
                 if freeze.is_active:
                     # What they wrote to hold still. The first flush left little else to write.
-                    await self.before_cut(
-                        self._volumes.unsaved() if chosen is None else self._chosen(volume_names) or []
-                    )
-                # Cancelled in between, it would be neither there nor not there.
-                with trio.CancelScope(shield=True):
-                    async with self._volumes.lock:
-                        freeze.check_now()
-                        cut = self._cut(wish, self._chosen(volume_names))
-                    cut.freeze, cut.max_stall_ms = freeze, max_stall_ms
-                    made = await self._see_through(cut)
+                    chosen = await self._flushed(volume_names)
+                cut = None
+                while cut is None:
+                    # Cancelled in between, it would be neither there nor not there.
+                    with trio.CancelScope(shield=True):
+                        async with self._volumes.lock:
+                            freeze.check_now()
+                            if self._chosen(volume_names) == chosen:
+                                cut = self._cut(wish, chosen)
+                        if cut is not None:
+                            cut.freeze, cut.max_stall_ms = freeze, max_stall_ms
+                            made = await self._see_through(cut)
+                    if cut is None:
+                        # A name stands for another volume by now, of which the kernel may have pages.
+                        chosen = await self._flushed(volume_names)
         return made
+
+    async def _flushed(self, volume_names: Iterable[bytes] | None) -> list[Volume] | None:
+        """The volumes of these names, or None for all, of which the kernel has handed over what was written before."""
+        chosen = self._chosen(volume_names)
+        self._volumes.check_whole(self._volumes.by_name.values() if chosen is None else chosen)
+        await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
+        return chosen
 
     async def create_before(
         self,
@@ -283,31 +293,34 @@ class SnapshotTable:
         created_ns = time.time_ns()
         marks = {volume: volume.size_mark() for volume in self._volumes.unsaved()}
         volume_ids = None if chosen is None else frozenset(volume.volume_id for volume in chosen)
-        snapshot_id = SnapshotId(self._next_snapshot_id)
-        self._next_snapshot_id += 1
-        started = time.perf_counter_ns()
-        instant = Epoch(self._next_instant)
-        self._next_instant += 1
-        parts = [processor.cut(snapshot_id, instant, volume_ids) for processor in self.processors]
-        self._index.add(instant, volume_ids)
-        if chosen is None:
-            self._clock.epoch = instant + 1
-        for volume in chosen or ():
-            volume.named_epoch = Epoch(instant + 1)
-        stall_ns = time.perf_counter_ns() - started
         row = SnapshotRow(
-            snapshot_id,
+            SnapshotId(self._next_snapshot_id),
             wish.name if wish.name is not None else self.unused_name(utc_name(created_ns).encode()),
-            instant,
+            Epoch(self._next_instant),
             created_ns,
             volume_ids,
-            stall_ns,
+            0,
             wish.note,
             wish.schedule,
             wish.guid,
             wish.hold_tags,
         )
-        return _Cut(row, parts, marks, chosen, stall_ns)
+        self._next_snapshot_id += 1
+        self._next_instant += 1
+        started = time.perf_counter_ns()
+        try:
+            parts = [processor.cut(row.snapshot_id, row.instant, volume_ids) for processor in self.processors]
+            self._index.add(row.instant, volume_ids)
+            if chosen is None:
+                self._clock.epoch = row.instant + 1
+            for volume in chosen or ():
+                volume.named_epoch = Epoch(row.instant + 1)
+            stall_ns = time.perf_counter_ns() - started
+            return _Cut(row._replace(stall_ns=stall_ns), parts, marks, chosen, stall_ns)
+        except BaseException as error:
+            # There was no memory for all of it: some processors may have begun a new epoch, which does no harm.
+            self._abort(row, error)
+            raise
 
     def unused_name(self, stem: bytes) -> bytes:
         """A name, with ``-2`` and so on behind it when it is taken."""

@@ -68,7 +68,21 @@ async def kept_up(task: Callable[[], Awaitable[None]], on_no_memory: Callable[[]
         try:
             return await task()
         except MemoryError:
-            on_no_memory()
+            pass
+        except BaseExceptionGroup as group:
+            # What a nursery makes of it.
+            if group.split(MemoryError)[1] is not None:
+                raise
+        on_no_memory()
+        await trio.sleep(NO_MEMORY_RETRY_S)
+
+
+async def until_memory(call: Callable[[], T]) -> T:
+    """What a call gives that must be made, and may be made again after it found no memory."""
+    while True:
+        try:
+            return call()
+        except MemoryError:
             await trio.sleep(NO_MEMORY_RETRY_S)
 
 
@@ -88,7 +102,12 @@ async def side_by_side(calls: Iterable[Callable[[], Awaitable[object]]]) -> None
 
     async with trio.open_nursery() as nursery:
         for call in waiting:
-            nursery.start_soon(run, call)
+            try:
+                nursery.start_soon(run, call)
+            except MemoryError as error:
+                # Those that were begun are to come to their ends.
+                errors.append(error)
+                break
     if errors:
         raise errors[0]
 

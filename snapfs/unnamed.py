@@ -51,7 +51,8 @@ async def free_unnamed(processor: Processor, logs: Sequence[LogRow]) -> int:
                 freed += await _free_in(processor, waiting)
                 waiting = []
                 mask_count = 0
-        freed += await _free_in(processor, waiting)
+        if waiting:
+            freed += await _free_in(processor, waiting)
     return freed
 
 

@@ -28,6 +28,7 @@ from .geometry import (
     volume_size_bytes_max,
 )
 from .notresident import NotResidentError, OldBlocks, when_resident
+from .placement import Quota
 from .portion import Portion, Segment
 from .processor import Processor
 from .sealedfile import DamagedBlockError
@@ -172,6 +173,7 @@ class Volume(VolumeView):
         self._trim_turn = trio.Lock()
         self._shrink_count = 0
         self.failed_write_count = 0
+        self._opens_before = 0
         self._catalog = catalog
         self._snapshots = snapshots
         self._clock = clock
@@ -259,12 +261,14 @@ class Volume(VolumeView):
 
     def open(self) -> None:
         """Have its portions in memory until :meth:`close`."""
-        self.opens += 1
-        if self.opens == 1:
-            self.portions = [processor.portion(self.volume_id) for processor in self.processors]
-            for portion in self.portions:
-                portion.users += 1
+        if not self.opens:
+            # All that may find no memory comes before it counts as open.
+            portions = [processor.portion(self.volume_id) for processor in self.processors]
             self._refuse_everywhere()
+            for portion in portions:
+                portion.users += 1
+            self.portions = portions
+        self.opens += 1
 
     def close(self) -> None:
         """Undo one :meth:`open`."""
@@ -298,20 +302,19 @@ class Volume(VolumeView):
         if self._truncated is not None:
             raise NotResidentError(self._wait_for_truncate)
 
-    def give_up(self) -> int:
-        """Let go of the contents, to be others by :meth:`become`; how many have it open.
+    def give_up(self) -> None:
+        """Let go of the contents, to be others by :meth:`become`, until :meth:`resume`.
 
         No await until then, so each read and write is of the one or of the other. The caller holds
         writers.
         """
-        opens = self.opens
-        if opens:
+        if self.opens:
+            self._opens_before = self.opens
             self.opens = 1
             self.close()
         self.versions.clear()
         # A sync under way is of the old contents, and says nothing of these.
         self._shrink_count += 1
-        return opens
 
     def become(self, row: VolumeRow) -> None:
         """Be the volume of another row, which is saved."""
@@ -330,11 +333,11 @@ class Volume(VolumeView):
         self.atime_ns, self.mtime_ns = attributes.atime_ns, attributes.mtime_ns
         self.ctime_ns = time.time_ns()
 
-    def resume(self, opens: int) -> None:
+    def resume(self) -> None:
         """After :meth:`become`: whoever had it open has it open."""
-        if opens:
+        if self._opens_before:
             self.open()
-            self.opens = opens
+            self.opens, self._opens_before = self._opens_before, 0
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -373,11 +376,13 @@ class Volume(VolumeView):
             (self.portions[object_index % self.processor_count], object_index, inside, view[at : at + step])
             for object_index, inside, step, at in pieces(offset, len(view))
         ]
-        block_count = 0
+        # Logs of one volume may be in the pool and in a change log volume: begun before and after a snapshot went.
+        block_counts: dict[Quota, int] = {}
         for portion, object_index, inside, part in parts:
-            block_count += portion.ready_to_write_now(object_index, inside, part, old_blocks)
-        quota = parts[0][0].quota
-        if quota is not None:
+            block_count = portion.ready_to_write_now(object_index, inside, part, old_blocks)
+            if portion.quota is not None:
+                block_counts[portion.quota] = block_counts.get(portion.quota, 0) + block_count
+        for quota, block_count in block_counts.items():
             quota.check(block_count)
         try:
             for portion, object_index, inside, part in parts:
@@ -387,6 +392,8 @@ class Volume(VolumeView):
             raise
 
     def _note_failed_write(self, end: int) -> None:
+        # A part of it may have been done.
+        self.before_change()
         if end > self.size_bytes:
             # A part of it may lie behind the size, which stays as it was.
             self._trim = _TRIM_DUE
@@ -654,10 +661,11 @@ class Volume(VolumeView):
                 if last_inside > last * BLOCK_SIZE >= aligned:
                     await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
                 position = stop
-            self.before_change()
-            self.mtime_ns = self.ctime_ns = time.time_ns()
         finally:
             self.close()
+            # Also when it stopped halfway.
+            self.before_change()
+            self.mtime_ns = self.ctime_ns = time.time_ns()
         return max(0, before - self.block_count) * BLOCK_SIZE
 
     async def trim(self) -> None:

@@ -272,23 +272,24 @@ class VolumeTable:
     def take_back(self, volume: Volume | None, row: VolumeRow, epoch: Epoch) -> None:
         """Memory follows a rollback that is durable: the volume is that of ``row`` now, what it was is removed.
 
-        None: one that was gone has come back.
+        None: one that was gone has come back. May be called again after it found no memory.
         """
         if volume is None:
             self._add(self._volume(row, is_saved=True, needs_trim=False))
             return
         old_id = volume.volume_id
-        self.removed[old_id] = epoch
-        for processor in self.processors:
-            processor.tally.hide(old_id)
-            portion = processor.portions.get(old_id)
-            if portion is not None:
-                portion.last_instant = epoch - 1
-        del self.by_id[old_id]
-        opens = volume.give_up()
-        volume.become(row)
-        self.by_id[row.volume_id] = volume
-        volume.resume(opens)
+        if old_id != row.volume_id:
+            self.removed[old_id] = epoch
+            for processor in self.processors:
+                processor.tally.hide(old_id)
+                portion = processor.portions.get(old_id)
+                if portion is not None:
+                    portion.last_instant = epoch - 1
+            self.by_id[row.volume_id] = volume
+            volume.give_up()
+            volume.become(row)
+            del self.by_id[old_id]
+        volume.resume()
         self._unsaved[volume] = None
         self._reclaim_wakeup.set()
 
@@ -471,6 +472,7 @@ class VolumeTable:
         async with self.lock:
             _check_used(volume)
             await volume.truncate(size_bytes)
+            volume.before_change()
             volume.mtime_ns = volume.ctime_ns = time.time_ns()
             if not volume.is_removed:
                 self._unsaved[volume] = None

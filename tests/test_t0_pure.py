@@ -98,7 +98,9 @@ def test_setting_a_range_sets_it_and_nothing_else(
     expected = as_list(block_map)
     first, last = span
     expected[first:last] = [log_id] * (last - first)
-    assert as_list(blockmap.with_range(blockmap.keep(block_map), first, last, log_id)) == expected
+    before = as_list(block_map)
+    assert as_list(blockmap.with_range(block_map, first, last, log_id)) == expected
+    assert as_list(block_map) == before
 
 
 @given(maps, ranges)

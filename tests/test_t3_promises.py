@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from snapfs import blockmap, changelog, cowportion, reclaim
+from snapfs import changelog, cowportion, reclaim
 from snapfs.backends import CrashPlan, Device, DeviceFile, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
@@ -22,6 +22,7 @@ from snapfs.fuse.control import run_line
 from snapfs.fuse.ownmount import OwnMount
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.portion import Portion, PortionChanges
 from snapfs.receive import _parse_volume
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
@@ -187,17 +188,17 @@ async def test_a_commit_for_which_there_is_no_memory_loses_no_volumes_changes(mo
         async with pool.volumes.opened(b"a") as a, pool.volumes.opened(b"b") as b:
             for volume in (a, b):
                 await volume.write(0, volume.name * BLOCK)
-            keep, count = blockmap.keep, 0
+            changes, count = Portion.changes, 0
 
-            def no_memory(block_map: blockmap.BlockMap) -> blockmap.BlockMap:
+            def no_memory(portion: Portion) -> PortionChanges:
                 nonlocal count
                 count += 1
                 if count == 2:
                     raise MemoryError
-                return keep(block_map)
+                return changes(portion)
 
             with monkeypatch.context() as patch:
-                patch.setattr(blockmap, "keep", no_memory)
+                patch.setattr(Portion, "changes", no_memory)
                 with pytest.raises(MemoryError):
                     await pool.snapshots.create(b"s")
             for volume in (a, b):

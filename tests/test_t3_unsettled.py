@@ -137,7 +137,7 @@ async def test_nobody_opens_a_volume_of_which_the_kernel_keeps_what_it_was() -> 
 
         namespace = Namespace(pool, "/nowhere", resize, nothing_to_forget)
         pool.clones.after_rollback = fail
-        with pytest.raises(StaleVolumeError, match="kept as '.*-before-rollback'.* that 'v' had .out of luck."):
+        with pytest.raises(StaleVolumeError, match=r"kept as '.*-before-rollback'.* that 'v' had .out of luck."):
             await pool.clones.rollback(b"s")
         assert len(pool.snapshots.by_name) == 2
         for flags in (os.O_RDONLY, os.O_RDWR | os.O_TRUNC):
