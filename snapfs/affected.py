@@ -63,6 +63,8 @@ class DamageTeller:
         """Tell who has these blocks of one object in one change log."""
         try:
             histories = await self._histories(blocks)
+            if len(names) + len(histories) > _VOLUMES_MAX:
+                names.clear()
             for volume_id in histories:
                 await self._note_names(volume_id, names)
         except (SnapfsError, OSError) as error:
@@ -118,8 +120,6 @@ class DamageTeller:
         """The names that a volume has, and has had in snapshots, into ``names``."""
         if volume_id in names:
             return
-        while len(names) >= _VOLUMES_MAX:
-            names.pop(next(iter(names)))
         versions = await self._snapshots.attributes_over_time(volume_id)
         named = [(one.epoch, one.instant, one.attributes.name) for one in versions]
         holding = [(one.instant, one.name) for one in self._snapshots.by_id.values() if one.holds(volume_id)]

@@ -17,7 +17,7 @@ from .catalog import Catalog
 from .counting import inherited_count, stands_on_cow
 from .database import Database, read_copy
 from .descriptor import lock_pool, read_descriptor
-from .errors import DamagedError, SnapfsError
+from .errors import DamagedError, NoSpaceError, SnapfsError
 from .formats import (
     CATALOG_FILE,
     CHANGE_LOG,
@@ -164,6 +164,9 @@ def _verified(stack: contextlib.ExitStack, home: Device, name: str, what: str, r
             if line != "ok":
                 report.add(DAMAGE, name, f"SQLite says: {line}")
     except FileNotFoundError:
+        raise
+    except NoSpaceError:
+        # Of what is there nothing is known by that.
         raise
     except OSError as error:
         report.add(DAMAGE, name, f"{what} cannot be read: {error.strerror}")
@@ -320,6 +323,7 @@ class _ShardCheck:
             what = f"the next change log is to be {self.store.next_log_id}, which is taken"
             self.report.add(DAMAGE, self.where, what)
         self._check_intermediates()
+        self._check_sources()
         for volume_id in sorted(self.store.volume_ids()):
             self._check_volume(volume_id)
         self._check_logs()
@@ -339,6 +343,15 @@ class _ShardCheck:
                 )
         for snapshot_id in parts:
             self.report.add(NOTE, self.where, f"intermediate snapshot {snapshot_id} was prepared and never combined")
+
+    def _check_sources(self) -> None:
+        """Whether each volume that is written over something, or stands on an image, has a record of that here."""
+        known = {log.volume_id for log in self.logs.values() if log.kind != CHANGE_LOG}
+        for volume_id in self.context.volumes:
+            traits = self.context.traits.get(volume_id)
+            if (traits.change_mode == COPY_ON_WRITE or traits.source_path) and volume_id not in known:
+                what = f"{self._shown(volume_id)} has lost the record of what it is written over"
+                self.report.add(DAMAGE, self.where, what)
 
     def _check_volume(self, volume_id: VolumeId) -> None:
         own: set[int] = set()
@@ -405,9 +418,13 @@ class _ShardCheck:
             last_instant = self.context.removed.get(volume_id, NEVER) - 1
             if snapshots.holds(volume_id, covered + 1, min(live.epoch - 1, last_instant)):
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before epoch {live.epoch}")
+            if copies and live.epoch <= covered:
+                self.report.add(DAMAGE, where, f"its map of epoch {live.epoch} is older than its copies")
             self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch, is_live=True)
             if volume is None and volume_id not in self.context.removed:
                 self.report.add(LEAK, where, "it has a live map, but the catalog knows no such volume")
+        elif volume is not None and copies:
+            self.report.add(DAMAGE, where, "it has copies, and its live map is lost")
 
     def _name_blocks(
         self,

@@ -56,7 +56,13 @@ class CowPortion(Portion):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._source_id = self._neighbours.sources[self.volume_id].log_id
+        source = self._neighbours.sources.get(self.volume_id)
+        if source is None:
+            raise DamagedError(
+                f"a shard store has lost the record of what volume {self.volume_id} is written over",
+                "Restore the pool from a copy; nothing of it was removed",
+            )
+        self._source_id = source.log_id
         self._preserve_turn = trio.Lock()
         self._wanted: list[tuple[int, int, int]] = []
         self._older: dict[tuple[int, int], CopyRow | None] = {}

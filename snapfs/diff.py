@@ -238,6 +238,9 @@ async def _candidates(processor: Processor, before: State | None, after: State) 
             found.update(await _all_objects(processor, step.volume_id))
     if meeting is not None:
         low, high = sorted((meeting.instant, shared[meeting.volume_id]))
+        if not processor.snapshots.holds(meeting.volume_id, low, low):
+            # Its copies may be gone, and with them what has changed since.
+            return sorted(found.union(await _all_objects(processor, meeting.volume_id)))
         found.update(await processor.access.ask(store.changed_objects, meeting.volume_id, low, high))
     return sorted(found)
 

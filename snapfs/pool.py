@@ -35,6 +35,7 @@ from .errors import (
 from .events import EventLog
 from .formats import (
     CATALOG_FILE,
+    COPY_ON_WRITE,
     DEVICE_FILE,
     EMBEDDED_DEVICE_FOLDER,
     FORMAT_VERSION,
@@ -386,9 +387,20 @@ class Pool:
         await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
         for processor in self.processors:
+            if self._lacks_sources(processor):
+                # What looks stray may be all that there is of a volume.
+                self.events.note("source-lost", logging.ERROR, processor=processor.index)
+                continue
             count = await processor.remove_strays()
             if count:
                 self.events.note("strays-removed", processor=processor.index, file_count=count)
+
+    def _lacks_sources(self, processor: Processor) -> bool:
+        """Whether a processor's store has lost the record of what a copy-on-write volume is written over."""
+        traits = self.volumes.traits
+        return any(
+            traits.get(one).change_mode == COPY_ON_WRITE and one not in processor.sources for one in self.volumes.by_id
+        )
 
     async def _recover_rows(self) -> None:
         # What lies behind the volumes' sizes is cleared later; that it is due must outlive this run.

@@ -20,7 +20,15 @@ from typing import IO, Any
 
 import blake3
 
-from .errors import BadCommandError, ChangedTargetError, DamagedError, ExistsError, MissingBaseError, SnapfsError
+from .errors import (
+    BadCommandError,
+    ChangedTargetError,
+    DamagedError,
+    ExistsError,
+    MissingBaseError,
+    SnapfsError,
+    UnsupportedError,
+)
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
 from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
 from .units import OFFSET_MAX, check_name, storable_ns
@@ -273,6 +281,9 @@ class Receiver:
 
     def _check(self, name: str) -> None:
         head = self._head
+        if not head.volumes:
+            # A snapshot that names no volume is one of all that are here.
+            raise UnsupportedError(f"the snapshot {head.name!r} of the stream holds no volume", "Nothing was received")
         listed = self._ask(self._mount_point, "list", options=[("space", "no")])["snapshots"]
         fields = self._ask(self._mount_point, "receive-state", "list")["states"].get(head.guid)
         if any(one["guid"] == head.guid for one in listed):

@@ -74,17 +74,31 @@ class Schedule:
         """Read it. Raises DamagedError."""
         try:
             fields = json.loads(text)
-            return cls(
+            found = cls(
                 name,
                 int(fields["every_s"]),
                 int(fields["offset_s"]),
-                tuple(fields["volumes"]),
-                tuple(Keep(*one) for one in fields["keep"]),
-                tuple(fields["hold_tags"]),
+                _texts(fields["volumes"]),
+                tuple(_kept(*one) for one in fields["keep"]),
+                _texts(fields["hold_tags"]),
                 bool(fields["skips_unchanged"]),
             )
-        except (ValueError, TypeError, KeyError) as error:
+            if not 1 <= found.every_s <= EVERY_S_MAX or not 0 <= found.offset_s <= _DAY_S:
+                raise ValueError(found.every_s)
+            return found
+        except (BadCommandError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise DamagedError(f"the rule of schedule {name!r} is damaged", "Remove it and add it again") from error
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise TypeError(values)
+    return tuple(values)
+
+
+def _kept(period_count: object, unit: object) -> Keep:
+    (keep,) = parse_keep(f"{period_count}{unit}")
+    return keep
 
 
 def make_schedule(
