@@ -159,6 +159,12 @@ class ChangeLogs:
         """How many more files may be open before others are closed."""
         return max(0, min(OPEN_FILES_MAX, self._open_max) - len(self._open))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be known, open and held against checksums, and not just a few, before others have to go."""
+        open_max = min(OPEN_FILES_MAX, self._open_max)
+        return self.files_room * 4 >= open_max and self.known_room * 4 >= KNOWN_LOGS_MAX and self.sums.has_room
+
     def adopt(self, row: LogRow) -> ChangeLog:
         """The log of a stored row, the one in memory if it is known already."""
         log = self.known.get(row.log_id)

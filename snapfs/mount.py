@@ -23,7 +23,7 @@ from .fuse.kernelnames import KernelNames
 from .fuse.names import EVENTS, SNAPSHOTS, of_volume
 from .fuse.namespace import Namespace
 from .fuse.operations import Operations
-from .fuse.ownmount import FlushError, MountMovedError, OwnMount
+from .fuse.ownmount import FlushError, OwnMount
 from .mountpoint import KNOWN_OPTIONS, MountRequest, check_mount_point, check_options, control_gid, offering_rescue
 from .pool import Pool, open_pool
 from .rescue import open_damaged_pool
@@ -78,7 +78,6 @@ class _Mount:
             self._namespace,
             request.mount_point,
             partial(self._kernel_names.tell, _forget_pages),
-            self._operations.request_mark,
         )
         self._kernel_events = KernelEvents(
             pool.events, partial(self._kernel_names.tell, _store_events), self._own_mount.cut_events
@@ -150,7 +149,7 @@ class _Mount:
                 _abort_connection(self._device)
             if await self._kernel_names.close():
                 # By its path: what is seen there by now may be another's.
-                pyfuse3.close(unmount=self._own_mount.is_in_place)
+                pyfuse3.close(unmount=await self._own_mount.is_in_place())
             else:
                 _log.error("the kernel still waits for an answer; end that with: umount -f %s", self._mount_point)
             events.note("unmounted", mount_point=self._mount_point)
@@ -187,9 +186,8 @@ class _Mount:
         """
         self._pool.jobs.stop()
         try:
-            self._own_mount.check_in_place()
             await self._own_mount.unmount()
-        except (OSError, MountMovedError) as error:
+        except OSError as error:
             _log.warning("the mount is taken away although it cannot be unmounted: %s", error)
             try:
                 await self._own_mount.detach()

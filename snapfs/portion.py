@@ -34,7 +34,7 @@ from .geometry import (
 )
 from .notresident import Fetch, NotResidentError, OldBlocks
 from .placement import Quota
-from .prefetch import fetch_checksums, ids_around, prefetch
+from .prefetch import fetch_checksums, prefetch
 from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
@@ -762,8 +762,7 @@ class Portion:
         self, block_map: BlockMap, object_index: int, block: int, fetch: Fetch, old_blocks: OldBlocks
     ) -> None:
         """Fetch what a read of an object needs; before that, what reads of its other blocks will."""
-        log_ids = ids_around(block_map, block)
-        await prefetch(self._access, self._logs, log_ids, object_index // self._processor_count)
+        await prefetch(self._access, self._logs, block_map, block, object_index // self._processor_count)
         await fetch(old_blocks)
 
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:

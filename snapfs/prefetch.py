@@ -8,6 +8,7 @@ in, so nothing has to leave memory for what may never be read; what fails here, 
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Sequence
 from itertools import islice
 
@@ -24,19 +25,13 @@ _LOGS_MAX = 256
 _OPENED_AT_ONCE = 16
 
 
-def ids_around(block_map: BlockMap, block: int) -> list[int]:
-    """The logs that a map names, from a block on and round to it; so many as are brought in at a time."""
-    if isinstance(block_map, int):
-        return [] if block_map == HOLE else [block_map]
-    ids = dict.fromkeys(block_map[block:])
-    ids.update(dict.fromkeys(block_map[:block]))
-    ids.pop(HOLE, None)
-    return list(islice(ids, _LOGS_MAX))
-
-
-async def prefetch(access: ShardAccess, logs: ChangeLogs, log_ids: Sequence[int], place: int) -> None:
-    """Bring in what reads of an object need of these logs; ``place`` is where it lies in their files."""
-    if len(log_ids) > 1:
+async def prefetch(access: ShardAccess, logs: ChangeLogs, block_map: BlockMap, block: int, place: int) -> None:
+    """Bring in what reads of an object need, from a block of it on; ``place`` is where it lies in the logs' files."""
+    # Where others would have to leave memory even to look for what is not here would be in vain.
+    if isinstance(block_map, int) or not logs.has_room:
+        return
+    log_ids = _ids_around(block_map, block)
+    with contextlib.suppress(OSError, SnapfsError):
         await _look_at(access, logs, log_ids)
         await _open(logs, [log for one in log_ids if (log := logs.known.get(one)) is not None])
     await fetch_checksums(access, logs, log_ids, place)
@@ -46,9 +41,17 @@ async def fetch_checksums(access: ShardAccess, logs: ChangeLogs, log_ids: Sequen
     """Bring in the checksums of an object in those of these logs that are open and sealed."""
     wanted = logs.sums.missing(log_ids, place)
     if len(wanted) > 1:
-        object_index = logs.sums.object_index(place)
-        for log_id, sums in await access.ask(access.store.some_checksums, wanted, object_index):
-            logs.sums.admit(log_id, place, sums)
+        with contextlib.suppress(OSError, SnapfsError):
+            for log_id, sums in await access.ask(access.store.some_checksums, wanted, logs.sums.object_index(place)):
+                logs.sums.admit(log_id, place, sums)
+
+
+def _ids_around(block_map: array[int], block: int) -> list[int]:
+    """The logs that a map names, from a block on and round to it; so many as are brought in at a time."""
+    ids = dict.fromkeys(block_map[block:])
+    ids.update(dict.fromkeys(block_map[:block]))
+    ids.pop(HOLE, None)
+    return list(islice(ids, _LOGS_MAX))
 
 
 async def _look_at(access: ShardAccess, logs: ChangeLogs, log_ids: Sequence[int]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from itertools import islice
 
 from xxhash import xxh3_64_digest
 
@@ -23,8 +22,6 @@ from .notresident import NotResidentError, OldBlocks
 CACHED_BYTES_MAX = 32 << 20
 # So many stay however large they are: each of the reads under way at a time needs those of a batch of its logs.
 _KEPT_MIN = 512
-# What those of a few blocks take, about.
-_SUMS_BYTES = 512
 _BLOCK_MASK = BLOCK_SIZE - 1
 # From a place in an object to that of its block's checksum.
 _CHECKSUM_SHIFT = BLOCK_SHIFT - 3
@@ -90,15 +87,20 @@ class SumCache:
             self._keep(of_log, log_id, place, await self._load(log_id, self.object_index(place)))
 
     def missing(self, log_ids: Iterable[int], place: int) -> list[int]:
-        """Sealed logs, of these, whose checksums of this object are not here; as many as there is room for."""
-        room = (self._bytes_max - self._size_bytes) // _SUMS_BYTES
-        wanted = (one for one in log_ids if (of_log := self.known.get(one)) is not None and place not in of_log)
-        return list(islice(wanted, max(0, room)))
+        """Sealed logs, of these, whose checksums of this object are not here; none while there is no room."""
+        if not self.has_room:
+            return []
+        return [one for one in log_ids if (of_log := self.known.get(one)) is not None and place not in of_log]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be kept before others have to go."""
+        return self._size_bytes < self._bytes_max
 
     def admit(self, log_id: int, place: int, sums: ObjectSums) -> None:
-        """Keep what was brought in together with others, if the log is still there."""
+        """Keep what was brought in together with others, if the log is still there and there is room."""
         of_log = self.known.get(log_id)
-        if of_log is not None:
+        if of_log is not None and self._size_bytes + sums.size_bytes <= self._bytes_max:
             self._keep(of_log, log_id, place, sums)
 
     def put(self, log_id: int, object_index: int, sums: ObjectSums) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import trio
@@ -145,7 +145,8 @@ class Volume(VolumeView):
     """A live volume.
 
     ``opens`` counts who has it open; portions are in memory while it is above zero.
-    ``failed_write_count`` counts the writes that whoever serves them had to refuse.
+    ``failed_write_count`` counts the writes that whoever serves them had to refuse, ``request_count`` the requests
+    under way that wait for something: the kernel may hold the file's lock for each.
     ``last_instant`` is NEVER until it is removed, then the last that can hold it.
     ``versions`` are attributes kept for snapshots and not saved yet. ``file_id`` names it for as
     long as it is there; ``volume_id`` changes when a rollback gives it other contents.
@@ -173,6 +174,7 @@ class Volume(VolumeView):
         self._trim_turn = trio.Lock()
         self._shrink_count = 0
         self.failed_write_count = 0
+        self.request_count = 0
         self._opens_before = 0
         self._catalog = catalog
         self._snapshots = snapshots
@@ -278,6 +280,15 @@ class Volume(VolumeView):
             for processor, portion in zip(self.processors, portions, strict=True):
                 portion.users -= 1
                 processor.let_go(portion)
+
+    @contextmanager
+    def requested(self) -> Iterator[None]:
+        """A request that may wait is under way inside."""
+        self.request_count += 1
+        try:
+            yield
+        finally:
+            self.request_count -= 1
 
     # -- changing the contents for others ----------------------------------------------------
 

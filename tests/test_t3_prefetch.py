@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
 
 from snapfs import changelog, sealedfile
-from snapfs.errors import DamagedError
+from snapfs.errors import DamagedError, UnreadableError
 from snapfs.pool import Pool
 from snapfs.processor import Processor
 from snapfs.shardstate import ShardAccess
+from snapfs.shardstore import ShardStore
 
 from .harness import Running, World, open_world
 
@@ -132,3 +133,35 @@ async def test_a_log_whose_file_is_missing_keeps_no_other_block_from_being_read(
     names = sorted(device.names("logs/0"))
     device.remove(f"logs/0/{names[0]}")
     await read_all_but_the_first(world, "missing")
+
+
+async def test_a_store_that_cannot_be_read_for_others_keeps_no_block_from_being_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await scatter(pool)
+
+    def refuse(self: ShardStore, *args: object) -> NoReturn:
+        raise UnreadableError("the shard store cannot be read")
+
+    for name in ("some_logs", "some_checksums"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardStore, name, refuse)
+            async with open_world(world) as pool, pool.volumes.opened(b"v") as volume:
+                assert await volume.read(3 * BLOCK, BLOCK) == bytes([4]) * BLOCK
+                assert await volume.read(0, 2 * BLOCK) == bytes([1]) * BLOCK + bytes([2]) * BLOCK
+
+
+async def test_nothing_is_looked_for_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await scatter(pool)
+    async with open_world(world) as pool, pool.volumes.opened(b"v") as volume:
+        monkeypatch.setattr(changelog, "OPEN_FILES_MAX", 1)
+        await volume.read(5 * BLOCK, BLOCK)
+        asked = count_asks(monkeypatch)
+        for block in (3, 30, 3):
+            assert await volume.read(block * BLOCK, BLOCK) == bytes([block + 1]) * BLOCK
+        assert "some_logs" not in asked
+        monkeypatch.undo()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError,
 from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, DeviceDescriptor
 from snapfs.fuse.command import CommandContext
 from snapfs.fuse.control import run_line
-from snapfs.fuse.ownmount import OwnMount
+from snapfs.fuse.helperprocess import HelperProcess
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.portion import Portion, PortionChanges
@@ -529,25 +529,22 @@ async def test_a_device_that_hangs_keeps_no_pool_from_closing(mock_clock: trio.t
 
 
 async def test_a_helper_that_could_not_be_started_anew_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def invalidate(inode: int) -> None:
-        """Nobody asks for it."""
-
     async def refuse(*arguments: object, **options: object) -> trio.Process:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    own_mount = OwnMount(SimpleNamespace(helper_pid=0), "/nowhere", invalidate, lambda: None)  # type: ignore[arg-type]
-    await own_mount.start()
-    assert own_mount._process is not None
-    own_mount._process.kill()
+    pids: list[int] = []
+    process = HelperProcess(pids.append, lambda: None, lambda: None)
+    await process.start()
+    os.kill(pids[-1], signal.SIGKILL)
     with monkeypatch.context() as patch:
         patch.setattr(trio.lowlevel, "open_process", refuse)
         for _ in range(2):
             with pytest.raises(OSError, match="Cannot allocate memory"):
-                await own_mount._call("device_of", "/")
-    assert await own_mount._call("device_of", "/") == os.stat("/").st_dev
-    await own_mount.stop()
+                await process.call("device_of", lambda: ["/"])
+    assert await process.call("device_of", lambda: ["/"]) == os.stat("/").st_dev
+    await process.stop()
     with pytest.raises(OSError):
-        await own_mount._call("device_of", "/")
+        await process.call("device_of", lambda: ["/"])
 
 
 def test_times_before_1970_are_received() -> None:

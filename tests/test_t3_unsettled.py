@@ -12,11 +12,12 @@ import pytest
 import trio
 
 from snapfs.backends import CrashPlan, FaultyDevice, MemoryDevice
-from snapfs.errors import BusyVolumeError, SnapfsError, StaleVolumeError
+from snapfs.errors import BusyVolumeError, NoMemoryError, SnapfsError, StaleVolumeError
 from snapfs.formats import COPY_ON_WRITE
 from snapfs.fuse import names
 from snapfs.fuse.command import nothing_to_forget
 from snapfs.fuse.namespace import Caller, Namespace, NoEntryError
+from snapfs.fuse.ownmount import OwnMount
 from snapfs.geometry import VolumeId
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
@@ -147,6 +148,23 @@ async def test_nobody_opens_a_volume_of_which_the_kernel_keeps_what_it_was() -> 
         pool.clones.after_rollback = succeed
         await pool.clones.rollback(b"s")
         namespace.close(await namespace.open(names.of_volume(volume.file_id), os.O_RDONLY, Caller(1, 1, 1)))
+
+
+async def test_one_file_that_the_kernel_cannot_be_told_of_keeps_no_other_from_it() -> None:
+    async with open_world(World(2, 1)) as pool:
+        volumes = [await pool.volumes.create(name) for name in (b"v", b"w")]
+        told: list[int] = []
+
+        async def resize(name: bytes, size_bytes: int) -> None:
+            """Nobody asks for it."""
+
+        async def invalidate(inode: int) -> None:
+            told.append(inode)
+            raise NoMemoryError("no thread")
+
+        own_mount = OwnMount(Namespace(pool, "/nowhere", resize, nothing_to_forget), "/nowhere", invalidate)
+        failed = await own_mount.refresh([one.file_id for one in volumes])
+        assert set(failed) == {one.file_id for one in volumes} and len(told) == 2
 
 
 async def test_a_rollback_that_is_known_to_fail_changes_nothing() -> None:

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SNAPFS, Mounted, has_unmounted, run, snapfs, wait_for_end, wait_until
+from .conftest import (
+    SNAPFS,
+    Mounted,
+    clear_away,
+    has_unmounted,
+    mounted_filesystem,
+    run,
+    snapfs,
+    wait_for_end,
+    wait_until,
+)
 from .unprivileged import run_unprivileged
 
 pytestmark = pytest.mark.mount
@@ -77,7 +87,9 @@ def test_unmounting_what_is_seen_elsewhere_too_says_so_and_ends(mounted_in_memor
     wait_until(lambda: has_unmounted(elsewhere), f"{elsewhere} stays busy")
     wait_for_end(daemon)
     mounted_in_memory.mount()
+    daemon = os.pidfd_open(int(mounted_in_memory.status()["pid"]))
     snapfs("umount", "--lazy", link)
+    wait_for_end(daemon)
 
 
 def test_a_signal_takes_no_other_pools_mount_away(mounted_in_memory: Mounted, tmp_path: Path) -> None:
@@ -98,6 +110,79 @@ def test_a_signal_takes_no_other_pools_mount_away(mounted_in_memory: Mounted, tm
     snapfs("umount", first.path)
     first.mount()
     assert (first.path / "v").read_bytes()[:3] == b"NEW"
+
+
+def test_a_signal_takes_no_mount_away_that_was_moved_over_it(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    """An older mount, which the kernel's table lists before the one that it hides."""
+    first, older = mounted_in_memory, tmp_path / "older"
+    older.mkdir()
+    with private_mount("tmpfs", older) as path:
+        (path / "theirs").write_bytes(b"theirs")
+        first.remount()
+        pid = int(first.status()["pid"])
+        daemon = os.pidfd_open(pid)
+        with left_open(first.path / "v") as file:
+            os.write(file, b"OLD")
+            run("mount", "--move", path, first.path)
+            os.kill(pid, signal.SIGTERM)
+            wait_for_end(daemon)
+        assert (first.path / "theirs").read_bytes() == b"theirs"
+        run("mount", "--move", first.path, path)
+    # The dead one, which nobody took away, goes when it is mounted anew.
+    first.mount()
+    assert (first.path / "v").read_bytes() == b"OLD"
+
+
+@contextlib.contextmanager
+def private_mount(kind: str, path: Path) -> Iterator[Path]:
+    """A filesystem that can be moved: below one that is not shared."""
+    run("mount", "--bind", path, path)
+    run("mount", "--make-private", path)
+    inside = path / "inside"
+    inside.mkdir()
+    run("mount", "-t", kind, "none", inside)
+    try:
+        yield inside
+    finally:
+        wait_until(lambda: has_unmounted(inside), f"{inside} stays busy")
+        wait_until(lambda: has_unmounted(path), f"{path} stays busy")
+
+
+def test_a_mount_below_something_else_is_rolled_back_by_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with contextlib.ExitStack() as stack:
+        mounted = Mounted(folder)
+        stack.callback(clear_away, mounted)
+        (mounted.path / "v").write_bytes(b"monday")
+        mounted.snapshot("one")
+        (mounted.path / "v").write_bytes(b"tuesday, longer")
+        control = os.open(mounted.control_path, os.O_RDWR)
+        try:
+            with mounted_filesystem("none", folder, "-t", "tmpfs"), pytest.raises(OSError, match="Stale"):
+                os.write(control, b"rollback one\n")
+        finally:
+            os.close(control)
+        assert (mounted.path / "v").read_bytes() == b"tuesday, longer"
+        assert os.listdir(mounted.snapshots) == ["one"]
+        mounted.unmount()
+        mounted.check()
+
+
+def test_one_volume_that_cannot_be_written_back_keeps_no_other_from_it(mounted_in_memory: Mounted) -> None:
+    pid = int(mounted_in_memory.status()["pid"])
+    daemon = os.pidfd_open(pid)
+    with left_open(mounted_in_memory.path / "a") as bad, left_open(mounted_in_memory.path / "b") as good:
+        os.write(good, b"OLD")
+        os.fsync(good)
+        snapfs("umount", "--lazy", mounted_in_memory.path)
+        # Behind the largest size: the kernel finds out when it writes it back.
+        os.pwrite(bad, b"x", 1 << 55)
+        os.pwrite(good, b"NEW", 0)
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(daemon)
+    mounted_in_memory.mount()
+    assert (mounted_in_memory.path / "b").read_bytes() == b"NEW"
 
 
 def test_a_signal_after_a_lazy_unmount_loses_nothing(mounted_in_memory: Mounted) -> None:
@@ -161,7 +246,7 @@ def test_a_write_that_waits_for_its_memory_holds_up_no_snapshot(mounted_in_memor
     snapfs("umount", slow)
     snapfs("mount", tmp_path / "slow", slow)
     slow_pid = int(Mounted.status_of(slow)["pid"])
-    held, other = mounted_in_memory.path / "held", mounted_in_memory.path / "other"
+    held, other, busy = (mounted_in_memory.path / name for name in ("held", "other", "busy"))
     held.write_bytes(b"held")
     writer = subprocess.Popen(
         [sys.executable, "-c", _WRITER, slow / "memory", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -180,7 +265,13 @@ def test_a_write_that_waits_for_its_memory_holds_up_no_snapshot(mounted_in_memor
             for name in ("one", "two"):
                 # Not waited for by run(), which could not end it: it waits for its own answer.
                 made = subprocess.Popen([*SNAPFS, "snapshot", str(mounted_in_memory.path), name])
-                wait_until(lambda made=made: made.poll() is not None, "the snapshot is made")  # type: ignore[misc]
+
+                def is_made(made: subprocess.Popen[bytes] = made) -> bool:
+                    # Others go on meanwhile, and what they do tells nothing of the one that is stuck.
+                    busy.write_bytes(os.urandom(4096))
+                    return made.poll() is not None
+
+                wait_until(is_made, "the snapshot is made")
                 assert made.returncode == 0
                 assert (mounted_in_memory.snapshots / name / "other").read_bytes() == b"only in the kernel"
     finally:

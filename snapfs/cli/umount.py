@@ -10,7 +10,7 @@ import select
 import click
 
 from ..errors import MountError
-from ..fuse.mounttable import mounted_on, mounts, real_mount_point
+from ..fuse.mounttable import Mounted, mounted_at, mounts
 from ..mountpoint import unmount
 
 _LOOK_S = 1.0
@@ -32,17 +32,26 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
         unmount(mount_point, lazy=True)
         return
     pid = _daemon_pid(mount_point)
-    found = mounted_on(real_mount_point(mount_point))
+    others = _other_places(mount_point)
     unmount(mount_point)
     if pid is not None:
-        _wait_for_end(pid, mount_point, 0 if found is None else found.device)
+        _wait_for_end(pid, mount_point, others)
 
 
 def _check_is_mounted(mount_point: str) -> None:
     """Raises MountError when no snapfs is mounted there, by what the kernel's table of mounts says."""
-    found = mounted_on(real_mount_point(mount_point))
+    try:
+        found = mounted_at(mount_point)
+    except OSError as error:
+        raise MountError(f"no snapfs is mounted on {mount_point} ({error.strerror})") from error
     if found is None or found.kind != b"fuse.snapfs":
         raise MountError(f"no snapfs is mounted on {mount_point}")
+
+
+def _other_places(mount_point: str) -> set[Mounted]:
+    """Where else the filesystem that is mounted there is seen."""
+    found = mounted_at(mount_point)
+    return {one for one in mounts() if found is not None and one.device == found.device and one != found}
 
 
 def _daemon_pid(mount_point: str) -> int | None:
@@ -56,7 +65,7 @@ def _daemon_pid(mount_point: str) -> int | None:
         raise MountError(f"no snapfs is mounted on {mount_point} ({error.strerror})") from error
 
 
-def _wait_for_end(pid: int, mount_point: str, device: int) -> None:
+def _wait_for_end(pid: int, mount_point: str, others: set[Mounted]) -> None:
     """Raises MountError when the daemon does not end, for its filesystem is mounted elsewhere too."""
     try:
         fd = os.pidfd_open(pid)
@@ -64,10 +73,10 @@ def _wait_for_end(pid: int, mount_point: str, device: int) -> None:
         return
     try:
         while not select.select([fd], [], [], _LOOK_S)[0]:
-            others = [os.fsdecode(one.path) for one in mounts() if one.device == device]
-            if others:
+            left = others.intersection(mounts())
+            if left:
                 raise MountError(
-                    f"{mount_point} is unmounted, but the pool stays open: it is seen on {others[0]!r} too",
+                    f"{mount_point} is unmounted, but the pool stays open: it is seen on {min(left).path!r} too",
                     "Unmount that as well; the daemon then ends by itself",
                 )
     finally:

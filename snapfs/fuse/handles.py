@@ -83,7 +83,8 @@ class VolumeHandle(ViewHandle):
 
     async def write(self, offset: int, data: bytes) -> int:
         """See :meth:`Handle.write`."""
-        await self.volume.write(offset, data)
+        with self.volume.requested():
+            await self.volume.write(offset, data)
         return len(data)
 
     def note_failed_write(self) -> None:
@@ -93,7 +94,8 @@ class VolumeHandle(ViewHandle):
     async def fsync(self, *, data_only: bool) -> None:
         """See :meth:`Handle.fsync`."""
         if not self.is_flusher:
-            await self.volume.sync(data_only=data_only)
+            with self.volume.requested():
+                await self.volume.sync(data_only=data_only)
 
     def has_new_block_count(self) -> bool:
         """Whether the blocks that ``du`` is told have changed since this was last asked."""

@@ -50,10 +50,9 @@ def fsync(device: int, paths: list[str]) -> list[str]:
     return unopened
 
 
-def check_writable(device: int, paths: list[str]) -> None:
-    """Raises OSError when one of these files cannot be written to: ETXTBSY for a program that runs."""
-    for path in paths:
-        os.close(opened(device, path, os.O_WRONLY))
+def check_writable(device: int, path: str) -> None:
+    """Raises OSError when a file cannot be written to: ETXTBSY for a program that runs."""
+    os.close(opened(device, path, os.O_WRONLY))
 
 
 def truncate(device: int, path: str, size_bytes: int) -> None:
@@ -81,8 +80,37 @@ def device_of(path: str) -> int:
     return os.stat(path).st_dev
 
 
-def unmount(path: str, lazy: bool) -> None:
-    """Take a mount away."""
+def mount_id_at(path: str) -> int:
+    """The mount that is seen on a path, by its number in proc(5), mountinfo. Its daemon is not asked, as by a stat."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+            return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
+    finally:
+        os.close(fd)
+
+
+def device_in(words: list[bytes]) -> int:
+    """The device number in the words of a line of mountinfo."""
+    major, _, minor = words[2].partition(b":")
+    return os.makedev(int(major), int(minor))
+
+
+def is_seen_on(device: int, path: str) -> bool:
+    """Whether the mount with this device number is what is seen on a path."""
+    try:
+        mount_id = mount_id_at(path)
+    except OSError:
+        return False
+    with open("/proc/self/mountinfo", "rb") as table:
+        lines = (line.split(b" ", 3) for line in table)
+        return any(int(words[0]) == mount_id and device_in(words) == device for words in lines)
+
+
+def unmount(path: str, lazy: bool, device: int | None = None) -> None:
+    """Take a mount away. Raises OSError, ESTALE when another than that with the device number is seen there."""
+    if device is not None and not is_seen_on(device, path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.umount2(os.fsencode(path), MNT_DETACH if lazy else 0) != 0:
@@ -109,7 +137,7 @@ def detach(device: int, path: str, files: list[str]) -> list[str]:
             unopened.append(file)
     failure = None
     try:
-        unmount(path, True)
+        unmount(path, True, device)
         for fd in fds:
             try:
                 os.fsync(fd)
@@ -123,7 +151,8 @@ def detach(device: int, path: str, files: list[str]) -> list[str]:
     return unopened
 
 
-CALLS: dict[str, Callable[..., int | list[str] | None]] = {
+CALLS: dict[str, Callable[..., int | bool | list[str] | None]] = {
+    "is_seen_on": is_seen_on,
     "fsync": fsync,
     "check_writable": check_writable,
     "truncate": truncate,

@@ -107,6 +107,7 @@ class Namespace:
         self.pool = pool
         self.mount_point = mount_point
         self.helper_pid = 0
+        self._helped: Volume | None = None
         self.writer_counts: dict[VolumeId, int] = {}
         self._uid = os.getuid()
         self._gid = os.getgid()
@@ -214,6 +215,21 @@ class Namespace:
         if node.uid == self._uid and node.mode & 0o600 == 0o600:
             return node
         return node._replace(mode=stat.S_IFREG | 0o600, uid=self._uid, gid=self._gid, attr_timeout_s=0.0)
+
+    def note_helper(self, pid: int) -> None:
+        """Another process is the helper now, 0 for none."""
+        self.helper_pid = pid
+
+    def begin_help(self) -> None:
+        """The helper begins something."""
+        self._helped = None
+
+    def help_progress(self) -> object:
+        """Another value whenever the volume that the helper has opened was written to; see :class:`HelperProcess`."""
+        volume = self._helped
+        if volume is None or volume.request_count:
+            return None
+        return volume.file_id, volume.mtime_ns, volume.failed_write_count
 
     def _is_helper(self, caller: Caller) -> bool:
         return caller.pid == self.helper_pid != 0
@@ -473,6 +489,8 @@ class Namespace:
         if not self._is_helper(caller):
             # Again: it may have begun meanwhile.
             self._refuse_in_rollback(volume)
+        else:
+            self._helped = volume
         self.pool.volumes.open(volume)
         if is_writer:
             self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1
@@ -573,10 +591,11 @@ class Namespace:
         changes_more_than_times = size_bytes is not None or not change.only_times
         if changes_more_than_times and not self._is_helper(caller):
             self._refuse_in_rollback(volume)
-        if size_bytes is not None:
-            await self.pool.volumes.truncate(volume, size_bytes)
-        if change != AttributeChange():
-            await self.pool.volumes.change(volume, change)
+        with volume.requested():
+            if size_bytes is not None:
+                await self.pool.volumes.truncate(volume, size_bytes)
+            if change != AttributeChange():
+                await self.pool.volumes.change(volume, change)
         return self.as_seen_by(caller, self.volume_node(volume))
 
     def refuse_link(self, parent: int) -> None:

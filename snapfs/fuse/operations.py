@@ -12,7 +12,7 @@ import functools
 import logging
 import mmap
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -90,8 +90,6 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self._next_handle = 1
         # Reads and writes of volumes and snapshots so far.
         self.block_request_count = 0
-        # Requests under way for which the kernel may hold a file's lock, other than writes that end at once.
-        self._locking_count = 0
         # pyfuse3 copies what a read returned before anything else runs, so one buffer serves all. It begins with a
         # page, as malloc's do not: from the page cache to 16 bytes behind a page's begin takes twice as long.
         self._buffer = memoryview(mmap.mmap(-1, REQUEST_BYTES_MAX))
@@ -119,27 +117,11 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             try:
                 return handle.write_now(off, buf)
             except NotResidentError:
-                if handle.direct:
-                    self.block_request_count -= 1
-                    return await handle.write(off, buf)
-                with self._locking():
-                    return await handle.write(off, buf)
+                self.block_request_count -= handle.direct
+                return await handle.write(off, buf)
         except Exception as error:  # noqa: BLE001 - see the module's text
             handle.note_failed_write()
             raise _to_errno(error) from None
-
-    @contextlib.contextmanager
-    def _locking(self) -> Iterator[None]:
-        """Around what may wait while the kernel holds a file's lock."""
-        self._locking_count += 1
-        try:
-            yield
-        finally:
-            self._locking_count -= 1
-
-    def request_mark(self) -> int | None:
-        """See :class:`OwnMount`."""
-        return None if self._locking_count else self.block_request_count
 
     # -- files -------------------------------------------------------------------------------
 
@@ -188,8 +170,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def fsync(self, fh: int, datasync: bool) -> None:
         """See pyfuse3."""
         handle = self._handles[fh]
-        with self._locking():
-            await handle.fsync(data_only=datasync)
+        await handle.fsync(data_only=datasync)
         self._refresh_block_count(handle)
 
     def _refresh_block_count(self, handle: Handle) -> None:
@@ -234,8 +215,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
         )
         size = attr.st_size if fields.update_size else None
-        with self._locking():
-            return _attributes(await self._namespace.change(inode, change, size, _caller(ctx)))
+        return _attributes(await self._namespace.change(inode, change, size, _caller(ctx)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """See pyfuse3. Inode numbers are worked out, not counted, so there is nothing to forget."""
