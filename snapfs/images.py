@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableError
+from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableError, UnsupportedError
 
 RAW = "raw"
 FORMATS = (RAW, "qcow2", "vmdk", "vdi", "vpc", "vhdx")
@@ -51,7 +51,7 @@ def export_image(source: IO[bytes], extents: Extents, target: str, image_format:
 
     Raises ExistsError when the target is there, MissingToolError, UnreadableError. What was begun is removed.
     """
-    with _new_file(target, f"{target} is there already") as image:
+    with _new_file(target, f"{target} is there already", os.fstat(source.fileno())) as image:
         if image_format == RAW:
             _export_raw(source, extents, image, on_progress)
         else:
@@ -59,10 +59,13 @@ def export_image(source: IO[bytes], extents: Extents, target: str, image_format:
 
 
 @contextmanager
-def _new_file(path: str, reason: str) -> Iterator[IO[bytes]]:
-    """A new file, removed again if what is done with it fails. Raises ExistsError with ``reason`` when there is one."""
+def _new_file(path: str, reason: str, like: os.stat_result) -> Iterator[IO[bytes]]:
+    """A new file, for those to read who may read what it is ``like``; removed again if what is done with it fails.
+
+    Raises ExistsError with ``reason`` when there is one.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, like.st_mode & 0o666 | 0o600)
     except FileExistsError:
         raise ExistsError(reason, "Choose another name") from None
     with os.fdopen(fd, "r+b", buffering=0) as file:
@@ -106,7 +109,11 @@ def _write(file: IO[bytes], offset: int, data: bytes) -> None:
 
 
 def image_format_of(path: str) -> str:
-    """What kind of image a file is. Raises NotFoundError; MissingToolError when it is one that qemu-img must read."""
+    """What kind of image a file is.
+
+    Raises NotFoundError; MissingToolError when it is one that qemu-img must read; UnsupportedError when it stands on
+    another file: a guest can write to its raw disk what makes it look so, and have any file of the host read.
+    """
     if not os.path.exists(path):
         raise NotFoundError(f"there is no image {path}", "Give the path of one")
     if shutil.which("qemu-img") is None:
@@ -119,13 +126,20 @@ def image_format_of(path: str) -> str:
                     "Install qemu-utils; or say --format raw, if it is to be copied as it is",
                 )
         return RAW
-    found = json.loads(_qemu_img("info", "--output", "json", "--", path))["format"]
-    return str(found)
+    found = json.loads(_qemu_img("info", "--output", "json", "--", path))
+    data_file = found.get("format-specific", {}).get("data", {}).get("data-file")
+    other = found.get("backing-filename") or data_file
+    if other:
+        raise UnsupportedError(
+            f"{path} looks like {found['format']} and says that it stands on {other}",
+            f"Say --format {found['format']}, if you know that; or --format raw, if it is a disk that a guest wrote to",
+        )
+    return str(found["format"])
 
 
 def import_image(source: str, target: str, image_format: str, on_progress: OnProgress) -> None:
     """Copy an image to a new file of a mount. Raises as :func:`export_image`; what was begun is removed."""
-    with _new_file(target, f"there is a volume {target} already") as volume:
+    with _new_file(target, f"there is a volume {target} already", os.stat(source)) as volume:
         if image_format == RAW:
             _import_raw(source, volume, on_progress)
         else:

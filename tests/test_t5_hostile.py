@@ -260,3 +260,16 @@ def test_a_pool_with_a_full_device_outside_is_mounted(tmp_path: Path) -> None:
             mounted.check()
         finally:
             clear_away(mounted)
+
+
+def test_a_log_that_became_a_link_is_not_followed(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    victim, log = tmp_path / "victim", mounted_in_memory.pool / "daemon.log"
+    victim.write_bytes(b"mine")
+    mounted_in_memory.unmount()
+    log.unlink()
+    log.symlink_to(victim)
+    refused = snapfs("mount", mounted_in_memory.pool, mounted_in_memory.path, expect=1)
+    assert "daemon.log" in refused.stderr
+    assert victim.read_bytes() == b"mine"
+    log.unlink()
+    mounted_in_memory.mount()

@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import os
+import stat
 import struct
 import subprocess
 import tracemalloc
@@ -27,7 +28,7 @@ from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
 from snapfs.transfer import ResumePoint, send
 
-from .conftest import SNAPFS, Mounted, invoke, snapfs, wait_until
+from .conftest import SNAPFS, Mounted, invoke, run, snapfs, wait_until
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parent / "golden"
@@ -654,3 +655,33 @@ def test_words_that_look_like_options_are_words(mounted: Mounted) -> None:
     snapfs("delete", mounted.path, "--", "--json")
     assert mounted.ask("snapshot guid=\xff")["ok"] is False
     assert mounted.ask("receive-state put g notjson")["ok"] is False
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_what_is_private_stays_so_on_its_way_out_and_in(mounted: Mounted, tmp_path: Path, image_format: str) -> None:
+    volume, image = mounted.path / "v", tmp_path / "image"
+    volume.write_bytes(b"secret" * 1000)
+    volume.chmod(0o600)
+    snapfs("export", volume, image, "--format", image_format)
+    assert stat.S_IMODE(image.stat().st_mode) == 0o600
+    snapfs("import", image, mounted.path / "private")
+    image.chmod(0o644)
+    snapfs("import", image, mounted.path / "public")
+    assert stat.S_IMODE((mounted.path / "private").stat().st_mode) == 0o600
+    assert stat.S_IMODE((mounted.path / "public").stat().st_mode) == 0o644
+
+
+@pytest.mark.mount
+def test_a_guests_disk_that_looks_as_if_it_stood_on_a_file_of_the_host_is_not_believed(
+    mounted: Mounted, tmp_path: Path
+) -> None:
+    secret, disk = tmp_path / "secret", tmp_path / "disk.raw"
+    secret.write_bytes(b"root:*:" + bytes(505))
+    # What a guest can write to the beginning of its raw disk.
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, disk)
+    refused = snapfs("import", disk, mounted.path / "guest", expect=1)
+    assert f"says that it stands on {secret}" in refused.stderr
+    assert not (mounted.path / "guest").exists()
+    snapfs("import", disk, mounted.path / "guest", "--format", "raw")
+    assert (mounted.path / "guest").read_bytes() == disk.read_bytes()

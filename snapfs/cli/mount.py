@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import TextIOWrapper
 
 import click
 
@@ -58,6 +59,20 @@ def _log_path(request: MountRequest) -> str:
     return os.devnull if request.is_rescue else os.path.join(request.pool_path, DAEMON_LOG_FILE)
 
 
+def _opened_log(path: str, flags: int) -> int:
+    """The log, for whom ``open`` asks. A symbolic link in its place is not followed: the pool may be another user's."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+class _LogHandler(logging.handlers.RotatingFileHandler):
+    """Logs into the pool's directory."""
+
+    def _open(self) -> TextIOWrapper:
+        file = open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_opened_log)
+        assert isinstance(file, TextIOWrapper)
+        return file
+
+
 def _tell_mounted(mount_point: str, lost: Sequence[str]) -> None:
     _tell_lost(lost)
     click.echo(f"mounted on {mount_point}", err=True)
@@ -80,7 +95,7 @@ def _start(request: MountRequest) -> None:
     if request.options:
         command += ["-o", ",".join(sorted(request.options))]
     os.umask(0o077)
-    with open(_log_path(request), "ab") as log:
+    with open(_log_path(request), "ab", opener=_opened_log) as log:
         daemon = subprocess.Popen(
             [*command, "--ready-fd", str(writer)],
             stdin=subprocess.DEVNULL,
@@ -111,7 +126,7 @@ def _start(request: MountRequest) -> None:
 def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
     handler: logging.Handler = logging.NullHandler()
     if not request.is_rescue:
-        handler = logging.handlers.RotatingFileHandler(_log_path(request), maxBytes=_LOG_BYTES_MAX, backupCount=1)
+        handler = _LogHandler(_log_path(request), maxBytes=_LOG_BYTES_MAX, backupCount=1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     # Not for fusermount3, which may outlive the daemon.
     os.set_inheritable(ready_fd, False)
