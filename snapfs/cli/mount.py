@@ -68,7 +68,8 @@ class _LogHandler(logging.handlers.RotatingFileHandler):
     """Logs into the pool's directory."""
 
     def _open(self) -> TextIOWrapper:
-        file = open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_opened_log)
+        mode, encoding = self.mode, self.encoding
+        file = open(self.baseFilename, mode, encoding=encoding, opener=_opened_log)  # noqa: SIM115 - handed on
         assert isinstance(file, TextIOWrapper)
         return file
 
