@@ -9,7 +9,7 @@ That may be larger than need be; :attr:`Choice.is_smallest` tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,6 +17,10 @@ from .space import SpaceAccount
 
 _WORK_MAX = 4_000_000
 _TRIES_MAX = 20_000
+# A table of what runs free has half the square of so many entries.
+_TABLE_PLACES_MAX = 2000
+
+_Freed = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,25 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Blocks that only the candidates at these places hold."""
+    """Blocks that only some candidates hold: those at the places of which ``mask`` has the bit."""
 
-    places: frozenset[int]
+    mask: int
     count: int
+
+    @property
+    def first(self) -> int:
+        """The first of these places."""
+        return (self.mask & -self.mask).bit_length() - 1
+
+    @property
+    def size(self) -> int:
+        """How many candidates hold them."""
+        return self.mask.bit_count()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the places are consecutive."""
+        return (self.mask >> self.first) + 1 == 1 << self.size
 
 
 def smallest_choice(account: SpaceAccount, candidates: Sequence[int], need_blocks: int) -> Choice | None:
@@ -44,84 +63,113 @@ def smallest_choice(account: SpaceAccount, candidates: Sequence[int], need_block
         return None
     if need_blocks <= 0:
         return Choice([], 0, True)
-    places, is_smallest = _search(held, len(instants), need_blocks)
-    chosen = [instants[place] for place in sorted(places)]
+    mask, is_smallest = _search(held, len(instants), need_blocks)
+    chosen = [instants[place] for place in _places_in(mask)]
     return Choice(chosen, account.freed_blocks(chosen), is_smallest)
 
 
 def _held_by(account: SpaceAccount, instants: Sequence[int]) -> list[_Held]:
     """Blocks that candidates alone hold, by which of them do."""
     place_of = {instant: place for place, instant in enumerate(instants)}
-    totals: dict[frozenset[int], int] = {}
+    prefixes = {group: _prefixes(of_group, place_of) for group, of_group in account.instants.items()}
+    totals: dict[int, int] = {}
     for holders, count in account.counts.items():
         if holders.is_live or not holders.rows:
             continue
-        places: set[int] = set()
+        mask = 0
         for row in holders.rows:
-            of_row = account.instants[row.group][row.first : row.last + 1]
-            if any(instant not in place_of for instant in of_row):
+            masks, others = prefixes[row.group]
+            if others[row.last + 1] != others[row.first]:
                 break
-            places.update(place_of[instant] for instant in of_row)
+            mask |= masks[row.last + 1] & ~masks[row.first]
         else:
-            key = frozenset(places)
-            totals[key] = totals.get(key, 0) + count
-    return [_Held(places, count) for places, count in totals.items()]
+            totals[mask] = totals.get(mask, 0) + count
+    return [_Held(mask, count) for mask, count in totals.items()]
 
 
-def _search(held: list[_Held], place_count: int, need: int) -> tuple[set[int], bool]:
-    few = _by_trying(held, place_count, need)
+def _prefixes(instants: Sequence[int], place_of: Mapping[int, int]) -> tuple[list[int], list[int]]:
+    """Of the first none, one, two, ... of these instants: the places of those that are candidates; how many are not."""
+    masks, others = [0], [0]
+    for instant in instants:
+        place = place_of.get(instant)
+        masks.append(masks[-1] if place is None else masks[-1] | 1 << place)
+        others.append(others[-1] + (place is None))
+    return masks, others
+
+
+def _search(held: list[_Held], place_count: int, need: int) -> tuple[int, bool]:
+    are_runs = all(one.is_run for one in held)
+    freed = _freed_by(held, place_count, are_runs=are_runs)
+    few = _by_trying(held, freed, place_count, need)
     if few is not None:
         return few, True
-    are_rows = all(max(one.places) - min(one.places) + 1 == len(one.places) for one in held)
-    grown = _grown(held, need)
-    if are_rows and place_count * place_count * len(grown) <= _WORK_MAX:
-        return _by_runs(held, place_count, need, len(grown)), True
-    return grown, len(grown) == 1
+    grown = _grown(held, freed, place_count, need)
+    size = grown.bit_count()
+    if are_runs and place_count * place_count * size <= _WORK_MAX:
+        return _by_runs(held, place_count, need, size), True
+    return grown, size == 1
 
 
-def _freed(held: list[_Held], chosen: set[int]) -> int:
-    return sum(one.count for one in held if one.places <= chosen)
+def _freed_by(held: list[_Held], place_count: int, *, are_runs: bool) -> _Freed:
+    """What a set of places frees. Of what is held by runs alone it is a sum over the runs in the set."""
+    if are_runs and place_count <= _TABLE_PLACES_MAX:
+        worth = _worth_of_runs(held, place_count)
+        return lambda chosen: sum(worth(first, length) for first, length in _runs_in(chosen))
+    return lambda chosen: sum(one.count for one in held if not one.mask & ~chosen)
 
 
-def _by_trying(held: list[_Held], place_count: int, need: int) -> set[int] | None:
+def _runs_in(mask: int) -> Iterator[tuple[int, int]]:
+    """Runs of bits, as place and length."""
+    place = 0
+    while mask:
+        skip = (mask & -mask).bit_length() - 1
+        mask >>= skip
+        length = (~mask & (mask + 1)).bit_length() - 1
+        yield place + skip, length
+        mask >>= length
+        place += skip + length
+
+
+def _places_in(mask: int) -> list[int]:
+    return [place for first, length in _runs_in(mask) for place in range(first, first + length)]
+
+
+def _by_trying(held: list[_Held], freed: _Freed, place_count: int, need: int) -> int | None:
     """All sets, the small ones first, if there are few."""
     if 2**place_count * len(held) > _TRIES_MAX * 50 or 2**place_count > _TRIES_MAX:
         return None
     for size in range(1, place_count + 1):
-        best = max(
-            (set(one) for one in combinations(range(place_count), size)), key=lambda chosen: _freed(held, chosen)
-        )
-        if _freed(held, best) >= need:
+        masks = (sum(1 << place for place in one) for one in combinations(range(place_count), size))
+        best = max(masks, key=freed)
+        if freed(best) >= need:
             return best
     return None
 
 
-def _grown(held: list[_Held], need: int) -> set[int]:
+def _grown(held: list[_Held], freed: _Freed, place_count: int, need: int) -> int:
     """Take what frees most for each snapshot it costs, until it is enough; then leave out what is not needed."""
-    chosen: set[int] = set()
+    chosen = 0
     # What lies within a set comes with it, so each set is worth all that its snapshots free together.
-    worth = [(one.places, sum(other.count for other in held if other.places <= one.places)) for one in _most(held)]
-    while _freed(held, chosen) < need:
-        left = [(places, count) for places, count in worth if not places <= chosen]
-        if not left:
+    worth = [(one.mask, freed(one.mask)) for one in _most(held)]
+    while freed(chosen) < need:
+        worth = [(mask, count) for mask, count in worth if mask & ~chosen]
+        if not worth:
+            chosen = (1 << place_count) - 1
             break
-        places, _ = max(left, key=lambda one: min(one[1], need) / len(one[0] - chosen))
-        chosen |= places
-    for place in sorted(chosen):
-        if _freed(held, chosen - {place}) >= need:
-            chosen.discard(place)
+        best, _ = max(worth, key=lambda one: min(one[1], need) / (one[0] & ~chosen).bit_count())
+        chosen |= best
+    for place in _places_in(chosen):
+        if freed(chosen & ~(1 << place)) >= need:
+            chosen &= ~(1 << place)
     return chosen
 
 
 def _most(held: list[_Held]) -> list[_Held]:
     """Some hundreds of those that count: each is compared with all."""
-    return (
-        sorted(held, key=lambda one: -one.count / len(one.places))[:500]
-        + sorted(held, key=lambda one: -len(one.places))[:100]
-    )
+    return sorted(held, key=lambda one: -one.count / one.size)[:500] + sorted(held, key=lambda one: -one.size)[:100]
 
 
-def _by_runs(held: list[_Held], place_count: int, need: int, size_max: int) -> set[int]:
+def _by_runs(held: list[_Held], place_count: int, need: int, size_max: int) -> int:
     """The smallest set, when all that is held is held by rows of consecutive candidates.
 
     ``best[size][place]`` is the most that ``size`` of the candidates before ``place`` free, the last run of
@@ -150,14 +198,14 @@ def _by_runs(held: list[_Held], place_count: int, need: int, size_max: int) -> s
     raise AssertionError("the grown set is one of these")
 
 
-def _walk_back(came: list[list[int]], size: int, end: int) -> set[int]:
-    chosen: set[int] = set()
+def _walk_back(came: list[list[int]], size: int, end: int) -> int:
+    chosen = 0
     while size > 0:
         length = came[size][end]
         if not length:
             end -= 1
             continue
-        chosen.update(range(end - length, end))
+        chosen |= ((1 << length) - 1) << (end - length)
         size -= length
         end = max(0, end - length - 1)
     return chosen
@@ -167,7 +215,7 @@ def _worth_of_runs(held: list[_Held], place_count: int) -> Callable[[int, int], 
     """What a run of candidates frees, by first place and length, from sums over both ends."""
     table = [[0] * (place_count - first) for first in range(place_count)]
     for one in held:
-        table[min(one.places)][len(one.places) - 1] += one.count
+        table[one.first][one.size - 1] += one.count
     for first in range(place_count - 1, -1, -1):
         row = table[first]
         for length in range(1, len(row)):

@@ -67,6 +67,18 @@ def test_the_smallest_set_is_the_smallest(
         assert set(choice.instants) <= set(candidates)
 
 
+@given(rows, st.sets(st.integers(0, 7)))
+def test_what_a_set_frees_is_the_same_from_a_table_of_runs(held: list[tuple[int, int, int]], chosen: set[int]) -> None:
+    account = account_of_rows(held, 8)
+    instants = account.instants[0]
+    by_place = smallest._held_by(account, instants)
+    mask = sum(1 << place for place in chosen)
+    assert smallest._places_in(mask) == sorted(chosen)
+    wanted = account.freed_blocks([instants[place] for place in chosen])
+    for are_runs in (False, True):
+        assert smallest._freed_by(by_place, 8, are_runs=are_runs)(mask) == wanted
+
+
 def test_very_many_snapshots_still_give_a_set_that_is_enough() -> None:
     count = 3000
     account = account_of_rows(
