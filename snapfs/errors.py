@@ -23,6 +23,11 @@ class SnapfsError(Exception):
     def __str__(self) -> str:
         return f"{self.reason}. {self.fix}" if self.fix else self.reason
 
+    @property
+    def public(self) -> str:
+        """As much of it as everyone may read who comes to a mount."""
+        return str(self)
+
 
 class NotPermittedError(SnapfsError):
     """Not for whoever asks, or the tree has no place for it."""
@@ -175,9 +180,21 @@ class UnsupportedError(SnapfsError):
 
 
 class HookFailedError(SnapfsError):
-    """A program that was to run before a snapshot failed. What had begun was undone; no snapshot was made."""
+    """A program that was to run before a snapshot failed. What had begun was undone; no snapshot was made.
+
+    What the program ``said`` may hold secrets.
+    """
 
     errno = errno.ECANCELED
+
+    def __init__(self, reason: str, fix: str = "", said: str = "") -> None:
+        super().__init__(f"{reason}: {said}" if said else reason, fix)
+        self._public = f"{reason}. {fix}"
+
+    @property
+    def public(self) -> str:
+        """See :attr:`SnapfsError.public`."""
+        return self._public
 
 
 class UnfinishedError(SnapfsError):

@@ -22,6 +22,7 @@ GUARD_FILE = os.path.join(os.path.dirname(__file__), "hookguard.py")
 FREEZE_LIMIT_S = 60.0
 GRACE_S = 0.25
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_log = logging.getLogger("snapfs")
 _LOCK_WAIT_S = 30.0
 _SLACK_S = 5.0
 _THAW_TRIES = 30
@@ -163,15 +164,16 @@ class Freeze:
         if told is None:
             await self.end()
             raise HookFailedError("the process that runs the hooks ended", "No snapshot was made. Try again")
-        if told["failure"]:
+        failure, said = _failure_in(told["failure"])
+        if failure:
             await self.end()
             if told["is_late"]:
                 raise StallError(
-                    f"the hooks alone took longer than the {self._limit_s:g} s that were allowed ({told['failure']})",
+                    f"the hooks alone took longer than the {self._limit_s:g} s that were allowed ({failure})",
                     "No snapshot was made. Allow more with max-stall, or go without: hooks=no",
                 )
             raise HookFailedError(
-                str(told["failure"]), "No snapshot was made. Mend the hook, remove it, or go without: hooks=no"
+                failure, "No snapshot was made. Mend the hook, remove it, or go without: hooks=no", said
             )
 
     def _plan(self, guard: _Guard, hooks: Sequence[Hook], *, only_thaw: bool) -> _Told:
@@ -221,8 +223,11 @@ class Freeze:
                 self.frozen_ns = int(str(told["frozen_ns"]))
             failures = told["failures"]
             assert isinstance(failures, list)
-            for one in failures:
-                self._events.note("hook-failed", logging.ERROR, reason=str(one))
+            for failure, said in map(_failure_in, failures):
+                self._events.note("hook-failed", logging.ERROR, reason=failure)
+                if said:
+                    # For the log alone: everyone may read the events.
+                    _log.error("%s: %s", failure, said)
 
     async def _thaw_alone(self, lost: _Guard) -> _Told:
         """Thaw what a guard that is gone had begun to freeze, and had not thawed yet."""
@@ -244,3 +249,10 @@ class Freeze:
                 return told
             hooks = [hook for hook in hooks if hook.name not in guard.thawed]
         return {"failures": [f"hook {hook.name!r}: it could not be thawed" for hook in hooks]}
+
+
+def _failure_in(told: object) -> tuple[str, str]:
+    """Why a program of a hook failed, empty if none did, and what it said."""
+    assert isinstance(told, list)
+    failure, said = told
+    return str(failure), str(said)

@@ -33,19 +33,19 @@ def tell(**document: Any) -> None:
         os.write(1, json.dumps(document).encode() + b"\n")
 
 
-def run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> str:
-    """Run one program of a hook; why it failed, empty if it did not."""
+def run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> tuple[str, str]:
+    """Run one program of a hook; why it failed, empty if it did not, and what it said then."""
     if not hook[phase]:
-        return ""
+        return "", ""
     try:
         return _run(hook, phase, plan, limit_s)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other programs are still to be run
-        return f"{phase} cannot be run: {error}"
+        return f"{phase} cannot be run: {error}", ""
     finally:
         tell(ended=hook["name"], phase=phase)
 
 
-def _run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> str:
+def _run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) -> tuple[str, str]:
     command = hook[phase]
     reading, writing = os.pipe()
     try:
@@ -67,15 +67,15 @@ def _run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if not _has_ended(process, reading, output, _KILLED_WAIT_S):
-                return f"{phase} took longer than {limit_s:.3g} s and could not even be killed"
-            return f"{phase} took longer than {limit_s:.3g} s and was ended"
+                return f"{phase} took longer than {limit_s:.3g} s and could not even be killed", ""
+            return f"{phase} took longer than {limit_s:.3g} s and was ended", ""
     finally:
         os.close(reading)
     code = process.wait()
     if code == 0:
-        return ""
-    told = "".join(one if one.isprintable() else " " for one in bytes(output).decode(errors="replace")).strip()
-    return f"{phase} ended with {code}" + (f": {told}" if told else "")
+        return "", ""
+    said = "".join(one if one.isprintable() else " " for one in bytes(output).decode(errors="replace")).strip()
+    return f"{phase} ended with {code}", said
 
 
 def _has_ended(process: subprocess.Popen[bytes], reading: int, output: bytearray, limit_s: float) -> bool:
@@ -135,24 +135,24 @@ def read_plan() -> dict[str, Any] | None:
     return plan
 
 
-def freeze(plan: dict[str, Any], until: float) -> tuple[list[dict[str, Any]], str, bool]:
-    """Run the programs that freeze: the hooks that were begun, why one failed, and whether time ran out."""
+def freeze(plan: dict[str, Any], until: float) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """Run the programs that freeze: the hooks that were begun, why one failed, what it said, whether time ran out."""
     begun: list[dict[str, Any]] = []
     for hook in plan["hooks"]:
         left_s = until - time.monotonic()
         if left_s <= 0:
-            return begun, "no time is left", True
+            return begun, ["no time is left", ""], True
         begun.append(hook)
-        failure = run(hook, "before", plan, min(hook["time_limit_s"], left_s))
+        failure, said = run(hook, "before", plan, min(hook["time_limit_s"], left_s))
         if failure:
-            return begun, f"hook {hook['name']!r}: {failure}", time.monotonic() > until
-    return begun, "", False
+            return begun, [f"hook {hook['name']!r}: {failure}", said], time.monotonic() > until
+    return begun, ["", ""], False
 
 
-def thaw(begun: list[dict[str, Any]], plan: dict[str, Any]) -> list[str]:
-    """Run the programs that thaw, in turned order; what failed."""
-    failures = [(hook, run(hook, "after", plan, hook["time_limit_s"])) for hook in reversed(begun)]
-    return [f"hook {hook['name']!r}: {failure}" for hook, failure in failures if failure]
+def thaw(begun: list[dict[str, Any]], plan: dict[str, Any]) -> list[list[str]]:
+    """Run the programs that thaw, in turned order; what failed, each with what it said."""
+    failures = [(hook, *run(hook, "after", plan, hook["time_limit_s"])) for hook in reversed(begun)]
+    return [[f"hook {hook['name']!r}: {failure}", said] for hook, failure, said in failures if failure]
 
 
 def main() -> None:
@@ -169,13 +169,13 @@ def main() -> None:
         tell(ended_by="end", failures=thaw(plan["hooks"], plan), frozen_ns=0)
         return
     if not is_only:
-        tell(failure="the programs of an earlier snapshot are still running", is_late=False)
+        tell(failure=["the programs of an earlier snapshot are still running", ""], is_late=False)
         tell(ended_by="failure", failures=[], frozen_ns=0)
         return
     until = started + plan["freeze_limit_s"]
     begun, failure, is_late = freeze(plan, until)
     tell(failure=failure, is_late=is_late)
-    ended_by = "failure" if failure else wait_for_word(until + plan["grace_s"])
+    ended_by = "failure" if failure[0] else wait_for_word(until + plan["grace_s"])
     failures = thaw(begun, plan)
     tell(ended_by=ended_by, failures=failures, frozen_ns=int((time.monotonic() - started) * 1e9))
 

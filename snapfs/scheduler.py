@@ -122,8 +122,9 @@ class Scheduler:
                 await self._run(schedule, now_ns)
                 self._failures.pop(name, None)
             except (SnapfsError, OSError) as error:
-                self._failures[name] = str(error)
-                self._events.note("schedule-failed", logging.ERROR, name=name, reason=str(error))
+                told = error.public if isinstance(error, SnapfsError) else str(error)
+                self._failures[name] = told
+                self._events.note("schedule-failed", logging.ERROR, name=name, reason=told)
             # Done with, made or failed: a full device is not to be tried a thousand times.
             due_ns = schedule.due_ns(now_ns)
             try:

@@ -112,10 +112,27 @@ def test_a_hook_that_fails_or_takes_too_long_makes_no_snapshot(mounted: Mounted,
     )
     assert os.listdir(mounted.snapshots) == []
     snapfs("hook", "remove", mounted.path, "app")
-    add_hook(mounted, tmp_path, "", "exit 7")
+    add_hook(mounted, tmp_path, "", "echo login of S3cret failed; exit 7")
     assert mounted.ask("snapshot s")["ok"]
     events = (mounted.path / ".snapfs" / "events").read_text()
     assert '"event": "hook-failed"' in events and "after ended with 7" in events
+    # Everyone may read these; what the programs say is for the log.
+    assert "S3cret" not in events and "database is away" not in events
+    assert "S3cret" in (mounted.pool / "daemon.log").read_text()
+
+
+def test_what_a_hook_says_to_a_schedule_is_not_for_everyone(mounted: Mounted, tmp_path: Path) -> None:
+    add_hook(mounted, tmp_path, "echo login of S3cret failed; exit 3", "")
+    snapfs("schedule", "add", mounted.path, "often", "--every", "1s")
+
+    def has_failed() -> bool:
+        return "schedule-failed" in (mounted.path / ".snapfs" / "events").read_text()
+
+    wait_until(has_failed, "the schedule's snapshot has failed")
+    snapfs("schedule", "remove", mounted.path, "often")
+    for name in ("events", "status.json"):
+        text = (mounted.path / ".snapfs" / name).read_text()
+        assert "S3cret" not in text
 
 
 @pytest.mark.parametrize("victim", ["daemon", "guard"])
