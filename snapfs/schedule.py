@@ -83,7 +83,8 @@ class Schedule:
                 _texts(fields["hold_tags"]),
                 bool(fields["skips_unchanged"]),
             )
-            if not 1 <= found.every_s <= EVERY_S_MAX or not 0 <= found.offset_s <= _DAY_S:
+            # Earlier versions took longer periods than are taken now.
+            if not 1 <= found.every_s < 1 << 62 or not 0 <= found.offset_s <= _DAY_S:
                 raise ValueError(found.every_s)
             return found
         except (BadCommandError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
