@@ -250,6 +250,23 @@ class ChangeLogs:
         assert log.file is not None
         return log.file
 
+    def open_apart(self, logs: Sequence[ChangeLog]) -> list[tuple[ChangeLog, DeviceFile]]:
+        """Files of logs, for :meth:`admit_file`, without those that cannot be opened. Blocks; runs in a thread."""
+        opened: list[tuple[ChangeLog, DeviceFile]] = []
+        for log in logs:
+            with contextlib.suppress(OSError, DamagedError):
+                opened.append((log, self._device_of(log).open(self._name(log.log_id))))
+        return opened
+
+    def admit_file(self, log: ChangeLog, file: DeviceFile) -> None:
+        """Keep a file that was opened apart, if the log still has none and others need not be closed for it."""
+        if log.file is not None or not self.files_room or self.known.get(log.log_id) is not log:
+            file.close()
+            return
+        log.file = file
+        self._prove(log)
+        self._note_open(log)
+
     def _device_of(self, log: ChangeLog) -> Device:
         try:
             return self._devices[log.device_id]

@@ -34,7 +34,7 @@ from .geometry import (
 )
 from .notresident import Fetch, NotResidentError, OldBlocks
 from .placement import Quota
-from .prefetch import fetch_checksums, prefetch
+from .prefetch import Prefetcher, fetch_checksums
 from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
@@ -97,7 +97,7 @@ class Neighbours:
 
     ``sources`` has the log that stands for what a volume is written over. ``borrow`` gives the
     portion of another volume, for as long as it is used; ``commit`` makes one's changes durable.
-    ``writeback`` is told of large writes.
+    ``writeback`` is told of large writes. ``prefetcher`` brings in what reads need.
     """
 
     traits: TraitsTable
@@ -106,6 +106,7 @@ class Neighbours:
     borrow: Callable[[VolumeId], contextlib.AbstractContextManager[Portion]]
     commit: Callable[[Portion], Awaitable[None]]
     writeback: EarlyWriteback
+    prefetcher: Prefetcher
 
 
 class Portion:
@@ -762,11 +763,14 @@ class Portion:
         self, block_map: BlockMap, object_index: int, block: int, fetch: Fetch, old_blocks: OldBlocks
     ) -> None:
         """Fetch what a read of an object needs; before that, what reads of its other blocks will."""
-        await prefetch(self._access, self._logs, block_map, block, object_index // self._processor_count)
+        place = object_index // self._processor_count
+        await self._neighbours.prefetcher.bring_in(self.volume_id, block_map, block, place)
         await fetch(old_blocks)
 
     async def _look_at_log(self, log_id: int, old_blocks: OldBlocks) -> None:
-        """Bring a log's row into memory."""
+        """Bring a log's row into memory, unless others did already."""
+        if log_id in self._logs.known:
+            return
         row = await self._access.ask(self._access.store.log, log_id)
         if row is None and (self._processor_index, log_id, _WAS_MISSING) not in old_blocks:
             # It may have died since its map was looked at; the caller looks again, once.

@@ -18,23 +18,54 @@ from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog, ChangeLogs
 from .errors import SnapfsError
 from .formats import CHANGE_LOG
+from .geometry import VolumeId
 from .shardstate import ShardAccess
 
 _LOGS_MAX = 256
-# Opened in the event loop: requests have their turn after so many.
-_OPENED_AT_ONCE = 16
 
 
-async def prefetch(access: ShardAccess, logs: ChangeLogs, block_map: BlockMap, block: int, place: int) -> None:
-    """Bring in what reads of an object need, from a block of it on; ``place`` is where it lies in the logs' files."""
-    # Where others would have to leave memory even to look for what is not here would be in vain.
-    if isinstance(block_map, int) or not logs.has_room:
-        return
-    log_ids = _ids_around(block_map, block)
-    with contextlib.suppress(OSError, SnapfsError):
-        await _look_at(access, logs, log_ids)
-        await _open(logs, [log for one in log_ids if (log := logs.known.get(one)) is not None])
-    await fetch_checksums(access, logs, log_ids, place)
+class Prefetcher:
+    """What is being brought in on one processor, so that readers of one object who come together do it once."""
+
+    __slots__ = ("_access", "_logs", "_under_way")
+
+    def __init__(self, access: ShardAccess, logs: ChangeLogs) -> None:
+        self._access = access
+        self._logs = logs
+        self._under_way: dict[tuple[VolumeId, int], trio.Event] = {}
+
+    async def bring_in(self, volume_id: VolumeId, block_map: BlockMap, block: int, place: int) -> None:
+        """Bring in what reads of an object need, from a block of it on; ``place`` is where it lies in the logs' files.
+
+        Somebody else who is at the same object is waited for: what is missing then, the reader's own fetch brings.
+        """
+        # Where others would have to leave memory even to look for what is not here would be in vain.
+        if isinstance(block_map, int) or not self._logs.has_room:
+            return
+        key = volume_id, place
+        others = self._under_way.get(key)
+        if others is not None:
+            await others.wait()
+            return
+        done = self._under_way[key] = trio.Event()
+        try:
+            await self._bring_in(_ids_around(block_map, block), place)
+        finally:
+            del self._under_way[key]
+            done.set()
+
+    async def _bring_in(self, log_ids: Sequence[int], place: int) -> None:
+        with contextlib.suppress(OSError, SnapfsError):
+            await _look_at(self._access, self._logs, log_ids)
+            await self._open([log for one in log_ids if (log := self._logs.known.get(one)) is not None])
+        await fetch_checksums(self._access, self._logs, log_ids, place)
+
+    async def _open(self, wanted: Sequence[ChangeLog]) -> None:
+        closed = [log for log in wanted if log.file is None and log.kind == CHANGE_LOG and not log.liveness.is_over]
+        closed = closed[: self._logs.files_room]
+        if closed:
+            for log, file in await self._access.read_in_thread(self._logs.open_apart, closed):
+                self._logs.admit_file(log, file)
 
 
 async def fetch_checksums(access: ShardAccess, logs: ChangeLogs, log_ids: Sequence[int], place: int) -> None:
@@ -59,15 +90,3 @@ async def _look_at(access: ShardAccess, logs: ChangeLogs, log_ids: Sequence[int]
     if unknown:
         for row in await access.ask(access.store.some_logs, unknown):
             logs.adopt(row)
-
-
-async def _open(logs: ChangeLogs, wanted: Sequence[ChangeLog]) -> None:
-    closed = [log for log in wanted if log.file is None and log.kind == CHANGE_LOG]
-    for number, log in enumerate(closed[: logs.files_room]):
-        if number % _OPENED_AT_ONCE == _OPENED_AT_ONCE - 1:
-            await trio.lowlevel.checkpoint()
-        if not logs.files_room:
-            return
-        if logs.known.get(log.log_id) is log and not log.liveness.is_over:
-            with contextlib.suppress(OSError, SnapfsError):
-                logs.open_file(log)

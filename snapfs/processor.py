@@ -30,6 +30,7 @@ from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
+from .prefetch import Prefetcher
 from .sealedfile import SumCache
 from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
@@ -122,8 +123,9 @@ class Processor:
         self.traits = traits
         self.facts_of = facts_of
         self.writeback = EarlyWriteback(self.access.in_thread)
+        prefetcher = Prefetcher(self.access, self.logs)
         self._neighbours = Neighbours(
-            traits, Residency(), self.sources, self.borrowed, self._commit_one, self.writeback
+            traits, Residency(), self.sources, self.borrowed, self._commit_one, self.writeback, prefetcher
         )
         self._wakeup = Wakeup()
         self._has_freed = True

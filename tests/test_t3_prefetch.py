@@ -9,11 +9,14 @@ import pytest
 import trio
 
 from snapfs import changelog, sealedfile
+from snapfs.changelog import ChangeLog, ChangeLogs
 from snapfs.errors import DamagedError, UnreadableError
+from snapfs.formats import LogRow
 from snapfs.pool import Pool
 from snapfs.processor import Processor
 from snapfs.shardstate import ShardAccess
 from snapfs.shardstore import ShardStore
+from snapfs.volume import Volume
 
 from .harness import Running, World, open_world
 
@@ -165,3 +168,54 @@ async def test_nothing_is_looked_for_where_there_is_no_room(monkeypatch: pytest.
             assert await volume.read(block * BLOCK, BLOCK) == bytes([block + 1]) * BLOCK
         assert "some_logs" not in asked
         monkeypatch.undo()
+
+
+async def test_readers_of_one_object_bring_it_in_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await scatter(pool)
+
+    async def read(volume: Volume, block: int) -> None:
+        assert await volume.read(block * BLOCK, BLOCK) == bytes([block + 1]) * BLOCK
+
+    async with open_world(world) as pool, pool.volumes.opened(b"v") as volume:
+        asked = count_asks(monkeypatch)
+        async with trio.open_nursery() as nursery:
+            for block in range(0, COUNT, 4):
+                nursery.start_soon(read, volume, block)
+        assert asked.count("some_logs") == 1
+        assert asked.count("some_checksums") + asked.count("checksums") <= 2, of_reads(asked)
+        monkeypatch.undo()
+
+
+async def test_a_reader_that_gives_up_lets_the_others_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await scatter(pool)
+    read: list[int] = []
+
+    async def read_it(volume: Volume, block: int) -> None:
+        assert await volume.read(block * BLOCK, BLOCK) == bytes([block + 1]) * BLOCK
+        read.append(block)
+
+    async with open_world(world) as pool, pool.volumes.opened(b"v") as volume:
+        first = trio.CancelScope()
+        adopt = ChangeLogs.adopt
+
+        def give_up(self: ChangeLogs, row: LogRow) -> ChangeLog:
+            first.cancel()
+            return adopt(self, row)
+
+        async def read_first() -> None:
+            with first:
+                await read_it(volume, 0)
+
+        monkeypatch.setattr(ChangeLogs, "adopt", give_up)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_first)
+                for block in range(1, COUNT):
+                    nursery.start_soon(read_it, volume, block)
+        monkeypatch.undo()
+        assert first.cancelled_caught
+        assert sorted(read) == list(range(1, COUNT))
