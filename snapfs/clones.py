@@ -464,7 +464,7 @@ class Clones:
 
     # -- independence ------------------------------------------------------------------------
 
-    async def flatten(self, volume_name: bytes) -> int:
+    async def flatten(self, volume_name: bytes, job_name: str = "") -> int:
         """Copy what a clone shares into change logs of its own; how many bytes.
 
         It may be in use meanwhile. Stopped halfway, what is done is done. Raises NotFoundError,
@@ -474,7 +474,8 @@ class Clones:
             volume_id = volume.volume_id
             if self._volumes.traits.get(volume_id).change_mode == COPY_ON_WRITE:
                 return 0
-            with self._jobs.stoppable("flatten", show_name(volume_name), volume.block_count << BLOCK_SHIFT) as job:
+            total = volume.block_count << BLOCK_SHIFT
+            with self._jobs.stoppable("flatten", show_name(volume_name), total, job_name) as job:
                 for processor in self._processors:
                     await _Flattening(volume, processor, job).run()
             await volume.sync()

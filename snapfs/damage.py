@@ -37,10 +37,18 @@ class DamageLedger:
             self.known[damaged] = None
             self.found.set()
 
-    def replace(self, found: Iterable[DamagedBlock], known_before: Collection[DamagedBlock]) -> None:
-        """All was looked at, and this is what is damaged, with what readers met since ``known_before`` was known."""
+    def replace(
+        self,
+        found: Iterable[DamagedBlock],
+        known_before: Collection[DamagedBlock],
+        unread: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """All was looked at, and this is what is damaged, with what readers met since ``known_before`` was known.
+
+        But for logs that could not be read, ``unread`` by processor and log: what is known of those stays known.
+        """
         before = self.known
-        met = [one for one in before if one not in known_before]
+        met = [one for one in before if one not in known_before or (one.processor_index, one.log_id) in unread]
         self.known = {one: before.get(one) for one in list(dict.fromkeys([*found, *met]))[:KNOWN_MAX]}
         self.found.set()
 

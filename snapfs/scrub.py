@@ -54,17 +54,24 @@ class _Rate:
 
 @dataclass(slots=True)
 class ScrubReport:
-    """What a scrub found. ``unsealed_bytes`` lie in change logs that have no checksums yet."""
+    """What a scrub found. ``unsealed_bytes`` lie in change logs that have no checksums yet.
+
+    ``unread``: processor and log of what could not be read, or not all of it.
+    """
 
     checked_bytes: int = 0
     unsealed_bytes: int = 0
     damaged: list[DamagedBlock] = field(default_factory=list)
     unreadable_logs: list[str] = field(default_factory=list)
+    unread: set[tuple[int, LogId]] = field(default_factory=set)
     duration_ms: float = 0.0
 
 
-async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
-    """Read all that is sealed and that anything names, and compare. What is damaged is in the pool's ledger then."""
+async def scrub(pool: Pool, bytes_per_s: int | None = None, job_name: str = "") -> ScrubReport:
+    """Read all that is sealed and that anything names, and compare. What is damaged is in the pool's ledger then.
+
+    Raises StoppedError when the job is stopped.
+    """
     report = ScrubReport()
     started = time.perf_counter_ns()
     known_before = frozenset(pool.damage.known)
@@ -78,12 +85,12 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None) -> ScrubReport:
             row.block_count << BLOCK_SHIFT for row in await processor.access.ask(store.unsummed_logs)
         )
     total = sum(row.block_count for _, row in summed) << BLOCK_SHIFT
-    with pool.jobs.stoppable("scrub", "the sealed change logs", total) as job:
+    with pool.jobs.stoppable("scrub", "the sealed change logs", total, job_name) as job:
         for processor in pool.processors:
             logs = [row for one, row in summed if one is processor]
             await _ProcessorScrub(processor, rate, job, report).run(logs)
         report.checked_bytes = job.done
-    pool.damage.replace(report.damaged, known_before)
+    pool.damage.replace(report.damaged, known_before, report.unread)
     await pool.damage_teller.tell_all()
     report.duration_ms = (time.perf_counter_ns() - started) / 1e6
     return report
@@ -120,6 +127,7 @@ class _ProcessorScrub:
             # What was freed meanwhile may have gone with its log.
             if await self._still_named(row, masks):
                 self._unreadable_ids.add(row.log_id)
+                self._report.unread.add((self._processor.index, row.log_id))
                 where = f"change log {row.log_id} of processor {self._processor.index}"
                 self._report.unreadable_logs.append(f"{where}: {error.strerror}")
             return
@@ -135,6 +143,7 @@ class _ProcessorScrub:
             sums = await access.ask(access.store.checksums, row.log_id, object_index)
         except DamagedError as error:
             self._report.unreadable_logs.append(error.reason)
+            self._report.unread.add((self._processor.index, row.log_id))
             return
         base = log_offset(object_index, self._processor.processor_count)
         try:
@@ -224,8 +233,11 @@ class VerifyReport:
         return self.computed_root == self.root
 
 
-async def verify(pool: Pool, snapshot: Snapshot) -> VerifyReport:
-    """Read all that a snapshot holds, and work its root out anew. Raises UnsealedError."""
+async def verify(pool: Pool, snapshot: Snapshot, job_name: str = "") -> VerifyReport:
+    """Read all that a snapshot holds, and work its root out anew.
+
+    Raises UnsealedError, and StoppedError when the job is stopped.
+    """
     if not snapshot.root:
         raise UnsealedError(
             f"snapshot {show_name(snapshot.name or b'')!r} is not sealed yet",
@@ -237,7 +249,7 @@ async def verify(pool: Pool, snapshot: Snapshot) -> VerifyReport:
     report.unsealed = [show_name(members.by_id[one].name) for one in members.ordered_ids if one not in ids]
     total = sum(members.block_counts.get(one, 0) for one in ids) << BLOCK_SHIFT
     volumes = []
-    with pool.jobs.stoppable("verify", show_name(snapshot.name or b""), total) as job:
+    with pool.jobs.stoppable("verify", show_name(snapshot.name or b""), total, job_name) as job:
         for volume_id in ids:
             attributes = members.by_id[volume_id]
             view = await pool.snapshots.open_volume(snapshot, volume_id)

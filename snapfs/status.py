@@ -108,11 +108,13 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
         "processor_count": len(processors),
         "jobs": [
             {
+                "name": job.name,
                 "kind": job.kind,
                 "what": job.what,
                 "done": job.done,
                 "total": job.total,
                 "started": iso_time(job.started_ns),
+                "is_stoppable": job.is_stoppable,
             }
             for job in pool.jobs.now
         ],

@@ -318,7 +318,7 @@ LAYERS = [
         "fuse.helperprocess",
         "fuse.mounttable",
     ],
-    ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands"],
+    ["fuse.snapshotcommands", "fuse.changelogcommands", "fuse.schedulecommands", "fuse.hookcommands", "fuse.jobcommands"],
     ["fuse.comparecommands", "fuse.trustcommands", "fuse.volumecommands"],
     ["fuse.control"],
     ["fuse.handles", "fuse.manifests"],

@@ -193,6 +193,28 @@ async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None
         damage(world, b"first", by=b"\0", shift=BLOCK)
 
 
+async def test_what_is_known_of_a_log_that_cannot_be_read_stays_known() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"marker" + bytes(BLOCK - 6) + b"y" * BLOCK)
+        await pool.snapshots.create(b"s")
+        await pool.sealer.seal_all()
+        assert damage(world, b"marker", by=b"?") == 1
+        assert [one.block for one in (await scrub(pool)).damaged] == [0]
+        database = pool.processors[0].access.store.database
+        rows = database.rows("SELECT log_id, guards FROM sums")
+        with database.transaction():
+            database.execute("UPDATE sums SET guards = zeroblob(16)")
+        report = await scrub(pool)
+        assert report.unreadable_logs and not report.damaged
+        assert [one.block for one in pool.damage.known] == [0]
+        with database.transaction():
+            database.each("UPDATE sums SET guards = ?2 WHERE log_id = ?1", rows)
+        assert damage(world, b"?arker", by=b"m") == 1
+        assert not (await scrub(pool)).damaged and not pool.damage.known
+
+
 async def test_sealing_goes_on_after_a_crash_and_keeps_no_log_from_dying() -> None:
     world = World()
     running = Running(world)

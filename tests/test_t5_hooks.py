@@ -367,6 +367,30 @@ def test_a_scrub_is_stopped_when_the_daemon_is(mounted: Mounted) -> None:
     mounted.mount()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_whoever_asked_for_a_scrub_stops_it(mounted: Mounted, number: int) -> None:
+    asking = _scrubbing(mounted)
+    asking.send_signal(number)
+    _, words = asking.communicate(timeout=60)
+    assert asking.returncode == 1 and b"scrub was stopped" in words, words
+    assert not mounted.status()["jobs"]
+
+
+def test_a_job_is_stopped_by_its_name(mounted: Mounted) -> None:
+    asking = _scrubbing(mounted)
+    (job,) = mounted.status()["jobs"]
+    assert job["is_stoppable"]
+    assert f"job {job['name']}: scrub of the sealed change logs, " in snapfs("status", mounted.path).stdout
+    assert f"a job {job['name']!r} already" in mounted.ask(f"scrub job={job['name']}")["error"]
+    assert mounted.ask("scrub job=../x")["errno"] == errno.EINVAL
+    assert json.loads(snapfs("stop", mounted.path, job["name"], "--json").stdout)["kind"] == "scrub"
+    _, words = asking.communicate(timeout=60)
+    assert asking.returncode == 1 and b"scrub was stopped" in words, words
+    assert not mounted.status()["jobs"]
+    assert mounted.ask(f"stop {job['name']}")["errno"] == errno.ENOENT
+    assert mounted.ask("scrub job=x")["ok"], "a name is free again"
+
+
 def test_a_command_says_so_when_the_daemon_is_killed_under_it(mounted: Mounted) -> None:
     asking = _scrubbing(mounted)
     mounted.kill()

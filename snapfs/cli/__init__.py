@@ -40,6 +40,7 @@ _COMMANDS = {
     "hook": "hook:hook",
     "release": "hold:release",
     "status": "status:status",
+    "stop": "stop:stop",
     "check": "check:check",
     "scrub": "trust:scrub",
     "verify": "trust:verify",

@@ -7,7 +7,10 @@ import errno
 import json
 import os
 import shlex
-from concurrent.futures import ThreadPoolExecutor, wait
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, cast
 
 from ..errors import BadCommandError, DaemonEndedError, NotFoundError, ReadOnlyError, SnapfsError
@@ -82,27 +85,55 @@ def _exchange(path: str, line: bytes) -> tuple[Answer, OSError | None]:
         os.close(fd)
 
 
-def ask_with_progress(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
-    """Like :func:`ask`, with a progress bar on a terminal, as the daemon tells in its status of such a job."""
+def ask_for_job(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
+    """Like :func:`ask`, for what takes a while and can be stopped: SIGINT and SIGTERM have the daemon stop it.
+
+    Whoever writes a command waits in the kernel, out of any signal's reach, so that is a thread. On a terminal there
+    is a progress bar, as the daemon tells in its status of the job.
+    """
+    job = f"{words[0]}-{os.getpid()}-{time.time_ns():x}"
+    with ThreadPoolExecutor(1) as pool, _interrupted_by(signal.SIGTERM):
+        answer = pool.submit(ask, mount_point, *words, options=[*(options or []), ("job", job)])
+        try:
+            _show_progress(mount_point, job, words[0], answer)
+        except KeyboardInterrupt:
+            # Asked for again: it may not have begun yet. The answer tells whether it was stopped, or done by then.
+            while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
+                with contextlib.suppress(SnapfsError, OSError):
+                    ask(mount_point, "stop", job)
+        return answer.result()
+
+
+@contextlib.contextmanager
+def _interrupted_by(number: signal.Signals) -> Iterator[None]:
+    """Inside, a signal is as Ctrl-C is."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _show_progress(mount_point: str, job: str, kind: str, answer: Future[Answer]) -> None:
+    """Wait for an answer, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        return ask(mount_point, *words, options=options)
+        wait([answer])
+        return
     columns = (description_column(), *Progress.get_default_columns()[1:])
-    with ThreadPoolExecutor(1) as pool, Progress(*columns, console=console, transient=True) as progress:
-        answer = pool.submit(ask, mount_point, *words, options=options)
-        bar = progress.add_task(words[0], total=None)
-        status = os.path.join(mount_point, ".snapfs", "status.json")
+    status = os.path.join(mount_point, ".snapfs", "status.json")
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(kind, total=None)
         while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
-            jobs = []
+            now = []
             # A daemon that ends meanwhile is told of by the answer.
             with contextlib.suppress(OSError, ValueError, KeyError), open(status) as file:
-                jobs = [job for job in json.load(file)["jobs"] if job["kind"] == words[0]]
-            for job in jobs:
-                progress.update(bar, completed=job["done"], total=job["total"], description=f"{words[0]} {job['what']}")
-        return answer.result()
+                now = [one for one in json.load(file)["jobs"] if one["name"] == job]
+            for one in now:
+                progress.update(bar, completed=one["done"], total=one["total"], description=f"{kind} {one['what']}")
 
 
 def command_line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..units import format_size
-from .control import ask_with_progress
+from .control import ask_for_job
 from .output import print_json
 
 
@@ -19,7 +19,7 @@ def flatten(mount_point: str, volume: str, as_json: bool) -> None:
     It may be in use meanwhile. Afterwards no snapshot is kept for it and nothing of what it was
     cloned from. Stopped halfway, what was copied stays copied; run it again to go on.
     """
-    answer = ask_with_progress(mount_point, "flatten", volume)
+    answer = ask_for_job(mount_point, "flatten", volume)
     if as_json:
         print_json(answer)
     else:

@@ -33,6 +33,8 @@ def status(mount_point: str, as_json: bool) -> None:
     )
     for stuck in pool["stuck_calls"]:
         click.echo(f"stuck: {stuck['what']} of the {stuck['where']}, for {stuck['age_s']:.0f} s")
+    for job in pool["jobs"]:
+        click.echo(f"job {job['name']}: {job['kind']} of {job['what']}, {_share(job)}, since {job['started']}")
     for failed in pool["failed_volumes"]:
         click.echo(f"volume {failed['volume']}: {failed['reason']}")
     print_table(
@@ -71,6 +73,11 @@ def _told_by(mount_point: str) -> tuple[Any, list[Any]]:
     pool = _load(os.path.join(folder, "status.json"))
     names = sorted(os.listdir(os.path.join(folder, "processors")), key=lambda name: int(name.split(".")[0]))
     return pool, [_load(os.path.join(folder, "processors", name)) for name in names]
+
+
+def _share(job: dict[str, Any]) -> str:
+    """How far a job is, as words."""
+    return f"{min(100, 100 * job['done'] // job['total'])} % done" if job["total"] else "under way"
 
 
 def _size(value: int | None) -> str:

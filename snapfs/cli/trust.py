@@ -8,7 +8,7 @@ import click
 
 from ..errors import DamagedError
 from ..units import format_size
-from .control import ask_with_progress
+from .control import ask_for_job
 from .output import print_json, print_table
 
 _DAMAGED = DamagedError.exit_code
@@ -28,7 +28,7 @@ def scrub(mount_point: str, rate: str | None, as_json: bool) -> None:
 
     Exit codes: 0 nothing damaged, 4 damage found.
     """
-    answer = ask_with_progress(mount_point, "scrub", options=[("rate", rate)] if rate is not None else [])
+    answer = ask_for_job(mount_point, "scrub", options=[("rate", rate)] if rate is not None else [])
     if as_json:
         print_json(answer)
     else:
@@ -79,7 +79,7 @@ def verify(mount_point: str, name: str, root: str | None, as_json: bool) -> None
 
     Exit codes: 0 proven, 1 not sealed yet, 4 it is not what was sealed.
     """
-    answer = ask_with_progress(mount_point, "verify", name)
+    answer = ask_for_job(mount_point, "verify", name)
     proven = answer["is_proven"] and (root is None or root.lower() == answer["root"])
     if as_json:
         print_json({**answer, "is_proven": proven})

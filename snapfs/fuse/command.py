@@ -44,6 +44,7 @@ OPTION_KEYS = frozenset(
         "need",
         "base",
         "sync",
+        "job",
     }
 )
 Answer = dict[str, object]

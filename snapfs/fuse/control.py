@@ -19,6 +19,7 @@ from . import (
     changelogcommands,
     comparecommands,
     hookcommands,
+    jobcommands,
     schedulecommands,
     snapshotcommands,
     trustcommands,
@@ -80,6 +81,7 @@ COMMANDS: Mapping[str, CommandFunction] = {
     **schedulecommands.COMMANDS,
     **trustcommands.COMMANDS,
     **hookcommands.COMMANDS,
+    **jobcommands.COMMANDS,
     "help": _help,
 }
 

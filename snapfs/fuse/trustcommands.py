@@ -14,14 +14,14 @@ RATE_MIN = 64 << 10
 
 
 async def _scrub(context: CommandContext, command: Command) -> Answer:
-    """scrub [rate=SIZE]: read all that is sealed, at most so much a second, and hold it against its checksums."""
+    """scrub [rate=SIZE] [job=NAME]: read all that is sealed, so much a second, and hold it against its checksums."""
     command.word_count(0, 0, "no words")
-    command.known_options("rate")
+    command.known_options("rate", "job")
     rate = command.one_of("rate")
     bytes_per_s = None if rate is None else parse_size(rate)
     if bytes_per_s is not None and bytes_per_s < RATE_MIN:
         raise BadCommandError(f"a rate of {bytes_per_s}", f"Give {format_size(RATE_MIN)} at least, or leave it out")
-    report = await scrub(context.pool, bytes_per_s)
+    report = await scrub(context.pool, bytes_per_s, command.one_of("job") or "")
     return {
         "checked_bytes": report.checked_bytes,
         "unsealed_bytes": report.unsealed_bytes,
@@ -33,10 +33,11 @@ async def _scrub(context: CommandContext, command: Command) -> Answer:
 
 
 async def _verify(context: CommandContext, command: Command) -> Answer:
-    """verify NAME: read all that a snapshot holds, and hold it against the root it was sealed with."""
+    """verify NAME [job=NAME]: read all that a snapshot holds, and hold it against the root it was sealed with."""
     command.word_count(1, 1, "the name of a snapshot")
-    command.known_options()
-    report = await verify(context.pool, snapshot_of(context.pool, command.words[0]))
+    command.known_options("job")
+    snapshot = snapshot_of(context.pool, command.words[0])
+    report = await verify(context.pool, snapshot, command.one_of("job") or "")
     return {
         "root": report.root,
         "computed_root": report.computed_root or None,

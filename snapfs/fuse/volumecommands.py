@@ -87,10 +87,10 @@ async def _clone(context: CommandContext, command: Command) -> Answer:
 
 
 async def _flatten(context: CommandContext, command: Command) -> Answer:
-    """flatten VOLUME: copy what a clone shares with others, so that it depends on none."""
+    """flatten VOLUME [job=NAME]: copy what a clone shares with others, so that it depends on none."""
     command.word_count(1, 1, "the name of a volume")
-    command.known_options()
-    copied_bytes = await context.pool.clones.flatten(command.words[0])
+    command.known_options("job")
+    copied_bytes = await context.pool.clones.flatten(command.words[0], command.one_of("job") or "")
     return {"volume": show_name(command.words[0]), "copied_bytes": copied_bytes}
 
 
