@@ -548,7 +548,7 @@ class ShardBatch:
     """One commit of a processor: rows that become durable together.
 
     It is a plain value, so that it could as well be appended to a log object on a distributed
-    device.
+    device. ``next_log_id`` and ``epoch`` are of the processor at that time, and kept in the meta table.
     """
 
     maps: list[MapRow] = field(default_factory=list)
@@ -569,6 +569,7 @@ class ShardBatch:
     intermediates: list[IntermediateRow] = field(default_factory=list)
     dropped_intermediates: list[SnapshotId] = field(default_factory=list)
     next_log_id: LogId | None = None
+    epoch: Epoch | None = None
 
     def __bool__(self) -> bool:
         return any(

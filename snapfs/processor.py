@@ -400,6 +400,7 @@ class Processor:
             self._take_changes(commit, chosen)
             if rows:
                 rows.next_log_id = LogId(self.logs.next_log_id)
+                rows.epoch = Epoch(self.clock.epoch)
         except BaseException as error:
             # There may be no memory for all of it: what was taken is still to be committed.
             self._fail_commit(commit, error, None)

@@ -621,12 +621,23 @@ class ShardStore:
         )
 
     def epoch_max(self) -> int:
-        """The largest epoch or instant that any row speaks of."""
-        return self.database.number(
-            "SELECT max(coalesce((SELECT max(epoch) FROM logs), 0),"
-            " coalesce((SELECT max(instant) + 1 FROM copies), 0),"
-            " coalesce((SELECT max(instant) + 1 FROM intermediates), 0))"
+        """The largest epoch that a commit was made in, or that any row speaks of."""
+        return max(
+            self._epoch_reached(),
+            self.database.number(
+                "SELECT max(coalesce((SELECT max(epoch) FROM logs), 0),"
+                " coalesce((SELECT max(instant) + 1 FROM copies), 0),"
+                " coalesce((SELECT max(instant) + 1 FROM intermediates), 0))"
+            ),
         )
+
+    def _epoch_reached(self) -> int:
+        """The epoch of the last commit. Maps may speak of it alone: a log of which nothing is left is gone."""
+        row = self.database.row("SELECT value FROM meta WHERE key = 'epoch'")
+        if row is None:
+            # Written by an earlier version, which did not note it; from the next commit on it is there.
+            return self.database.number("SELECT coalesce(max(epoch), 0) FROM maps")
+        return self._meta("epoch")
 
     def freed(self, limit: int) -> list[tuple[int, FreedRow]]:
         """Ranges still to be punched, each with the number of its row."""
@@ -694,7 +705,11 @@ class ShardStore:
             meta = [(self.generation + 1, "generation"), (catalog_generation, "catalog_generation")]
             if batch.next_log_id is not None:
                 meta.append((batch.next_log_id, "next_log_id"))
-            database.each("UPDATE meta SET value = ? WHERE key = ?", meta)
+            if batch.epoch is not None:
+                meta.append((batch.epoch, "epoch"))
+            database.each(
+                "INSERT INTO meta VALUES (?2, ?1) ON CONFLICT (key) DO UPDATE SET value = excluded.value", meta
+            )
         self.generation += 1
         self.catalog_generation = catalog_generation
 

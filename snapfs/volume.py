@@ -500,7 +500,7 @@ class Volume(VolumeView):
             attributes.size_bytes == self._synced_size_bytes
             and (attributes.name, attributes.mode) == (self.name, self.mode)
             and (attributes.uid, attributes.gid) == (self.uid, self.gid)
-            and saved.named_epoch == self.named_epoch
+            and (saved.epoch, saved.named_epoch) == (self.epoch, self.named_epoch)
             and saved.trim == int(self._trim != _TRIM_NONE)
         )
 
