@@ -597,7 +597,12 @@ class Portion:
             if log.epoch == max(self._clock.epoch, self.named_epoch):
                 self._sealed_in_epoch = True
         if log is self._log:
-            log.held -= 1
+            self.leave_log()
+
+    def leave_log(self) -> None:
+        """The current change log takes no more writes: the next one begins another, or finds that of its epoch."""
+        if self._log is not None:
+            self._log.held -= 1
             self._log = None
 
     def is_shared(self, log: ChangeLog) -> bool:
@@ -612,9 +617,7 @@ class Portion:
     def name_snapshot(self, epoch: int) -> None:
         """A snapshot that names this volume was cut; its next write is of this epoch."""
         self.named_epoch = epoch
-        if self._log is not None:
-            self._log.held -= 1
-            self._log = None
+        self.leave_log()
 
     def drop_copy_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> None:
         """Forget a point-in-time copy that no snapshot needs, and free what only it names.
@@ -1003,9 +1006,7 @@ class Portion:
 
     def release(self) -> None:
         """Let go of everything. What was not committed is lost: it is clean, or its volume is gone."""
-        if self._log is not None:
-            self._log.held -= 1
-            self._log = None
+        self.leave_log()
         self._log_looked_up = False
         self._log_known = None
         self._sealed_in_epoch = True

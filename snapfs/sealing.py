@@ -116,8 +116,12 @@ def _is_closed(processor: Processor, row: LogRow) -> bool | None:
     if isinstance(portion, CowPortion) and portion.is_preserving:
         return None
     log = processor.logs.known.get(row.log_id)
-    is_in_use = log is not None and (log.dirty or log.pins or (portion is not None and portion.current_log is log))
-    return None if is_in_use else True
+    if log is not None and (log.dirty or log.pins):
+        return None
+    if log is not None and portion is not None and portion.current_log is log:
+        # A volume that is open and not written to would keep all snapshots since from being sealed.
+        portion.leave_log()
+    return True
 
 
 async def _read_log(processor: Processor, row: LogRow, lot: _Lot, pace: Pace) -> None:

@@ -193,6 +193,27 @@ async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None
         damage(world, b"first", by=b"\0", shift=BLOCK)
 
 
+async def test_a_volume_that_is_open_and_not_written_to_holds_up_no_sealing() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"idle")
+        await pool.volumes.create(b"busy")
+        async with pool.volumes.opened(b"idle") as idle:
+            await idle.write(0, b"A" * 8 * BLOCK)
+            for number in range(3):
+                await put(pool, b"busy", number * BLOCK, b"b" * BLOCK)
+                await pool.snapshots.create(b"s%d" % number)
+            await pool.sealer.seal_all()
+            assert not pool.sealer.waiting()
+            assert not (await scrub(pool)).unsealed_bytes
+            await idle.write(BLOCK, b"B" * BLOCK)
+            last = await pool.snapshots.create(b"last")
+            assert await read_snapshot(pool, pool.snapshots.get(b"s2"), b"idle") == b"A" * 8 * BLOCK
+            assert await read_snapshot(pool, last, b"idle") == b"A" * BLOCK + b"B" * BLOCK + b"A" * 6 * BLOCK
+            await pool.sealer.seal_all()
+            await everything_is_proven(pool)
+
+
 async def test_what_is_known_of_a_log_that_cannot_be_read_stays_known() -> None:
     world = World(processor_count=1)
     async with open_world(world) as pool:
