@@ -20,14 +20,28 @@ class Ancestor(NamedTuple):
     instant: int
 
 
+class _Family:
+    """Volumes that belong together, and the same in order once that was asked for."""
+
+    __slots__ = ("members", "ordered")
+
+    def __init__(self, member: VolumeId) -> None:
+        self.members = {member}
+        self.ordered: tuple[VolumeId, ...] | None = None
+
+
 class TraitsTable:
-    """The traits of all volumes that are not plain."""
+    """The traits of all volumes that are not plain.
+
+    A clone more joins two families, in a time that does not grow with them. One less, or of another origin, has
+    all of them worked out anew when they are asked for next.
+    """
 
     def __init__(self, rows: Iterable[VolumeTraits]) -> None:
         self.rows = {row.volume_id: row for row in rows}
-        self._families: dict[VolumeId, tuple[VolumeId, ...]] = {}
+        self._families: dict[VolumeId, _Family] = {}
         self._shared_until: dict[VolumeId, int] = {}
-        self._work_out()
+        self._is_worked_out = False
 
     def get(self, volume_id: VolumeId) -> VolumeTraits:
         """The traits of a volume, plain or not."""
@@ -35,29 +49,62 @@ class TraitsTable:
 
     def put(self, row: VolumeTraits) -> None:
         """Add or change a volume's traits."""
+        before = self.get(row.volume_id)
+        was_worked_out = self._is_worked_out
+        if (before.origin_id, before.origin_instant) == (row.origin_id, row.origin_instant):
+            self.rows[row.volume_id] = row
+            return
+        # Until all of it is done: there may be no memory.
+        self._is_worked_out = False
         self.rows[row.volume_id] = row
-        self._work_out()
+        if was_worked_out and not before.origin_id:
+            self._join(row)
+            self._is_worked_out = True
 
     def drop(self, volume_id: VolumeId) -> None:
         """Nothing of a volume is left."""
-        self.rows.pop(volume_id, None)
-        self._work_out()
+        row = self.rows.pop(volume_id, None)
+        if row is not None and row.origin_id:
+            self._is_worked_out = False
 
     def _work_out(self) -> None:
-        families: dict[VolumeId, set[VolumeId]] = {}
+        if self._is_worked_out:
+            return
+        self._families = {}
         self._shared_until = {}
         for row in self.rows.values():
-            if not row.origin_id:
-                continue
-            joined = families.get(row.volume_id, {row.volume_id}) | families.get(row.origin_id, {row.origin_id})
-            for member in joined:
-                families[member] = joined
-            self._shared_until[row.origin_id] = max(row.origin_instant, self._shared_until.get(row.origin_id, 0))
-        self._families = {member: tuple(sorted(family)) for member, family in families.items()}
+            self._join(row)
+        self._is_worked_out = True
+
+    def _join(self, row: VolumeTraits) -> None:
+        """A clone and what it was made of belong together, with all that belongs to them."""
+        if not row.origin_id:
+            return
+        small, large = self._family(row.volume_id), self._family(row.origin_id)
+        if small is not large:
+            if len(small.members) > len(large.members):
+                small, large = large, small
+            large.ordered = None
+            large.members |= small.members
+            for member in small.members:
+                self._families[member] = large
+        self._shared_until[row.origin_id] = max(row.origin_instant, self._shared_until.get(row.origin_id, 0))
+
+    def _family(self, volume_id: VolumeId) -> _Family:
+        family = self._families.get(volume_id)
+        if family is None:
+            family = self._families[volume_id] = _Family(volume_id)
+        return family
 
     def family_of(self, volume_id: VolumeId) -> tuple[VolumeId, ...]:
         """The volumes whose maps may name blocks of this one's change logs, itself among them."""
-        return self._families.get(volume_id) or (volume_id,)
+        self._work_out()
+        family = self._families.get(volume_id)
+        if family is None:
+            return (volume_id,)
+        if family.ordered is None:
+            family.ordered = tuple(sorted(family.members))
+        return family.ordered
 
     def families_of(self, volume_ids: Iterable[VolumeId]) -> tuple[VolumeId, ...]:
         """The volumes of the families of all of these."""
@@ -68,6 +115,7 @@ class TraitsTable:
 
         What was written to it later only its own maps can name.
         """
+        self._work_out()
         return self._shared_until.get(volume_id, 0)
 
     def inheritors(self, snapshot_id: SnapshotId) -> list[VolumeTraits]:
@@ -98,4 +146,5 @@ class TraitsTable:
 
     def is_origin(self, volume_id: VolumeId) -> bool:
         """Whether a clone was made of it that is still known."""
+        self._work_out()
         return volume_id in self._shared_until

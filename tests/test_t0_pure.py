@@ -7,6 +7,7 @@ import random
 import shlex
 import zlib
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from snapfs.errors import (
     TooLargeError,
     TooNewError,
 )
-from snapfs.formats import FORMAT_VERSION, DeviceDescriptor, PoolDescriptor
+from snapfs.formats import FORMAT_VERSION, DeviceDescriptor, PoolDescriptor, VolumeTraits
 from snapfs.fuse import names
 from snapfs.fuse.command import split_words
 from snapfs.fuse.patience import Patience
+from snapfs.geometry import VolumeId
 from snapfs.snapshotindex import NEVER, SnapshotIndex
+from snapfs.traits import TraitsTable
 
 from .contents import Contents, first_of_no_version
 
@@ -476,3 +479,48 @@ def test_a_map_that_was_written_block_by_block_from_either_end_is_one_number(is_
     for block in reversed(range(BLOCKS)) if is_backwards else range(BLOCKS):
         block_map = blockmap.with_range(block_map, block, block + 1, 7)
     assert block_map == 7
+
+
+def families_told(rows: Mapping[int, VolumeTraits]) -> dict[int, tuple[int, ...]]:
+    """The families of volumes, worked out the long way."""
+    families = {one: {one} for one in rows} | {row.origin_id: {row.origin_id} for row in rows.values()}
+    for _ in rows:
+        for row in rows.values():
+            if row.origin_id:
+                joined = families[row.volume_id] | families[row.origin_id]
+                families[row.volume_id] = families[row.origin_id] = joined
+                for member in joined:
+                    families[member] = joined
+    return {one: tuple(sorted(family)) for one, family in families.items()}
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), st.integers(1, 9), st.integers(0, 9), st.integers(1, 3), st.booleans()),
+            st.tuples(st.just("drop"), st.integers(1, 9)),
+            st.tuples(st.just("ask"), st.integers(1, 9)),
+        )
+    )
+)
+def test_families_are_what_their_rows_say(steps: list[tuple[Any, ...]]) -> None:
+    table = TraitsTable([])
+    rows: dict[int, VolumeTraits] = {}
+    for step in steps:
+        volume_id = VolumeId(step[1])
+        if step[0] == "put" and step[2] != volume_id:
+            rows[volume_id] = VolumeTraits(
+                volume_id, volume_id, origin_id=VolumeId(step[2]), origin_instant=step[3], inherits=int(step[4])
+            )
+            table.put(rows[volume_id])
+        elif step[0] == "drop":
+            rows.pop(volume_id, None)
+            table.drop(volume_id)
+        elif step[0] == "ask":
+            assert table.family_of(volume_id) == families_told(rows).get(volume_id, (volume_id,))
+    told = families_told(rows)
+    for one in map(VolumeId, range(1, 10)):
+        assert table.family_of(one) == told.get(one, (one,))
+        origins = [row.origin_instant for row in rows.values() if row.origin_id == one]
+        assert table.shared_until(one) == max(origins, default=0) and table.is_origin(one) == bool(origins)
+        assert table.get(one) == rows.get(one, VolumeTraits(one, one))
