@@ -27,7 +27,7 @@ from . import blockmap
 from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog
-from .errors import DamagedError, NoSpaceError, NotFoundError, SyncFailedError
+from .errors import DamagedError, NotFoundError, SnapfsError, SyncFailedError
 from .formats import IMAGE_LOG, CopyRow, FreedRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
 from .notresident import NotResidentError, OldBlocks, when_resident
@@ -198,11 +198,13 @@ class CowPortion(Portion):
                 try:
                     if wanted:
                         await self._preserve_all(wanted)
-                except NoSpaceError:
-                    # There may be room for this one, if not for all; the others ask again.
-                    if len(wanted) == 1 or mine not in wanted:
+                except (OSError, SnapfsError):
+                    # There may be room for this one, if not for all, or it is another's that cannot be read. Whoever
+                    # is not served looks again, and asks again.
+                    if len(wanted) == 1 and mine in wanted:
                         raise
-                    await self._preserve_all([mine])
+                    if mine in wanted:
+                        await self._preserve_all([mine])
 
     async def _preserve_all(self, wanted: list[tuple[int, int, int]]) -> None:
         runs: list[_Run] = []

@@ -478,6 +478,8 @@ class Portion:
         """Before the first change after a snapshot: keep the map as the point-in-time copy."""
         if state.epoch >= self._epoch:
             return
+        # First: a copy is never committed without the map that it is older than.
+        self._dirty_objects.add(object_index)
         instant = min(self._epoch - 1, self.last_instant)
         if self._snapshots.holds(self.volume_id, state.epoch, instant):
             copy = CopyRow(

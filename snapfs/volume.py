@@ -366,17 +366,18 @@ class Volume(VolumeView):
             self._check_growth(end)
         object_index = offset >> OBJECT_SHIFT
         inside = offset & OBJECT_MASK
+        # First: a part of what fails may have been done.
+        if self.epoch < self._clock.epoch or self.epoch < self.named_epoch:
+            self.before_change()
         if inside + length <= OBJECT_SIZE:
             portion = self.portions[object_index % self.processor_count]
             try:
                 portion.write_now(object_index, inside, data, old_blocks)
-            except (OSError, SnapfsError):
+            except (OSError, SnapfsError, MemoryError):
                 self._note_failed_write(end)
                 raise
         else:
             self._write_pieces_now(offset, data, old_blocks)
-        if self.epoch < self._clock.epoch or self.epoch < self.named_epoch:
-            self.before_change()
         if end > self.size_bytes:
             self.size_bytes = end
         self.mtime_ns = self.ctime_ns = time.time_ns()
@@ -398,13 +399,11 @@ class Volume(VolumeView):
         try:
             for portion, object_index, inside, part in parts:
                 portion.write_now(object_index, inside, part, old_blocks)
-        except (OSError, SnapfsError):
+        except (OSError, SnapfsError, MemoryError):
             self._note_failed_write(offset + len(view))
             raise
 
     def _note_failed_write(self, end: int) -> None:
-        # A part of it may have been done.
-        self.before_change()
         if end > self.size_bytes:
             # A part of it may lie behind the size, which stays as it was.
             self._trim = _TRIM_DUE

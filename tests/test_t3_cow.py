@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ import trio
 import trio.testing
 
 from snapfs import changelog, cowportion
-from snapfs.backends import CrashPlan, MemoryDevice
+from snapfs.backends import Buffer, CrashPlan, DeviceFile, MemoryDevice
+from snapfs.backends.stacked import StackedFile
 from snapfs.cowportion import CowPortion
 from snapfs.errors import BadCommandError, BusyVolumeError, ExistsError, InUseError, NoSpaceError, NotFoundError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT
@@ -597,3 +600,91 @@ async def test_the_file_that_was_written_over_goes_when_no_clone_needs_it() -> N
         await pool.reclaimer.reclaim_all()
         assert not pool.volumes.traits.rows
     world.check_clean()
+
+
+class BadSector(StackedFile):
+    """An image with one block that cannot be read."""
+
+    block = 3
+
+    def __init__(self, inner: DeviceFile) -> None:
+        self.inner = inner
+
+    def _check(self, length: int, offset: int) -> None:
+        if offset < (self.block + 1) * BLOCK and offset + length > self.block * BLOCK:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        self._check(len(buffer), offset)
+        return self.inner.read_into(buffer, offset)
+
+    def try_read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        self._check(len(buffer), offset)
+        return self.inner.try_read_into(buffer, offset)
+
+    def write(self, data: Buffer, offset: int) -> None:
+        self.inner.write(data, offset)
+
+    def punch(self, offset: int, length: int) -> None:
+        self.inner.punch(offset, length)
+
+    def reserve(self, length: int) -> None:
+        self.inner.reserve(length)
+
+    def sync(self) -> None:
+        self.inner.sync()
+
+    def truncate(self, size_bytes: int) -> None:
+        self.inner.truncate(size_bytes)
+
+
+class WorldOfBadImages(World):
+    """Whose images have a block that cannot be read."""
+
+    def open_image(self, path: str, writable: bool) -> DeviceFile:
+        return BadSector(super().open_image(path, writable))
+
+
+async def test_a_block_that_cannot_be_preserved_keeps_no_others_from_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = WorldOfBadImages(processor_count=1)
+    world.make_image("/image", b"0" * 16 * BLOCK)
+    written: list[int] = []
+    failed: list[int] = []
+    async with open_world(world) as pool:
+        await pool.maker.create(VolumeWish(b"v", None, COPY_ON_WRITE, "/image"))
+        await pool.snapshots.create(b"s")
+        preserve_all = CowPortion._preserve_all
+        begun, may_go_on = trio.Event(), trio.Event()
+
+        async def slowly(self: CowPortion, wanted: list[tuple[int, int, int]]) -> None:
+            if not begun.is_set():
+                begun.set()
+                await may_go_on.wait()
+            await preserve_all(self, wanted)
+
+        monkeypatch.setattr(CowPortion, "_preserve_all", slowly)
+        async with pool.volumes.opened(b"v") as volume:
+
+            async def write(block: int) -> None:
+                try:
+                    await volume.write(block * BLOCK, b"1" * BLOCK)
+                except OSError as error:
+                    assert error.errno == errno.EIO
+                    failed.append(block)
+                else:
+                    written.append(block)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write, 9)
+                await begun.wait()
+                for block in (5, 6, BadSector.block, 7):
+                    nursery.start_soon(write, block)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                may_go_on.set()
+        monkeypatch.undo()
+        assert (sorted(written), failed) == ([5, 6, 7, 9], [BadSector.block])
+        for block in (5, 6, 7, 9):
+            async with pool.volumes.opened(b"v") as volume:
+                assert await volume.read(block * BLOCK, BLOCK) == b"1" * BLOCK

@@ -311,3 +311,59 @@ async def test_changes_that_there_is_no_memory_to_note_are_never_said_to_be_sync
             await put(running.pool, volume, 1, b"2")
         await running.crash(CrashPlan(1, 0.0, 0.0))
         nursery.cancel_scope.cancel()
+
+
+async def write_behind_the_end(number: int, offset: int, data: bytes) -> bool:
+    """One write behind the end meets the end of memory; the file grows then: what was not written is zeros."""
+    world = World(processor_count=2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(offset - BLOCK, b"a" * BLOCK)
+            await volume.sync()
+            await pool.snapshots.create(b"s")
+            await volume.read(0, BLOCK)
+            was_met = await write_with_no_memory(volume, number, offset, data)
+            expected = data if volume.size_bytes == offset + len(data) else bytes(len(data))
+            assert was_met or expected == data
+            await pool.volumes.truncate(volume, offset + len(data) + BLOCK)
+            assert await volume.read(offset, len(data) + BLOCK) == expected + bytes(BLOCK), number
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == bytes(offset - BLOCK) + b"a" * BLOCK
+    return was_met
+
+
+@needs_testcapi
+@pytest.mark.parametrize(("offset", "length"), [(BLOCK, 2 * BLOCK), ((4 << 20) - BLOCK, 2 * BLOCK)])
+def test_what_a_write_behind_the_end_left_without_memory_is_never_seen(offset: int, length: int) -> None:
+    data = b"leftover" * (length // 8)
+    assert each_allocation(lambda number: run_scenario(write_behind_the_end, number, offset, data)) >= 1
+
+
+@pytest.mark.parametrize("part", [0, 1])
+async def test_nor_is_what_only_a_part_of_it_left(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snapfs.portion import Portion
+
+    world = World(processor_count=2)
+    border = 4 << 20
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v"):
+            await volume.write(border - 2 * BLOCK, b"a" * BLOCK)
+            await volume.sync()
+            snapshot = await pool.snapshots.create(b"s")
+            await volume.write(0, b"b" * BLOCK)
+            write_now = Portion.write_now
+
+            def refuse(self: Portion, object_index: int, *rest: Any) -> None:
+                if object_index == part:
+                    raise MemoryError
+                write_now(self, object_index, *rest)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Portion, "write_now", refuse)
+                with pytest.raises(MemoryError):
+                    await volume.write(border - BLOCK, b"leftover" * (2 * BLOCK // 8))
+            assert volume.size_bytes == border - BLOCK
+            await pool.volumes.truncate(volume, border + BLOCK)
+            assert await volume.read(border - BLOCK, 2 * BLOCK) == bytes(2 * BLOCK)
+        assert await read_snapshot(pool, snapshot, b"v") == bytes(border - 2 * BLOCK) + b"a" * BLOCK
