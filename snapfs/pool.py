@@ -275,6 +275,7 @@ class Pool:
                 self.volumes.traits,
                 self.placement,
                 self.damage.note,
+                self.volumes.refuse_writes,
                 self.pending,
                 self.watch,
             )

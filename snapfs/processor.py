@@ -104,6 +104,7 @@ class Processor:
         traits: TraitsTable,
         placement: Placement,
         on_damage: Callable[[int, int, int, int], None],
+        on_sync_failed: Callable[[VolumeId], None],
         pending: PendingCalls,
         watch: DeviceWatch,
     ) -> None:
@@ -122,6 +123,7 @@ class Processor:
         self.processor_count = processor_count
         self.traits = traits
         self.facts_of = facts_of
+        self._on_sync_failed = on_sync_failed
         self.writeback = EarlyWriteback(self.access.in_thread)
         prefetcher = Prefetcher(self.access, self.logs)
         self._neighbours = Neighbours(
@@ -452,6 +454,9 @@ class Processor:
         cause = error if isinstance(error, SnapfsError | OSError) else SnapfsError(repr(error))
         for portion, changes in commit.taken:
             portion.changes_failed(changes, cause, sync_failed=portion.volume_id == unsynced)
+        for portion, _ in commit.taken:
+            if portion.failure is not None:
+                self._on_sync_failed(portion.volume_id)
 
     def _end_commit(self, commit: _Commit) -> None:
         for portion, changes in commit.taken:

@@ -266,7 +266,7 @@ class Volume(VolumeView):
         if not self.opens:
             # All that may find no memory comes before it counts as open.
             portions = [processor.portion(self.volume_id) for processor in self.processors]
-            self._refuse_everywhere()
+            self.refuse_writes()
             for portion in portions:
                 portion.users += 1
             self.portions = portions
@@ -532,26 +532,27 @@ class Volume(VolumeView):
         is_known = False
         while not is_known:
             mark = self.size_mark()
-            try:
-                await side_by_side(
-                    [
-                        partial(processor.commit, [portion])
-                        for processor, portion in self._loaded_portions()
-                        if portion.is_dirty or portion.failure is not None
-                    ]
-                )
-            except SyncFailedError:
-                self._refuse_everywhere()
-                raise
+            await side_by_side(
+                [
+                    partial(processor.commit, [portion])
+                    for processor, portion in self._loaded_portions()
+                    if portion.is_dirty or portion.failure is not None
+                ]
+            )
             # Cut meanwhile, or put back, it has another size up to which all is to be durable.
             is_known = self.data_synced(mark)
 
-    def _refuse_everywhere(self) -> None:
-        """Of a volume that could not be synced no processor takes writes any more."""
-        portions = [portion for _, portion in self._loaded_portions()]
-        failure = next((portion.failure for portion in portions if portion.failure is not None), None)
-        for portion in portions:
-            portion.refusal = portion.refusal or failure
+    def refuse_writes(self) -> None:
+        """Have no processor take writes any more, if one of them could not sync what it has of it."""
+        failure: SyncFailedError | None = None
+        for processor in self.processors:
+            portion = processor.portions.get(self.volume_id)
+            if portion is not None and portion.failure is not None:
+                failure = portion.failure
+        for processor in self.processors:
+            portion = processor.portions.get(self.volume_id)
+            if portion is not None and portion.refusal is None:
+                portion.refusal = failure
 
     def _loaded_portions(self) -> list[tuple[Processor, Portion]]:
         found = []

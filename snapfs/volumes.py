@@ -115,6 +115,12 @@ class VolumeTable:
         # One that is in snapshots only: nothing of it changes, and it has no live maps.
         return PortionFacts(0, 0, NEVER - 1 if removed_epoch is None else removed_epoch - 1, is_gone=True)
 
+    def refuse_writes(self, volume_id: VolumeId) -> None:
+        """A sync of a volume's data failed on one processor: from now on none takes writes to it."""
+        volume = self.by_id.get(volume_id)
+        if volume is not None:
+            volume.refuse_writes()
+
     def get(self, name: bytes) -> Volume:
         """The volume of that name. Raises NotFoundError."""
         volume = self.by_name.get(name)

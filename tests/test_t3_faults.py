@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, MemoryDevice
 from snapfs.database import Database, Row
-from snapfs.errors import UnreadableError
+from snapfs.errors import SyncFailedError, UnreadableError
 
 from .faults import CODES, OFTEN_KINDS, RARE_KINDS, TIMES, Faults, Switch, countdown, countdown_of_delays
+from .harness import Running, World
 
 STEP = 31
 
@@ -111,3 +113,28 @@ def test_short_writes_and_reads_of_the_system_are_gone_on_with(tmp_path: Path, m
         assert bytes(buffer) == data
     file.close()
     device.close()
+
+
+async def test_after_a_sync_that_failed_within_a_snapshot_no_processor_takes_writes() -> None:
+    switch = Switch(FailNth("sync", 1, errno.EIO, only="logs/0/"), is_on=False)
+    world = World(processor_count=2)
+    world.devices = {where: FaultyDevice(device, switch) for where, device in world.devices.items()}
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        volume = await running.pool.volumes.create(b"v")
+        async with running.pool.volumes.opened(b"v"):
+            for object_index in range(2):
+                await volume.write(object_index << 22, b"a" * 4096)
+            await volume.sync()
+            await volume.write(0, b"b" * 4096)
+            switch.is_on = True
+            with pytest.raises(SyncFailedError):
+                await running.pool.snapshots.create(b"s")
+            switch.is_on = False
+            for object_index in range(2):
+                with pytest.raises(SyncFailedError):
+                    await volume.write(object_index << 22, b"c" * 4096)
+        world.devices = {where: device.inner for where, device in world.devices.items()}  # type: ignore[attr-defined]
+        await running.crash(CrashPlan(1, 0.0, 0.0))
+        nursery.cancel_scope.cancel()
