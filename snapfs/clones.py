@@ -206,6 +206,16 @@ class Clones:
             self.stale.pop(file_id, None)
         self.stale.update(failed)
 
+    async def mend_stale(self) -> bool:
+        """Try once more to have the kernel drop what it keeps of volumes of which it did not; whether none is left.
+
+        What kept it from that may be over: a lease that a program had, a mount that was elsewhere.
+        """
+        async with self._snapshots.lock:
+            if self.stale:
+                await self._refresh(tuple(self.stale))
+        return not self.stale
+
     def _check_fresh(self, file_ids: Sequence[VolumeId], done: RolledBack) -> None:
         stale = [(name, self.stale[one]) for name, one in zip(done.names, file_ids, strict=True) if one in self.stale]
         if stale:
@@ -213,7 +223,8 @@ class Clones:
             raise StaleVolumeError(
                 f"all is rolled back, and the present kept as {undo!r};"
                 f" but the kernel keeps the size that {show_name(stale[0][0])!r} had ({stale[0][1]})",
-                "Unmount and mount: until then it cannot be opened. Whoever has it open must not write to it",
+                "That is tried again, or unmount and mount; until it is done it cannot be opened, and whoever has it"
+                " open must not write to it",
             )
 
     def _target(self, source_id: VolumeId, attributes: Attributes, *, is_named: bool) -> _Target:

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pyfuse3
@@ -18,6 +18,7 @@ import trio
 from .errors import MountError
 from .events import EventLog
 from .fuse import loop
+from .fuse.helper import MNT_DETACH
 from .fuse.kernelevents import KernelEvents
 from .fuse.kernelnames import KernelNames
 from .fuse.names import EVENTS, SNAPSHOTS, of_volume
@@ -38,6 +39,11 @@ _OOM_SCORE = b"-500"
 # rollbacks and listings, with one for all 82 after 1,400; threads seldom allocate at the same time.
 _M_ARENA_MAX = -8
 _STOP_S = 10.0
+# After an unmount, of a mount that is seen nowhere else.
+_ENDS_BY_ITSELF_S = 3.0
+_MEND_S = 2.0
+_MEND_S_MAX = 60.0
+_CONNECTIONS = "/sys/fs/fuse/connections"
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
 WORKERS_MAX = 256
@@ -136,6 +142,7 @@ class _Mount:
                 nursery.start_soon(self._abort_when_cancelled)
                 nursery.start_soon(self._tell_when_ready, ready)
                 nursery.start_soon(kept_up, self._kernel_events.run, self._pool.note_no_memory)
+                nursery.start_soon(kept_up, self._mend_stale, self._pool.note_no_memory)
                 if "ro" not in self._options:
                     nursery.start_soon(kept_up, self._pool.scheduler.run, self._pool.note_no_memory)
                 await pyfuse3.main(WORKERS_MIN, WORKERS_MAX)
@@ -171,6 +178,14 @@ class _Mount:
             if not self._has_ended:
                 self._session.abort()
 
+    async def _mend_stale(self) -> None:
+        """Volumes of which the kernel keeps what they were before a rollback are tried again, less and less often."""
+        rest_s = _MEND_S
+        while True:
+            await trio.sleep(rest_s)
+            has_mended = not self._pool.clones.stale or await self._pool.clones.mend_stale()
+            rest_s = _MEND_S if has_mended else min(2 * rest_s, _MEND_S_MAX)
+
     async def _stop_on_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
@@ -182,23 +197,27 @@ class _Mount:
 
         A plain unmount has the kernel write all back; the session then ends by itself. While the
         mount is busy: no new opens first, then each open volume is flushed, then the session ends. So
-        too when its path leads elsewhere by now, where nothing is taken away.
+        too when its path leads elsewhere by now, where nothing is taken away, and when the mount is seen elsewhere
+        besides, in the namespace of another process, say, for which it stays.
         """
         self._pool.jobs.stop()
         try:
             await self._own_mount.unmount()
+            # The session has ended by then, and this with it.
+            await trio.sleep(_ENDS_BY_ITSELF_S)
+            _log.warning("the mount is seen elsewhere too, and is ended there as well")
         except OSError as error:
             _log.warning("the mount is taken away although it cannot be unmounted: %s", error)
-            try:
-                await self._own_mount.detach()
-            except (OSError, FlushError) as failed:
-                _log.error("the kernel could not write all back: %s", failed)
-            # Before requests go without answers: what is under way waits for some.
-            await self._kernel_names.close()
-            pyfuse3.terminate()
-            # What does not end by then may wait for the mount itself.
-            await trio.sleep(_STOP_S)
-            self._session.abort()
+        try:
+            await self._own_mount.detach()
+        except (OSError, FlushError) as failed:
+            _log.error("the kernel could not write all back: %s", failed)
+        # Before requests go without answers: what is under way waits for some.
+        await self._kernel_names.close()
+        pyfuse3.terminate()
+        # What does not end by then may wait for the mount itself.
+        await trio.sleep(_STOP_S)
+        self._session.abort()
 
 
 def _forget_pages(inode: int) -> None:
@@ -244,9 +263,27 @@ def _prepare_process() -> None:
 
 
 def _abort_connection(device: int) -> None:
-    """Have the kernel fail all requests of a mount (needs root, and fusectl to be mounted)."""
-    with contextlib.suppress(OSError), open(f"/sys/fs/fuse/connections/{os.minor(device)}/abort", "w") as abort:
+    """Have the kernel fail all requests of a mount (needs root)."""
+    with (
+        contextlib.suppress(OSError),
+        _connections() as folder,
+        open(f"{folder}/{os.minor(device)}/abort", "w") as abort,
+    ):
         abort.write("1")
+
+
+@contextlib.contextmanager
+def _connections() -> Iterator[str]:
+    """The kernel's folder of FUSE connections, mounted for as long as it is needed where it is not. Raises OSError."""
+    if os.listdir(_CONNECTIONS):
+        yield _CONNECTIONS
+        return
+    if _libc.mount(b"none", _CONNECTIONS.encode(), b"fusectl", 0, None) != 0:
+        raise OSError("fusectl cannot be mounted")
+    try:
+        yield _CONNECTIONS
+    finally:
+        _libc.umount2(_CONNECTIONS.encode(), MNT_DETACH)
 
 
 def _tune_mount(device: int) -> None:

@@ -145,8 +145,11 @@ async def test_nobody_opens_a_volume_of_which_the_kernel_keeps_what_it_was() -> 
             with pytest.raises(StaleVolumeError):
                 await namespace.open(names.of_volume(volume.file_id), flags, Caller(1, 1, 1))
         namespace.close(await namespace.open(names.of_volume(other.file_id), os.O_RDONLY, Caller(1, 1, 1)))
+        assert not await pool.clones.mend_stale()
+        with pytest.raises(StaleVolumeError):
+            await namespace.open(names.of_volume(volume.file_id), os.O_RDONLY, Caller(1, 1, 1))
         pool.clones.after_rollback = succeed
-        await pool.clones.rollback(b"s")
+        assert await pool.clones.mend_stale()
         namespace.close(await namespace.open(names.of_volume(volume.file_id), os.O_RDONLY, Caller(1, 1, 1)))
 
 

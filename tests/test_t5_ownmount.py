@@ -25,6 +25,7 @@ from .conftest import (
     wait_for_end,
     wait_until,
 )
+from .test_t5_hostile import helper_of
 from .unprivileged import run_unprivileged
 
 pytestmark = pytest.mark.mount
@@ -90,6 +91,111 @@ def test_unmounting_what_is_seen_elsewhere_too_says_so_and_ends(mounted_in_memor
     daemon = os.pidfd_open(int(mounted_in_memory.status()["pid"]))
     snapfs("umount", "--lazy", link)
     wait_for_end(daemon)
+
+
+_ELSEWHERE = """
+import os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+os.pwrite(file, b"NEW", 0)
+print("written", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def writer_in_another_namespace(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that sees all mounts of now whatever becomes of them here, and has written to a file."""
+    command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", _ELSEWHERE, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "written\n"
+        try:
+            yield writer
+        finally:
+            writer.communicate("\n")
+
+
+def test_a_signal_ends_a_mount_that_another_namespace_sees_and_loses_nothing(mounted_in_memory: Mounted) -> None:
+    volume = mounted_in_memory.path / "v"
+    volume.write_bytes(b"OLD" + bytes(4096))
+    pid = int(mounted_in_memory.status()["pid"])
+    daemon = os.pidfd_open(pid)
+    with writer_in_another_namespace(volume):
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(daemon)
+    mounted_in_memory.mount()
+    assert volume.read_bytes()[:3] == b"NEW"
+
+
+def test_unmounting_what_another_namespace_sees_says_so_and_ends(mounted_in_memory: Mounted) -> None:
+    volume = mounted_in_memory.path / "v"
+    volume.write_bytes(b"OLD" + bytes(4096))
+    daemon = os.pidfd_open(int(mounted_in_memory.status()["pid"]))
+    with writer_in_another_namespace(volume) as writer:
+        said = snapfs("umount", mounted_in_memory.path, expect=1)
+        assert f"it is seen in the mount namespace of process {writer.pid} too" in said.stderr
+    wait_for_end(daemon)
+    mounted_in_memory.mount()
+    assert volume.read_bytes()[:3] == b"NEW"
+
+
+def test_the_helper_is_at_one_volume_after_the_other_when_it_writes_them_back(mounted_in_memory: Mounted) -> None:
+    """Whichever was opened last is not the one that it is waited for at."""
+    folder = mounted_in_memory.path
+    for name in ("a", "b", "c"):
+        (folder / name).write_bytes(b"x")
+    pid = int(mounted_in_memory.status()["pid"])
+    helper = str(helper_of(mounted_in_memory))
+    told = mounted_in_memory.pool.parent / "told"
+    with contextlib.ExitStack() as stack:
+        for name in ("a", "b", "c"):
+            stack.enter_context(left_open(folder / name))
+        tracing = subprocess.Popen(
+            ["strace", "-qq", "-p", helper, "-e", "trace=openat,fsync,close,umount2", "-o", told],
+            stderr=subprocess.PIPE,
+        )
+        wait_until(lambda: "TracerPid:\t0" not in Path(f"/proc/{helper}/status").read_text(), "it is traced")
+        daemon = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGTERM)
+        wait_for_end(daemon)
+        tracing.communicate(timeout=60)
+    calls = [line.split("(")[0] for line in told.read_text().splitlines() if "fsync" in line or '"25' in line]
+    assert calls == ["openat", "fsync"] * 3, told.read_text()
+    mounted_in_memory.mount()
+
+
+_LEASE = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+file = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+print("leased", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def leased(path: Path) -> Iterator[None]:
+    """A read lease on a file, of a program that does not give it up when it is asked to."""
+    command = [sys.executable, "-c", _LEASE, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "leased\n"
+        try:
+            yield
+        finally:
+            holder.communicate("\n")
+
+
+def test_a_rollback_of_what_a_program_has_a_lease_on_is_refused(mounted_in_memory: Mounted) -> None:
+    volume = mounted_in_memory.path / "v"
+    volume.write_bytes(b"monday")
+    mounted_in_memory.snapshot("one")
+    volume.write_bytes(b"tuesday, longer")
+    with leased(volume):
+        said = snapfs("rollback", mounted_in_memory.path, "one", "--force", expect=1)
+        assert "'v' is open in a program that has a lease on it" in said.stderr
+    assert volume.read_bytes() == b"tuesday, longer"
 
 
 def test_a_signal_takes_no_other_pools_mount_away(mounted_in_memory: Mounted, tmp_path: Path) -> None:
@@ -279,6 +385,46 @@ def test_a_write_that_waits_for_its_memory_holds_up_no_snapshot(mounted_in_memor
         writer.communicate("\n")
         snapfs("umount", slow)
     assert held.stat().st_size == mmap.PAGESIZE
+
+
+def test_who_looks_at_an_ordinary_users_volume_keeps_it_from_no_rollback(tmp_path: Path) -> None:
+    said = run_unprivileged(
+        textwrap.dedent("""
+            import json, os, subprocess, sys
+            SNAPFS = [sys.executable, "-m", "snapfs"]
+            def snapfs(*words):
+                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+            os.mkdir("m")
+            snapfs("init", "pool")
+            snapfs("mount", "pool", "m")
+            for name, data in (("one", b"short"), ("two", b"longer contents")):
+                with open("m/v", "wb") as file:
+                    file.write(data)
+                os.chmod("m/v", 0o444)
+                snapfs("snapshot", "m", name)
+                os.chmod("m/v", 0o644)
+            look = "import os\\nwhile True:\\n try: os.stat('m/v')\\n except OSError: pass"
+            looking = subprocess.Popen([sys.executable, "-c", look])
+            answers = []
+            try:
+                for number in range(60):
+                    control = os.open("m/.snapfs/control", os.O_RDWR)
+                    name = b"one" if number % 2 else b"two"
+                    try:
+                        os.write(control, b"rollback " + name + b" force=yes" + bytes([10]))
+                    except OSError:
+                        pass
+                    answers.append(json.loads(os.read(control, 65536)).get("error", "done"))
+                    os.close(control)
+            finally:
+                looking.kill()
+                looking.wait()
+            print(sorted(set(answers)))
+            snapfs("umount", "m")
+        """),
+        tmp_path,
+    )
+    assert said.splitlines() == ["['done']"]
 
 
 def test_an_ordinary_users_volumes_keep_nobody_from_anything_by_their_modes(tmp_path: Path) -> None:

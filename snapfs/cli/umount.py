@@ -10,7 +10,7 @@ import select
 import click
 
 from ..errors import MountError
-from ..fuse.mounttable import Mounted, mounted_at, mounts
+from ..fuse.mounttable import Mounted, mounted_at, mounts, process_elsewhere
 from ..mountpoint import unmount
 
 _LOOK_S = 1.0
@@ -32,10 +32,10 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
         unmount(mount_point, lazy=True)
         return
     pid = _daemon_pid(mount_point)
-    others = _other_places(mount_point)
+    found = mounted_at(mount_point)
     unmount(mount_point)
     if pid is not None:
-        _wait_for_end(pid, mount_point, others)
+        _wait_for_end(pid, mount_point, found)
 
 
 def _check_is_mounted(mount_point: str) -> None:
@@ -46,12 +46,6 @@ def _check_is_mounted(mount_point: str) -> None:
         raise MountError(f"no snapfs is mounted on {mount_point} ({error.strerror})") from error
     if found is None or found.kind != b"fuse.snapfs":
         raise MountError(f"no snapfs is mounted on {mount_point}")
-
-
-def _other_places(mount_point: str) -> set[Mounted]:
-    """Where else the filesystem that is mounted there is seen."""
-    found = mounted_at(mount_point)
-    return {one for one in mounts() if found is not None and one.device == found.device and one != found}
 
 
 def _daemon_pid(mount_point: str) -> int | None:
@@ -65,7 +59,7 @@ def _daemon_pid(mount_point: str) -> int | None:
         raise MountError(f"no snapfs is mounted on {mount_point} ({error.strerror})") from error
 
 
-def _wait_for_end(pid: int, mount_point: str, others: set[Mounted]) -> None:
+def _wait_for_end(pid: int, mount_point: str, found: Mounted | None) -> None:
     """Raises MountError when the daemon does not end, for its filesystem is mounted elsewhere too."""
     try:
         fd = os.pidfd_open(pid)
@@ -73,11 +67,21 @@ def _wait_for_end(pid: int, mount_point: str, others: set[Mounted]) -> None:
         return
     try:
         while not select.select([fd], [], [], _LOOK_S)[0]:
-            left = others.intersection(mounts())
-            if left:
+            place = None if found is None else _seen_elsewhere(found)
+            if place is not None:
                 raise MountError(
-                    f"{mount_point} is unmounted, but the pool stays open: it is seen on {min(left).path!r} too",
-                    "Unmount that as well; the daemon then ends by itself",
+                    f"{mount_point} is unmounted, but the pool stays open: it is seen {place} too",
+                    "Unmount that as well, and the daemon ends by itself; or end the daemon with SIGTERM, which has all"
+                    f" written back (process {pid})",
                 )
     finally:
         os.close(fd)
+
+
+def _seen_elsewhere(found: Mounted) -> str | None:
+    """Where else a filesystem is seen, in words."""
+    places = [one.path for one in mounts() if one.device == found.device and one.mount_id != found.mount_id]
+    if places:
+        return f"on {min(places)!r}"
+    process = process_elsewhere(found.device)
+    return None if process is None else f"in the mount namespace of process {process}"

@@ -17,14 +17,41 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MNT_DETACH = 2
 
 
-def opened(device: int, path: str, flags: int) -> int:
+# So long something is tried again that may be over soon.
+PATIENCE_S = 1.0
+_RETRY_S = 0.005
+# Somebody else has looked at a file since the kernel was told that the helper may open it; a lease is given up.
+_MAY_BE_OVER_SOON = (errno.EACCES, errno.EPERM, errno.EAGAIN)
+
+
+def patiently(call: Callable[..., T]) -> Callable[..., T]:
+    """The same call, made again while what keeps it from being done may be over soon."""
+
+    def run(*arguments: object) -> T:
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return call(*arguments)
+            except OSError as error:
+                if error.errno not in _MAY_BE_OVER_SOON or time.monotonic() > end:
+                    raise
+            time.sleep(_RETRY_S)
+
+    return run
+
+
+def opened(device: int, path: str, flags: int, folder: int | None = None) -> int:
     """A file of the daemon's mount, which has this device number. Raises OSError, ESTALE for one of another."""
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     if os.fstat(fd).st_dev != device:
         os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
@@ -36,7 +63,7 @@ def fsync(device: int, paths: list[str]) -> list[str]:
     unopened = []
     for path in paths:
         try:
-            fd = opened(device, path, os.O_RDONLY)
+            fd = patiently(opened)(device, path, os.O_RDONLY)
         except OSError:
             unopened.append(path)
             continue
@@ -124,28 +151,31 @@ def unmount(path: str, lazy: bool, device: int | None = None) -> None:
         raise OSError(16 if "busy" in done.stderr else 22, done.stderr.strip(), path)
 
 
-def detach(device: int, path: str, files: list[str]) -> list[str]:
-    """Take a busy mount away so that nothing new is opened, and then write back what these files hold.
+def detach(device: int, path: str, folder: str, files: list[str]) -> list[str]:
+    """Take a busy mount away so that nothing new is opened, and then write back what these files of a folder hold.
 
-    Those that cannot be opened are given back. Raises OSError, when all others are written back.
+    One after the other, so that the daemon knows at which it is; the folder is held open meanwhile. Those that cannot
+    be opened are given back. Raises OSError, when all others are written back.
     """
-    fds, unopened = [], []
-    for file in files:
-        try:
-            fds.append(opened(device, file, os.O_RDONLY))
-        except OSError:
-            unopened.append(file)
+    unopened = []
     failure = None
+    folder_fd = opened(device, folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         unmount(path, True, device)
-        for fd in fds:
+        for file in files:
+            try:
+                fd = patiently(opened)(device, file, os.O_RDONLY, folder_fd)
+            except OSError:
+                unopened.append(file)
+                continue
             try:
                 os.fsync(fd)
             except OSError as error:
                 failure = error
+            finally:
+                os.close(fd)
     finally:
-        for fd in fds:
-            os.close(fd)
+        os.close(folder_fd)
     if failure is not None:
         raise failure
     return unopened
@@ -154,9 +184,9 @@ def detach(device: int, path: str, files: list[str]) -> list[str]:
 CALLS: dict[str, Callable[..., int | bool | list[str] | None]] = {
     "is_seen_on": is_seen_on,
     "fsync": fsync,
-    "check_writable": check_writable,
-    "truncate": truncate,
-    "set_size_and_times": set_size_and_times,
+    "check_writable": patiently(check_writable),
+    "truncate": patiently(truncate),
+    "set_size_and_times": patiently(set_size_and_times),
     "device_of": device_of,
     "unmount": unmount,
     "detach": detach,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ class Mounted(NamedTuple):
     kind: bytes
 
 
-def mounts() -> Iterator[Mounted]:
-    """All of them."""
-    with open("/proc/self/mountinfo", "rb") as table:
+def mounts(process: str = "self") -> Iterator[Mounted]:
+    """All of them, as a process sees them. Raises OSError."""
+    with open(f"/proc/{process}/mountinfo", "rb") as table:
         for line in table:
             own, _, others = line.partition(b" - ")
             words = own.split(b" ")
@@ -33,3 +34,18 @@ def mounted_at(path: str) -> Mounted | None:
     """The mount that is seen on a path, or that the path lies in. Raises OSError."""
     mount_id = helper.mount_id_at(path)
     return next((one for one in mounts() if one.mount_id == mount_id), None)
+
+
+def process_elsewhere(device: int) -> int | None:
+    """A process in another mount namespace that sees the mount with this device number, as far as one may know."""
+    own = os.stat("/proc/self/ns/mnt").st_ino
+    looked_at = {own}
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        # It may end meanwhile, or be somebody else's.
+        with contextlib.suppress(OSError):
+            namespace = os.stat(f"/proc/{process}/ns/mnt").st_ino
+            if namespace not in looked_at:
+                looked_at.add(namespace)
+                if any(one.device == device for one in mounts(process)):
+                    return int(process)
+    return None

@@ -208,7 +208,8 @@ class Namespace:
         """The attributes that the kernel is to hold a caller's rights against.
 
         A volume that its owner or mode keeps from the daemon's user is that user's for the helper; the kernel asks
-        again for whoever comes next.
+        again for whoever comes next. Who comes amid what the helper does has the kernel see the volume as it is: the
+        helper tries again then.
         """
         if self._uid == 0 or not self._is_helper(caller) or names.volume_id_of(node.inode) is None:
             return node
@@ -226,8 +227,11 @@ class Namespace:
 
     def help_progress(self) -> object:
         """Another value whenever the volume that the helper has opened was written to; see :class:`HelperProcess`."""
-        volume = self._helped
-        if volume is None or volume.request_count:
+        return None if self._helped is None else self.progress_of(self._helped)
+
+    def progress_of(self, volume: Volume) -> object:
+        """Another value whenever a volume was written to; None while a request for it is under way here."""
+        if volume.request_count:
             return None
         return volume.file_id, volume.mtime_ns, volume.failed_write_count
 
@@ -479,7 +483,7 @@ class Namespace:
         if volume.file_id in self.pool.clones.stale:
             raise StaleVolumeError(
                 "the volume was rolled back, and the kernel keeps the size that it had",
-                "Unmount and mount, then use it",
+                "Try again in a moment, or unmount and mount",
             )
         if volume in self.pool.clones.rolling_back:
             raise BusyVolumeError("the volume is being rolled back", "Try again in a moment")

@@ -27,9 +27,11 @@ from . import names
 from .helperprocess import HelperProcess
 from .namespace import Namespace
 
-# So long a volume may take to be written back by way of the session.
+# So long a volume is written back by way of the session that grows meanwhile, or of which nothing comes.
 _WRITE_BACK_S = 60.0
 _NAMED_MAX = 5
+# What keeps everybody from opening a file for writing.
+_KEPT_BY = {errno.ETXTBSY: "is a program that runs", errno.EAGAIN: "is open in a program that has a lease on it"}
 
 
 class FlushError(SnapfsError):
@@ -109,16 +111,36 @@ class OwnMount:
             raise failures[0]
 
     async def _write_one_back(self, volume: Volume) -> None:
-        with trio.move_on_after(_WRITE_BACK_S) as limit:
-            await self._invalidate(names.of_volume(volume.file_id))
-        if limit.cancelled_caught:
-            # There is always one more page of a file that grows. It goes on, and is not waited for.
-            raise _flush_error([volume], errno.ETIMEDOUT, "a program writes to it without a pause")
+        is_over = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._invalidate_all_of, volume, is_over)
+            reason = await self._while_it_goes_on(volume, is_over)
+            # What was given up goes on, and is not waited for.
+            nursery.cancel_scope.cancel()
+        if reason is not None:
+            raise _flush_error([volume], errno.ETIMEDOUT, reason)
         # Of a write that the kernel made before nobody may have heard yet.
         told_count = self._told_failures.get(volume.file_id, 0)
         self._told_failures[volume.file_id] = volume.failed_write_count
         if volume.failed_write_count != told_count:
             raise _flush_error([volume], errno.EIO, "a write failed")
+
+    async def _invalidate_all_of(self, volume: Volume, is_over: trio.Event) -> None:
+        await self._invalidate(names.of_volume(volume.file_id))
+        is_over.set()
+
+    async def _while_it_goes_on(self, volume: Volume, is_over: trio.Event) -> str | None:
+        """Wait until a volume is written back; why it was given up, or None."""
+        while True:
+            size_bytes, progress = volume.size_bytes, self._namespace.progress_of(volume)
+            with trio.move_on_after(_WRITE_BACK_S):
+                await is_over.wait()
+                return None
+            if volume.size_bytes > size_bytes:
+                # There is always one more page of a file that grows.
+                return "a program writes to it without a pause"
+            if progress is not None and progress == self._namespace.progress_of(volume):
+                return "the kernel hands nothing more over"
 
     async def resize(self, name: bytes, size_bytes: int) -> None:
         """Set a volume's size through the kernel, which trusts its own idea of it. Raises OSError, MountMovedError."""
@@ -138,10 +160,10 @@ class OwnMount:
                 await self._call("check_writable", self._device, self._path_of(volume.file_id))
             except OSError as error:
                 self._check_moved(volume.file_id, error)
-                if error.errno == errno.ETXTBSY:
-                    name = show_name(volume.name)
+                what = _KEPT_BY.get(error.errno or 0)
+                if what is not None:
                     raise BusyVolumeError(
-                        f"volume {name!r} is a program that runs", "End it, then try again"
+                        f"volume {show_name(volume.name)!r} {what}", "End that, then try again"
                     ) from error
                 if self._is_there(volume.file_id):
                     raise
@@ -212,14 +234,14 @@ class OwnMount:
     async def detach(self) -> None:
         """Unmount although files are open, and write back what they hold. Raises OSError or FlushError after that."""
         volumes = self._namespace.pool.volumes.by_file_id
-        wanted = {self._path_of(one): volumes[one] for one in self._namespace.writer_counts if one in volumes}
+        wanted = {str(one): volumes[one] for one in self._namespace.writer_counts if one in volumes}
         failure = None
         try:
-            unopened = await self._call("detach", self._device, self._mount_point, list(wanted))
+            unopened = await self._call("detach", self._device, self._mount_point, self._folder, list(wanted))
         except OSError as error:
             failure, unopened = error, list(wanted)
         assert isinstance(unopened, list)
-        await self._write_back([wanted[path] for path in unopened])
+        await self._write_back([wanted[file] for file in unopened])
         if failure is not None and failure.errno not in (errno.ESTALE, errno.ETIMEDOUT):
             raise failure
 
