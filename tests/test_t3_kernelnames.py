@@ -110,3 +110,32 @@ async def test_closing_does_not_wait_for_requests() -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert await names.close()
     assert told == []
+
+
+async def test_one_that_hangs_takes_one_thread_and_holds_up_one_deletion(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = trio.Event()
+    told: list[bytes] = []
+    under_way: list[int] = [0, 0]
+
+    async def run_sync(call: Callable[[], None], *, limiter: trio.CapacityLimiter, **options: object) -> None:
+        assert limiter is not trio.to_thread.current_default_thread_limiter()
+        async with limiter:
+            under_way[0] += 1
+            under_way[1] = max(under_way)
+            await may_end.wait()
+            call()
+            under_way[0] -= 1
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    names = KernelNames(told.append)
+    wanted = [b"%d" % number for number in range(50)]
+    for name in wanted:
+        await names.forget(name)
+    assert 1 <= trio.current_time() < 2 and under_way == [1, 1]
+    may_end.set()
+    await trio.sleep(1)
+    await names.forget(b"last")
+    assert told == [*wanted, b"last"]
+    assert await names.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from ..tasks import NO_MEMORY_RETRY_S, in_thread, within
 
 _FORGET_WAIT_S = 1.0
 _CLOSE_WAIT_S = 10.0
+_TELLERS_MAX = 40
 
 
 class KernelNames:
@@ -29,6 +31,12 @@ class KernelNames:
         self._is_open = True
         self._under_way_count = 0
         self._one_ended = trio.Event()
+        self._names: deque[tuple[bytes, trio.Event]] = deque()
+        self._is_forgetting = False
+        self._is_held_up = False
+        # Threads of their own: whoever holds a lock in the kernel must not come to hold up all else that needs one.
+        self._forgetter = trio.CapacityLimiter(1)
+        self._tellers = trio.CapacityLimiter(_TELLERS_MAX)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -50,23 +58,41 @@ class KernelNames:
     async def forget(self, name: bytes) -> None:
         """Have the kernel look a snapshot's name up again. Raises nothing: what the name stood for is gone already.
 
-        In a thread: it waits for requests on that folder. One of those may wait for whoever calls this (a snapshot
-        that needs the room of one that is deleted, say), so it is not waited for without end; it is then done later.
+        In a thread, one name after the other: it waits for requests on that folder. One of those may wait for whoever
+        calls this (a snapshot that needs the room of one that is deleted, say), so it is not waited for without end; it
+        is then done later. Nor is it waited for at all while one is held up: a program that lists the folder into
+        memory that never comes keeps it locked for as long as it likes.
         """
-        await within(_FORGET_WAIT_S, partial(self._forget, name))
+        if not self._is_open:
+            return
+        is_forgotten = trio.Event()
+        self._names.append((name, is_forgotten))
+        if not self._is_forgetting:
+            trio.lowlevel.spawn_system_task(self._forget_all)
+        if not self._is_held_up:
+            with trio.move_on_after(_FORGET_WAIT_S) as waiting:
+                await is_forgotten.wait()
+            self._is_held_up = waiting.cancelled_caught and bool(self._names)
 
-    async def _forget(self, name: bytes) -> None:
+    async def _forget_all(self) -> None:
+        if self._is_forgetting:
+            return
+        self._is_forgetting = True
         self._under_way_count += 1
         try:
-            while self._is_open:
+            while self._names and self._is_open:
                 if self._request_count:
                     await self._no_request.wait()
                     continue
                 try:
-                    return await in_thread(self._forget_entry, name)
-                except NoMemoryError:
+                    await in_thread(self._forget_entry, self._names[0][0], limiter=self._forgetter)
+                except (NoMemoryError, MemoryError):
                     await trio.sleep(NO_MEMORY_RETRY_S)
+                    continue
+                self._names.popleft()[1].set()
+                self._is_held_up = False
         finally:
+            self._is_forgetting = False
             self._under_way_count -= 1
             self._one_ended.set()
 
@@ -81,7 +107,7 @@ class KernelNames:
         self._under_way_count += 1
         try:
             if self._is_open:
-                await in_thread(call, *args)
+                await in_thread(call, *args, limiter=self._tellers)
         finally:
             self._under_way_count -= 1
             self._one_ended.set()
@@ -90,6 +116,8 @@ class KernelNames:
         """Begin no more, and wait for those under way; whether they have all ended."""
         self._is_open = False
         self._no_request.set()
+        for _, is_forgotten in self._names:
+            is_forgotten.set()
         with trio.move_on_after(_CLOSE_WAIT_S, shield=True):
             while self._under_way_count:
                 self._one_ended = trio.Event()
