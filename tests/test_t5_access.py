@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import Mounted, run, snapfs
+from snapfs.cli.control import control_path
+
+from .conftest import Mounted, run, snapfs, wait_until
+from .test_t5_hostile import helper_of
 
 pytestmark = pytest.mark.mount
 
@@ -139,3 +142,26 @@ def test_nothing_in_the_pool_is_for_others_even_under_umask_0(tmp_path: Path) ->
             assert not path.lstat().st_mode & 0o077, path
     assert not pool.stat().st_mode & 0o077
     snapfs("check", pool)
+
+
+def test_what_the_owner_comes_to_nobody_else_can_list_nor_look_into(shared: Mounted) -> None:
+    """Whoever could would keep it locked in the kernel for as long as he likes, and commands and snapshots waiting."""
+    folder = shared.path / ".snapfs" / "owner"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and os.listdir(folder) == ["control"]
+    for who in (STRANGER, OPERATOR):
+        for command in (("ls", folder), ("cat", folder / "control"), ("touch", folder / "x"), ("stat", folder / "256")):
+            said = run(*command, expect=2 if command[0] == "ls" else 1, **who)
+            assert "Permission denied" in said.stderr
+    assert control_path(str(shared.path)) == str(folder / "control")
+    assert snapfs("snapshot", shared.path, "s").returncode == 0
+    helper = helper_of(shared)
+    told = shared.pool.parent / "told"
+    with open(shared.path / "v", "wb", buffering=0) as file:
+        file.write(b"x")
+        strace = ["strace", "-qq", "-p", str(helper), "-e", "trace=openat", "-o", str(told)]
+        with subprocess.Popen(strace, stderr=subprocess.DEVNULL) as tracing:
+            wait_until(lambda: "TracerPid:\t0" not in Path(f"/proc/{helper}/status").read_text(), "it is traced")
+            shared.snapshot("t")
+            tracing.terminate()
+    opened = [line.split('"')[1] for line in told.read_text().splitlines() if str(shared.path) in line]
+    assert opened and all(path.startswith(f"{folder}/") for path in opened)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
+from typing import ClassVar
 
 import pytest
 
@@ -54,3 +56,36 @@ def test_a_listing_asks_for_many_snapshots_at_once(mounted_in_memory: Mounted) -
     assert _requests_of_listing(mounted) < 50
     mounted.unmount()
     mounted.check()
+
+
+class _FileHandle(ctypes.Structure):
+    """See open_by_handle_at(2)."""
+
+    _fields_: ClassVar = [("size_bytes", ctypes.c_uint), ("kind", ctypes.c_int), ("handle", ctypes.c_ubyte * 128)]
+
+
+def test_a_file_is_found_by_its_handle_when_the_kernel_has_forgotten_it(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(b"monday")
+    mounted.snapshot("one")
+    (mounted.path / "v").write_bytes(b"tuesday")
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = {}
+    for path in ("v", ".snapshots", ".snapshots/one", ".snapshots/one/v", ".snapfs/events"):
+        handle, mount_id = _FileHandle(128), ctypes.c_int()
+        name = os.fsencode(mounted.path / path)
+        assert libc.name_to_handle_at(-100, name, ctypes.byref(handle), ctypes.byref(mount_id), 0) == 0, path
+        found[path] = handle
+    mounted.remount()
+    folder = os.open(mounted.path, os.O_RDONLY)
+    try:
+        contents = {}
+        for path, handle in found.items():
+            fd = libc.open_by_handle_at(folder, ctypes.byref(handle), os.O_RDONLY)
+            assert fd >= 0, (path, os.strerror(ctypes.get_errno()))
+            assert os.fstat(fd).st_ino == os.stat(mounted.path / path).st_ino
+            contents[path] = os.read(fd, 100) if path.endswith("v") else b""
+            os.close(fd)
+    finally:
+        os.close(folder)
+    assert (contents["v"], contents[".snapshots/one/v"]) == (b"tuesday", b"monday")

@@ -26,7 +26,7 @@ from .conftest import (
     wait_until,
 )
 from .test_t5_hostile import helper_of
-from .unprivileged import run_unprivileged
+from .unprivileged import leaving_others_mounts, run_unprivileged
 
 pytestmark = pytest.mark.mount
 
@@ -105,7 +105,9 @@ sys.stdin.readline()
 @contextlib.contextmanager
 def writer_in_another_namespace(path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that sees all mounts of now whatever becomes of them here, and has written to a file."""
-    command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", _ELSEWHERE, str(path)]
+    script = leaving_others_mounts(str(path.parent)) + '; exec "$@"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+    command += [sys.executable, "-c", _ELSEWHERE, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "written\n"

@@ -18,6 +18,12 @@ USER = pwd.getpwnam("nobody").pw_uid
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def leaving_others_mounts(but: str = "") -> str:
+    """A shell line, the first in a mount namespace: what others have mounted must not stay for what runs there."""
+    wanted = f"""$3 == "fuse.snapfs" && $2 != "{but}" {{print $2}}"""
+    return f"""awk '{wanted}' /proc/mounts | while read -r path; do umount -l "$path"; done"""
+
+
 def _closed_ancestor(path: Path) -> Path | None:
     """The first folder on the way to a path that others may not go through."""
     for folder in reversed(path.parents):
@@ -50,7 +56,7 @@ def run_unprivileged(script: str, folder: Path) -> str:
     fuse = folder / "fuse"
     os.mknod(fuse, 0o020666, os.makedev(10, 229))
     fuse.chmod(0o666)
-    lines = ["set -e", f"mount --bind '{fuse}' /dev/fuse"]
+    lines = ["set -e", leaving_others_mounts(), f"mount --bind '{fuse}' /dev/fuse"]
     for number, path in enumerate({Path(sys.base_prefix).resolve(), CHECKOUT}):
         lines += _opening(path, folder / f"spare-{number}")
     lines += [f"cd '{folder}'"]

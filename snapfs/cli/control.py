@@ -28,8 +28,16 @@ class RefusedError(SnapfsError):
 
 
 def control_path(mount_point: str) -> str:
-    """The control file of a mount. Raises NotFoundError when nothing is mounted there."""
-    path = os.path.join(mount_point, ".snapfs", "control")
+    """The control file of a mount. Raises NotFoundError when nothing is mounted there.
+
+    The one in the owner's folder, where one may come to that: nobody else can keep it from being looked up.
+    """
+    folder = meta_folder(mount_point)
+    with contextlib.suppress(OSError):
+        path = os.path.join(folder, "owner", "control")
+        os.stat(path)
+        return path
+    path = os.path.join(folder, "control")
     try:
         os.stat(path)
     except OSError as error:
@@ -37,6 +45,11 @@ def control_path(mount_point: str) -> str:
             f"no snapfs is mounted on {mount_point} ({error.strerror})", "Mount one with snapfs mount"
         ) from error
     return path
+
+
+def meta_folder(mount_point: str) -> str:
+    """The folder in which a mount tells of itself."""
+    return os.path.join(mount_point, ".snapfs")
 
 
 def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:

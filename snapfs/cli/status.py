@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..units import format_size
-from .control import control_path
+from .control import control_path, meta_folder
 from .output import print_json, print_table
 from .silence import answered_soon
 
@@ -69,7 +69,8 @@ def status(mount_point: str, as_json: bool) -> None:
 
 def _told_by(mount_point: str) -> tuple[Any, list[Any]]:
     """What the daemon tells of the pool, and of each processor."""
-    folder = os.path.dirname(control_path(mount_point))
+    control_path(mount_point)
+    folder = meta_folder(mount_point)
     pool = _load(os.path.join(folder, "status.json"))
     names = sorted(os.listdir(os.path.join(folder, "processors")), key=lambda name: int(name.split(".")[0]))
     return pool, [_load(os.path.join(folder, "processors", name)) for name in names]

@@ -14,6 +14,7 @@ from ..fuse.mounttable import Mounted, mounted_at, mounts, process_elsewhere
 from ..mountpoint import unmount
 
 _LOOK_S = 1.0
+_LOOKS = 3
 
 
 @click.command()
@@ -65,9 +66,12 @@ def _wait_for_end(pid: int, mount_point: str, found: Mounted | None) -> None:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
+    looks = 0
     try:
         while not select.select([fd], [], [], _LOOK_S)[0]:
-            place = None if found is None else _seen_elsewhere(found)
+            looks += 1
+            # A namespace may be on its way out.
+            place = None if found is None else _seen_elsewhere(found, also_by_others=looks >= _LOOKS)
             if place is not None:
                 raise MountError(
                     f"{mount_point} is unmounted, but the pool stays open: it is seen {place} too",
@@ -78,10 +82,12 @@ def _wait_for_end(pid: int, mount_point: str, found: Mounted | None) -> None:
         os.close(fd)
 
 
-def _seen_elsewhere(found: Mounted) -> str | None:
-    """Where else a filesystem is seen, in words."""
+def _seen_elsewhere(found: Mounted, *, also_by_others: bool) -> str | None:
+    """Where else a filesystem is seen, in words; ``also_by_others``: by processes of other mount namespaces too."""
     places = [one.path for one in mounts() if one.device == found.device and one.mount_id != found.mount_id]
     if places:
         return f"on {min(places)!r}"
+    if not also_by_others:
+        return None
     process = process_elsewhere(found.device)
     return None if process is None else f"in the mount namespace of process {process}"

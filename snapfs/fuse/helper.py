@@ -155,8 +155,11 @@ def detach(device: int, path: str, folder: str, files: list[str]) -> list[str]:
     """Take a busy mount away so that nothing new is opened, and then write back what these files of a folder hold.
 
     One after the other, so that the daemon knows at which it is; the folder is held open meanwhile. Those that cannot
-    be opened are given back. Raises OSError, when all others are written back.
+    be opened are given back. Raises OSError, when all others are written back; ESTALE, with nothing done, when the
+    mount is not seen there.
     """
+    if not is_seen_on(device, path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
     unopened = []
     failure = None
     folder_fd = opened(device, folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -19,6 +19,7 @@ CONTROL = 4
 STATUS = 5
 EVENTS = 6
 PROCESSORS = 7
+OWNER = 8
 FIRST_PROCESSOR = 16
 _FIRST_CONTROL, _CONTROL_COUNT = 96, 128
 _ITEM_MASK = (1 << INODE_ITEM_BITS) - 1
@@ -28,6 +29,7 @@ MANIFEST_VARIANT_MAX = FIRST_VOLUME_ID - 2
 
 SNAPSHOTS_NAME = b".snapshots"
 META_NAME = b".snapfs"
+OWNER_NAME = b"owner"
 
 
 def of_volume(volume_id: VolumeId) -> int:

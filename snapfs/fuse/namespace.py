@@ -49,6 +49,15 @@ from .manifests import Manifests
 # in flight. The count of blocks, which it cannot know, is refreshed at fsync and close instead.
 VOLUME_ATTR_TIMEOUT_S = 60.0
 FOREVER_S = 86400.0
+# Whoever lists a folder can keep it locked in the kernel, and hold up all new look-ups in it. So what the daemon's
+# owner, and the daemon itself, must come to lies in one that nobody else may list, nor look into.
+_FOLDER_MODES = {
+    names.ROOT: 0o755,
+    names.SNAPSHOTS: 0o755,
+    names.META: 0o555,
+    names.PROCESSORS: 0o555,
+    names.OWNER: 0o700,
+}
 _SECTOR = 512
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 
@@ -127,11 +136,14 @@ class Namespace:
 
     async def lookup(self, parent: int, name: bytes, caller: Caller) -> Node:
         """The node of a name in a folder. Raises NoEntryError."""
+        if name == b".":
+            # Of any inode: that is how whoever has a handle of a file (open_by_handle_at(2), an NFS server) finds it.
+            return self.as_seen_by(caller, await self.node(parent))
         if parent == names.ROOT:
             return self._lookup_in_root(name)
         if parent == names.SNAPSHOTS:
-            if name in (b".", b".."):
-                return await self.node(names.SNAPSHOTS if name == b"." else names.ROOT)
+            if name == b"..":
+                return await self.node(names.ROOT)
             if name[:1] == b"@":
                 return self._moment_node(name)
             snapshot = self.pool.snapshots.by_name.get(name)
@@ -161,7 +173,6 @@ class Namespace:
         inode = {
             names.SNAPSHOTS_NAME: names.SNAPSHOTS,
             names.META_NAME: names.META,
-            b".": names.ROOT,
             b"..": names.ROOT,
         }.get(name)
         if inode is None:
@@ -172,8 +183,8 @@ class Namespace:
         snapshot = self._snapshot(parent)
         if name == MANIFEST_NAME:
             return self._manifest_node(snapshot, *await self._manifests.look_up(snapshot, caller.pid))
-        if name in (b".", b".."):
-            return await self.node(parent if name == b"." else names.SNAPSHOTS)
+        if name == b"..":
+            return await self.node(names.SNAPSHOTS)
         members = await self.pool.snapshots.members(snapshot)
         volume_id = members.by_name.get(name)
         if volume_id is None:
@@ -190,18 +201,26 @@ class Namespace:
             for inode, (file_name, _) in self._files.items():
                 if name == file_name:
                     return self._control_numbers.another() if inode == names.CONTROL else inode
-            special = {b"processors": names.PROCESSORS, b".": names.META, b"..": names.ROOT}.get(name)
+            special = {
+                b"processors": names.PROCESSORS,
+                names.OWNER_NAME: names.OWNER,
+                b"..": names.ROOT,
+            }.get(name)
             if special is not None:
                 return special
+        if parent == names.OWNER:
+            if name == self._files[names.CONTROL][0]:
+                return self._control_numbers.another()
+            if name == b"..":
+                return names.META
             if self._is_helper(caller):
                 return self._alias(name)
         if parent == names.PROCESSORS:
             for processor in self.pool.processors:
                 if name == b"%d.json" % processor.index:
                     return names.of_processor(processor.index)
-            special = {b".": names.PROCESSORS, b"..": names.META}.get(name)
-            if special is not None:
-                return special
+            if name == b"..":
+                return names.META
         raise NoEntryError("there is no such file")
 
     def as_seen_by(self, caller: Caller, node: Node) -> Node:
@@ -365,7 +384,7 @@ class Namespace:
         )
 
     def _folder_node(self, inode: int) -> Node:
-        mode = {names.ROOT: 0o755, names.SNAPSHOTS: 0o755, names.META: 0o555, names.PROCESSORS: 0o555}.get(inode)
+        mode = _FOLDER_MODES.get(inode)
         if mode is None:
             raise NoEntryError("there is no such inode")
         return Node(
@@ -400,7 +419,9 @@ class Namespace:
         if inode == names.SNAPSHOTS:
             return [names.of_snapshot(one) for one in sorted(self.pool.snapshots.by_id)]
         if inode == names.META:
-            return [*self._files, names.PROCESSORS]
+            return [*self._files, names.PROCESSORS, names.OWNER]
+        if inode == names.OWNER:
+            return [names.CONTROL]
         if inode == names.PROCESSORS:
             return [names.of_processor(one.index) for one in self.pool.processors]
         snapshot = self._snapshot(inode)
@@ -442,6 +463,7 @@ class Namespace:
             names.SNAPSHOTS: names.SNAPSHOTS_NAME,
             names.META: names.META_NAME,
             names.PROCESSORS: b"processors",
+            names.OWNER: names.OWNER_NAME,
         }.get(inode)
 
     # -- opening -----------------------------------------------------------------------------
