@@ -161,6 +161,23 @@ class Attributes(NamedTuple):
     ctime_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class AttributeChange:
+    """New values of attributes; None leaves one as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+    @property
+    def only_times(self) -> bool:
+        """Whether it may wait for the next sync."""
+        return self.mode is None and self.uid is None and self.gid is None
+
+
 class VolumeRow(NamedTuple):
     """A volume as the catalog keeps it.
 

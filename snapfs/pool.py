@@ -33,6 +33,7 @@ from .errors import (
     SnapfsError,
 )
 from .events import EventLog
+from .folder import Folder
 from .formats import (
     CATALOG_FILE,
     COPY_ON_WRITE,
@@ -258,6 +259,7 @@ class Pool:
             TraitsTable(catalog.traits()),
             self.reserve,
             wakeup,
+            Folder(catalog),
         )
         self.placement = Placement(
             catalog.changelog_ids(), catalog.changelogs(), self.volumes.traits, open_image, len(stores)
@@ -499,7 +501,9 @@ class Pool:
                 if self._is_recovered:
                     await self._trim_images()
                     await self.images.note()
-                    await self.catalog.save([], lambda: CatalogBatch(meta={"clean": 1}, shard_generations=generations))
+                    meta = {**self.volumes.folder.kept(), "clean": 1}
+                    last = CatalogBatch(meta=meta, shard_generations=generations)
+                    await self.catalog.save([], lambda: last)
                     await self._note_generation()
             finally:
                 # The last that was pushed is closed first, and each is whatever becomes of the others.

@@ -108,6 +108,8 @@ class SnapshotTable:
     ) -> None:
         self.by_name: dict[bytes, Snapshot] = {}
         self.by_id: dict[SnapshotId, Snapshot] = {}
+        # When one was made, deleted or renamed last, as far as is known.
+        self.names_changed_ns = 0
         self.deleted: dict[SnapshotId, Snapshot] = {}
         self.before_cut: BeforeCut = nothing_before_cut
         self.forget_name: ForgetName = no_name_kept
@@ -144,6 +146,7 @@ class SnapshotTable:
             else:
                 self.by_name[snapshot.name] = snapshot
                 self.by_id[snapshot.snapshot_id] = snapshot
+        self.names_changed_ns = max((one.created_ns for one in self.by_id.values()), default=0)
 
     def keep_no_more(self, instant: int, volume_ids: Collection[VolumeId] | None) -> None:
         """From now on no copy is made or kept for a snapshot with this instant."""
@@ -280,6 +283,7 @@ class SnapshotTable:
         assert row.name is not None
         self.by_name[row.name] = snapshot
         self.by_id[row.snapshot_id] = snapshot
+        self.names_changed_ns = time.time_ns()
         self._events.note("snapshot", name=show_name(row.name), instant=row.instant, stall_us=row.stall_ns // 1000)
         self._sealer_wakeup.set()
         return snapshot
@@ -535,6 +539,7 @@ class SnapshotTable:
             del self.by_name[old]
             snapshot.name = new
             self.by_name[new] = snapshot
+            self.names_changed_ns = time.time_ns()
             self._events.note("snapshot-renamed", name=show_name(old), to=show_name(new))
         if not by_kernel:
             await self.forget_name(old)
@@ -574,6 +579,7 @@ class SnapshotTable:
         await self._reserve.helped(lambda: self._catalog.save([], lambda: batch))
         del self.by_name[name]
         del self.by_id[snapshot.snapshot_id]
+        self.names_changed_ns = time.time_ns()
         self._members.pop(snapshot.snapshot_id, None)
         self.deleted[snapshot.snapshot_id] = snapshot
         self._events.note("snapshot-deleted", name=show_name(name))

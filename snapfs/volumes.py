@@ -12,13 +12,13 @@ import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import trio
 
 from .catalogaccess import CatalogAccess
 from .errors import ExistsError, NotFoundError, SnapfsError, UnfinishedError
-from .formats import Attributes, CatalogBatch, VersionRow, VolumeRow, VolumeTraits
+from .folder import Folder
+from .formats import AttributeChange, Attributes, CatalogBatch, VersionRow, VolumeRow, VolumeTraits
 from .geometry import Epoch, VolumeId
 from .processor import PortionFacts, Processor
 from .reserve import Reserve
@@ -30,23 +30,6 @@ from .units import check_name, show_name, storable_ns
 from .volume import Volume
 
 _CLOSING_CHECK_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class AttributeChange:
-    """New values of attributes; None leaves one as it is."""
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    ctime_ns: int | None = None
-
-    @property
-    def only_times(self) -> bool:
-        """Whether it may wait for the next sync."""
-        return self.mode is None and self.uid is None and self.gid is None
 
 
 class VolumeTable:
@@ -62,12 +45,14 @@ class VolumeTable:
         traits: TraitsTable,
         reserve: Reserve,
         reclaim_wakeup: Wakeup,
+        folder: Folder,
     ) -> None:
         self.by_name: dict[bytes, Volume] = {}
         self.by_id: dict[VolumeId, Volume] = {}
         self.by_file_id: dict[VolumeId, Volume] = {}
         self.removed = removed
         self.traits = traits
+        self.folder = folder
         self.lock = trio.Lock()
         self.processors: Sequence[Processor] = ()
         self.catalog = catalog
@@ -234,6 +219,7 @@ class VolumeTable:
                     await self.forget_counts([row.volume_id])
                 raise
             self._add(volume)
+            self.folder.entries_changed()
             return volume
 
     async def forget_counts(self, volume_ids: Iterable[VolumeId]) -> None:
@@ -281,6 +267,7 @@ class VolumeTable:
         None: one that was gone has come back. May be called again after it found no memory.
         """
         if volume is None:
+            self.folder.entries_changed()
             self._add(self._volume(row, is_saved=True, needs_trim=False))
             return
         old_id = volume.volume_id
@@ -336,6 +323,7 @@ class VolumeTable:
                 raise
             del self.by_name[old]
             self.by_name[new] = volume
+            self.folder.entries_changed()
             if other is not None and exchange:
                 self.by_name[old] = other
             elif other is not None:
@@ -353,6 +341,7 @@ class VolumeTable:
             await self._reserve.helped(lambda: self.catalog.save([], lambda: self.add_removal(CatalogBatch(), volume)))
             del self.by_name[name]
             self._forget(volume)
+            self.folder.entries_changed()
 
     def add_removal(self, batch: CatalogBatch, volume: Volume) -> CatalogBatch:
         """Add a removal to a commit; memory follows when it is durable."""
@@ -417,6 +406,18 @@ class VolumeTable:
                 )
 
     # -- attributes --------------------------------------------------------------------------
+
+    async def change_folder(self, change: AttributeChange) -> None:
+        """Change attributes of the volumes' folder; durable at once, but for times, which are at the next clean end."""
+        async with self.lock:
+            before = self.folder.kept()
+            self.folder.change(change)
+            if not change.only_times:
+                try:
+                    await self.catalog.save([], lambda: CatalogBatch(meta=self.folder.kept()))
+                except BaseException:
+                    self.folder.take_back(before)
+                    raise
 
     async def change(self, volume: Volume, change: AttributeChange) -> None:
         """Change attributes; durable at once, but for times, which are at the next sync."""

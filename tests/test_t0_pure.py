@@ -266,9 +266,9 @@ def test_inode_numbers_name_one_thing() -> None:
         names.of_manifest(snapshot),
         names.of_snapshot_volume(snapshot, volume),
         names.of_processor(0),
-        *range(1, 8),
+        *range(1, 9),
     }
-    assert len(inodes) == 12
+    assert len(inodes) == 13
     inode = names.of_snapshot_volume(snapshot, volume)
     assert (names.snapshot_id_of(inode), names.volume_id_of(inode)) == (7, 256)
     assert names.is_snapshot_folder(names.of_snapshot(snapshot)) and names.is_manifest(names.of_manifest(snapshot))
@@ -296,7 +296,7 @@ LAYERS = [
     ["database", "traits", "image"],
     ["placement", "liveness"],
     ["catalog", "shardstore", "changelog", "reserve"],
-    ["catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
+    ["folder", "catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
     ["writeback", "namedblocks", "prefetch"],
     ["portion"],
     ["cowportion"],

@@ -29,7 +29,7 @@ from snapfs.errors import (
     StallError,
     SyncFailedError,
 )
-from snapfs.formats import COPY_ON_WRITE, LEFTOVERS_FROM, REDIRECT
+from snapfs.formats import COPY_ON_WRITE, LEFTOVERS_FROM, REDIRECT, AttributeChange
 from snapfs.fuse.command import CommandContext
 from snapfs.fuse.control import run_line
 from snapfs.making import VolumeWish
@@ -39,7 +39,6 @@ from snapfs.processor import Processor
 from snapfs.schedule import make_schedule
 from snapfs.tasks import Wakeup, in_thread
 from snapfs.volume import Volume
-from snapfs.volumes import AttributeChange
 
 from .conftest import invoke
 from .harness import World, in_memory, open_until_power_is_lost, open_world, read_snapshot, read_volume, without_threads

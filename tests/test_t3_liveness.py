@@ -19,6 +19,7 @@ from snapfs import liveness
 from snapfs.backends import Device, DirectoryDevice, FaultyDevice, MemoryDevice
 from snapfs.backends.base import Space
 from snapfs.events import EventLog
+from snapfs.formats import AttributeChange
 from snapfs.liveness import ANSWERS, HANGS_S, IDLE, IDLE_S, LOOK_S, SILENT, DeviceWatch, Room
 from snapfs.notresident import NotResidentError
 from snapfs.pace import Demand
@@ -27,7 +28,6 @@ from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot
 from snapfs.status import pool_status
 from snapfs.volume import Volume
-from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, read_snapshot, read_volume
 

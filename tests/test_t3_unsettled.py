@@ -13,7 +13,7 @@ import trio
 
 from snapfs.backends import CrashPlan, FaultyDevice, MemoryDevice
 from snapfs.errors import BusyVolumeError, NoMemoryError, SnapfsError, StaleVolumeError
-from snapfs.formats import COPY_ON_WRITE
+from snapfs.formats import COPY_ON_WRITE, AttributeChange
 from snapfs.fuse import names
 from snapfs.fuse.command import nothing_to_forget
 from snapfs.fuse.namespace import Caller, Namespace, NoEntryError
@@ -23,7 +23,6 @@ from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.snapshot import Snapshot, SnapshotMembers
 from snapfs.status import pool_status, processor_status
-from snapfs.volumes import AttributeChange
 
 from .harness import Running, World, open_world, read_snapshot
 

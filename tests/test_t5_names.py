@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import subprocess
+import textwrap
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from .conftest import Mounted, traced
+from .conftest import Mounted, traced, wait_until
+from .unprivileged import run_unprivileged
 
 pytestmark = pytest.mark.mount
 
@@ -89,3 +93,64 @@ def test_a_file_is_found_by_its_handle_when_the_kernel_has_forgotten_it(mounted_
     finally:
         os.close(folder)
     assert (contents["v"], contents[".snapshots/one/v"]) == (b"tuesday", b"monday")
+
+
+def test_the_volumes_folder_keeps_what_it_is_given(mounted_in_memory: Mounted, tmp_path: Path) -> None:
+    mounted = mounted_in_memory
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"a")
+    os.chown(source, 1234, 4321)
+    os.chmod(source, 0o1751)
+    os.utime(source, ns=(10**18 + 7, 15 * 10**17 + 7))
+    expected = os.stat(source)
+    subprocess.run(["cp", "-a", f"{source}/.", mounted.path], check=True)
+    for is_again in (False, True):
+        if is_again:
+            mounted.remount()
+        found = os.stat(mounted.path)
+        assert (found.st_mode, found.st_uid, found.st_gid) == (expected.st_mode, 1234, 4321), is_again
+        assert found.st_mtime_ns == expected.st_mtime_ns
+    subprocess.run(["tar", "-C", source, "-cf", tmp_path / "tar", "."], check=True)
+    subprocess.run(["tar", "-C", mounted.path, "-xpf", tmp_path / "tar"], check=True)
+    os.chmod(mounted.path, 0)
+    assert stat.S_IMODE(os.stat(mounted.path).st_mode) == 0o700, "the daemon comes to its volumes through it"
+    os.chmod(mounted.path, 0o755)
+    mounted.kill()
+    mounted.mount()
+    assert stat.S_IMODE(os.stat(mounted.path).st_mode) == 0o755
+    for command in (["touch", "b"], ["mv", "b", "c"], ["rm", "c"]):
+        os.utime(mounted.path, ns=(1, 1))
+        subprocess.run(command, cwd=mounted.path, check=True)
+        assert os.stat(mounted.path).st_mtime_ns > 10**18, command
+
+
+def test_the_snapshots_folder_tells_when_its_names_changed(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    seen = [0]
+    for command in ("snapshot a", "rename a b", "delete b"):
+        assert mounted.ask(command)["ok"]
+        wait_until(lambda: os.stat(mounted.snapshots).st_mtime_ns > seen[-1], "the kernel asks again")
+        seen.append(os.stat(mounted.snapshots).st_mtime_ns)
+
+
+def test_who_is_not_root_keeps_the_folder(tmp_path: Path) -> None:
+    said = run_unprivileged(
+        textwrap.dedent("""
+            import os, subprocess, sys
+            SNAPFS = [sys.executable, "-m", "snapfs"]
+            def snapfs(*words):
+                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+            os.mkdir("m")
+            snapfs("init", "pool")
+            snapfs("mount", "pool", "m")
+            os.chown("m", os.getuid(), os.getgid())
+            os.chmod("m", 0o750)
+            snapfs("umount", "m")
+            snapfs("mount", "pool", "m")
+            print(oct(os.stat("m").st_mode), os.stat("m").st_uid == os.getuid())
+            snapfs("umount", "m")
+        """),
+        tmp_path,
+    )
+    assert said.splitlines() == ["0o40750 True"]

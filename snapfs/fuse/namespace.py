@@ -31,14 +31,13 @@ from ..errors import (
     SnapfsError,
     StaleVolumeError,
 )
-from ..formats import Attributes
+from ..formats import AttributeChange, Attributes
 from ..geometry import BLOCK_SIZE, VolumeId
 from ..pool import Pool, space_in
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
 from ..units import MANIFEST_NAME, parse_moment, show_name
 from ..volume import Volume
-from ..volumes import AttributeChange
 from . import names
 from .command import CommandContext, ForgetPages, ResizeFile
 from .control import ControlSession
@@ -52,6 +51,7 @@ FOREVER_S = 86400.0
 # Whoever lists a folder can keep it locked in the kernel, and hold up all new look-ups in it. So what the daemon's
 # owner, and the daemon itself, must come to lies in one that nobody else may list, nor look into.
 _FOLDER_MODES = {
+    # What its pool keeps, in truth.
     names.ROOT: 0o755,
     names.SNAPSHOTS: 0o755,
     names.META: 0o555,
@@ -387,6 +387,11 @@ class Namespace:
         mode = _FOLDER_MODES.get(inode)
         if mode is None:
             raise NoEntryError("there is no such inode")
+        if inode == names.ROOT:
+            return self._volumes_folder_node()
+        changed_ns = self._mounted_ns
+        if inode == names.SNAPSHOTS:
+            changed_ns = self.pool.snapshots.names_changed_ns or changed_ns
         return Node(
             inode,
             stat.S_IFDIR | mode,
@@ -394,8 +399,23 @@ class Namespace:
             self._gid,
             link_count=2,
             atime_ns=self._mounted_ns,
-            mtime_ns=self._mounted_ns,
-            ctime_ns=self._mounted_ns,
+            mtime_ns=changed_ns,
+            ctime_ns=changed_ns,
+            attr_timeout_s=1.0,
+            entry_timeout_s=FOREVER_S,
+        )
+
+    def _volumes_folder_node(self) -> Node:
+        folder = self.pool.volumes.folder
+        return Node(
+            names.ROOT,
+            stat.S_IFDIR | folder.mode,
+            folder.uid,
+            folder.gid,
+            link_count=2,
+            atime_ns=folder.atime_ns,
+            mtime_ns=folder.mtime_ns,
+            ctime_ns=folder.ctime_ns,
             attr_timeout_s=1.0,
             entry_timeout_s=FOREVER_S,
         )
@@ -602,6 +622,8 @@ class Namespace:
         if names.snapshot_id_of(inode):
             raise ReadOnlyError("a snapshot cannot be changed")
         volume_id = names.volume_id_of(inode)
+        if inode == names.ROOT:
+            return await self._change_folder(change)
         if volume_id is None:
             if (names.is_control(inode) or inode == names.EVENTS) and change.only_times:
                 # `echo command > control` truncates first; the events are cut by the daemon itself.
@@ -623,6 +645,14 @@ class Namespace:
             if change != AttributeChange():
                 await self.pool.volumes.change(volume, change)
         return self.as_seen_by(caller, self.volume_node(volume))
+
+    async def _change_folder(self, change: AttributeChange) -> Node:
+        owner = self.pool.volumes.folder.uid
+        if self._uid != 0 and change.uid not in (None, owner):
+            raise NotPermittedError("the daemon comes to its volumes as the owner of their folder")
+        if change != AttributeChange():
+            await self.pool.volumes.change_folder(change)
+        return self._volumes_folder_node()
 
     def refuse_link(self, parent: int) -> None:
         """Links, device files and the like: none."""

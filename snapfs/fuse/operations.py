@@ -20,9 +20,10 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from ..errors import SnapfsError
+from ..folder import MODE_MASK
+from ..formats import AttributeChange
 from ..notresident import NotResidentError
 from ..units import NAME_MAX_BYTES
-from ..volumes import AttributeChange
 from . import names
 from .handles import ControlHandle, Handle, VolumeHandle
 from .kernelnames import KernelNames
@@ -207,7 +208,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     ) -> EntryAttributes:
         """See pyfuse3."""
         change = AttributeChange(
-            mode=attr.st_mode & 0o777 if fields.update_mode else None,
+            mode=attr.st_mode & (MODE_MASK if inode == names.ROOT else 0o777) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
