@@ -659,25 +659,44 @@ class Volume(VolumeView):
         before = self.block_count
         self.open()
         try:
-            position = offset
-            while position < end:
-                object_index, inside = position >> OBJECT_SHIFT, position & OBJECT_MASK
-                stop = min(end, (object_index + 1) << OBJECT_SHIFT)
-                aligned = -(-inside // BLOCK_SIZE) * BLOCK_SIZE
-                last_inside = inside + stop - position
-                if inside % BLOCK_SIZE:
-                    await self.write(position, bytes(min(stop - position, aligned - inside)))
-                first = aligned // BLOCK_SIZE
-                last = await when_resident(partial(self._unmap_up_to_now, stop, object_index, first, last_inside))
-                if last_inside > last * BLOCK_SIZE >= aligned:
-                    await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
-                position = stop
+            first_whole, end_whole = -(-offset >> OBJECT_SHIFT), end >> OBJECT_SHIFT
+            if end_whole - first_whole <= _TRIM_BATCH:
+                await self._discard_all_of(offset, end)
+            else:
+                await self._discard_all_of(offset, first_whole << OBJECT_SHIFT)
+                for processor, portion in list(zip(self.processors, self.portions, strict=True)):
+                    await self._discard_objects(processor, portion, first_whole, end_whole)
+                await self._discard_all_of(end_whole << OBJECT_SHIFT, end)
         finally:
             self.close()
             # Also when it stopped halfway.
             self.before_change()
             self.mtime_ns = self.ctime_ns = time.time_ns()
         return max(0, before - self.block_count) * BLOCK_SIZE
+
+    async def _discard_all_of(self, offset: int, end: int) -> None:
+        position = offset
+        while position < end:
+            object_index, inside = position >> OBJECT_SHIFT, position & OBJECT_MASK
+            stop = min(end, (object_index + 1) << OBJECT_SHIFT)
+            aligned = -(-inside // BLOCK_SIZE) * BLOCK_SIZE
+            last_inside = inside + stop - position
+            if inside % BLOCK_SIZE:
+                await self.write(position, bytes(min(stop - position, aligned - inside)))
+            first = aligned // BLOCK_SIZE
+            last = await when_resident(partial(self._unmap_up_to_now, stop, object_index, first, last_inside))
+            if last_inside > last * BLOCK_SIZE >= aligned:
+                await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
+            position = stop
+
+    async def _discard_objects(self, processor: Processor, portion: Portion, first: int, end: int) -> None:
+        """Whole objects of one processor, those that have blocks: of a sparse volume of terabytes there are few."""
+        from_object: int | None = first
+        while from_object is not None and from_object < end:
+            objects, from_object = await self._some_objects(processor, portion, from_object)
+            for object_index in objects:
+                if object_index < end:
+                    await self._discard_all_of(object_index << OBJECT_SHIFT, (object_index + 1) << OBJECT_SHIFT)
 
     async def trim(self) -> None:
         """Clear what lies behind the size: zero the rest of its last block, unmap all after it.
@@ -736,28 +755,30 @@ class Volume(VolumeView):
     async def _trim_portion(self, processor: Processor, portion: Portion) -> None:
         size_bytes = self.size_bytes
         partly = size_bytes >> OBJECT_SHIFT
-        from_object = partly
-        while True:
-            rows = await processor.access.ask(
-                processor.access.store.some_maps, self.volume_id, from_object, _TRIM_BATCH
-            )
-            stored = [row.object_index for row in rows]
-            resident = [index for index in list(portion.objects) if index >= from_object]
-            if self._traits.ancestors(self.volume_id) or self.volume_id in processor.sources:
-                # Objects that are inherited, or lie in an image, have no row of their own.
-                stored = await processor.mapped_objects(self.volume_id, from_object, _TRIM_BATCH)
-                if portion.is_in_place:
-                    resident = []
-            if len(stored) == _TRIM_BATCH:
-                resident = [index for index in resident if index <= stored[-1]]
-            for object_index in sorted({*stored, *resident}):
+        from_object: int | None = partly
+        while from_object is not None:
+            objects, from_object = await self._some_objects(processor, portion, from_object)
+            for object_index in objects:
                 inside = size_bytes & OBJECT_MASK if object_index == partly else 0
                 await self._unmap(portion, object_index, (inside + BLOCK_SIZE - 1) >> BLOCK_SHIFT)
             if portion.dirty_object_count >= _TRIM_COMMIT_OBJECTS:
                 await processor.commit([portion])
-            if len(stored) < _TRIM_BATCH:
-                return
-            from_object = stored[-1] + 1
+
+    async def _some_objects(
+        self, processor: Processor, portion: Portion, from_object: int
+    ) -> tuple[list[int], int | None]:
+        """Objects of a processor that may have blocks, in order from one on; and where to go on, None for the end."""
+        rows = await processor.access.ask(processor.access.store.some_maps, self.volume_id, from_object, _TRIM_BATCH)
+        stored = [row.object_index for row in rows]
+        resident = [index for index in list(portion.objects) if index >= from_object]
+        if self._traits.ancestors(self.volume_id) or self.volume_id in processor.sources:
+            # Objects that are inherited, or lie in an image, have no row of their own.
+            stored = await processor.mapped_objects(self.volume_id, from_object, _TRIM_BATCH)
+            if portion.is_in_place:
+                resident = []
+        if len(stored) < _TRIM_BATCH:
+            return sorted({*stored, *resident}), None
+        return sorted({*stored, *(index for index in resident if index <= stored[-1])}), stored[-1] + 1
 
     def _unmap_up_to_now(
         self, stop: int, object_index: int, first: int, last_inside: int, old_blocks: OldBlocks

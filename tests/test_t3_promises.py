@@ -16,7 +16,7 @@ from snapfs import changelog, cowportion, reclaim
 from snapfs.backends import CrashPlan, Device, DeviceFile, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
-from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, DeviceDescriptor
+from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, REDIRECT, DeviceDescriptor
 from snapfs.fuse.command import CommandContext
 from snapfs.fuse.control import run_line
 from snapfs.fuse.helperprocess import HelperProcess
@@ -584,3 +584,55 @@ async def test_what_reclaim_has_chosen_is_deleted_by_whatever_name_it_has_and_no
 
         assert await run_line(CommandContext(pool, resize), b"reclaim need=80K")
         assert list(pool.snapshots.by_name) == [b"b"]
+
+
+@pytest.mark.parametrize("kind", ["redirect", "cow", "image", "clone"])
+async def test_a_discard_of_gibibytes_looks_at_what_is_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=2)
+    size_bytes = 2000 * OBJECT
+    written = {0: b"a", 5 * OBJECT + BLOCK: b"b", 700 * OBJECT: b"c", 1500 * OBJECT + 7: b"d", size_bytes - BLOCK: b"e"}
+    if kind == "image":
+        world.make_image("/image", b"i" * 3 * OBJECT)
+    async with open_world(world) as pool:
+        await pool.maker.create(
+            VolumeWish(
+                b"v", size_bytes, COPY_ON_WRITE if kind == "cow" else REDIRECT, "/image" if kind == "image" else ""
+            )
+        )
+        async with pool.volumes.opened(b"v") as volume:
+            for offset, letter in written.items():
+                await volume.write(offset, letter * 100)
+                if offset < OBJECT:
+                    await volume.sync()
+        snapshot = await pool.snapshots.create(b"s")
+        name = b"v"
+        if kind == "clone":
+            name = b"c"
+            await pool.clones.clone(b"s", b"v", name)
+        async with pool.volumes.opened(name) as volume:
+            # Not stored yet.
+            await volume.write(900 * OBJECT, b"f" * 100)
+            looked = 0
+            unmap = Volume._unmap_up_to_now
+
+            def counted(self: Volume, *args: Any) -> int:
+                nonlocal looked
+                looked += 1
+                return unmap(self, *args)
+
+            monkeypatch.setattr(Volume, "_unmap_up_to_now", counted)
+            await pool.volumes.discard(volume, 10, size_bytes - BLOCK - 10)
+            monkeypatch.undo()
+            # With neighbours that were brought into memory together.
+            assert looked < 400
+            await volume.sync()
+            assert await volume.read(0, 10) == b"a" * 10
+            assert await volume.read(size_bytes - BLOCK, 100) == b"e" * 100
+            for offset in (10, OBJECT + 5, 5 * OBJECT + BLOCK, 700 * OBJECT, 900 * OBJECT, 1500 * OBJECT):
+                assert not any(await volume.read(offset, 2 * BLOCK)), offset
+            # The blocks at both ends.
+            assert volume.block_count <= 2
+        shown = await pool.snapshots.open_volume(snapshot, (await pool.snapshots.members(snapshot)).get(b"v")[0])
+        for offset, letter in written.items():
+            assert await shown.read(offset, 100) == letter * 100
+        pool.snapshots.close_volume(shown)
