@@ -8,10 +8,11 @@ present and, in the same commit of the catalog, such a clone in the place of eac
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import trio
 
@@ -21,7 +22,7 @@ from .formats import COPY_ON_WRITE, Attributes, CatalogBatch, ShardBatch, Volume
 from .geometry import BLOCK_SHIFT, Epoch, VolumeId
 from .jobs import Job, Jobs
 from .notresident import NotResidentError, OldBlocks, when_resident
-from .portion import Portion
+from .portion import Portion, Segment
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .restoring import Restorer
@@ -37,6 +38,10 @@ BeforeRollback = Callable[[Sequence[Volume]], Awaitable[None]]
 AfterRollback = Callable[[Sequence[VolumeId]], Awaitable[dict[VolumeId, str]]]
 _CLOSING_S = 2.0
 _FLATTEN_BATCH = 256
+# Read together.
+_LOT_BLOCKS = 256
+# First block, block count, change log.
+_Run = tuple[int, int, int]
 
 
 async def nothing_before_rollback(volumes: Sequence[Volume]) -> None:
@@ -535,29 +540,35 @@ class _Flattening:
 
     async def _copy_object(self, object_index: int) -> None:
         old_blocks: OldBlocks = {}
-        block = 0
         while True:
             try:
                 portion = self._portion_now()
-                run = next((one for one in portion.shared_runs_now(object_index) if one[0] >= block), None)
-                if run is None:
+                runs = portion.shared_runs_now(object_index)
+                if not runs:
                     # One of which nothing was copied is still to get a map of its own.
                     portion.settle_now(object_index)
                     return
-                block = run[0]
-                await self._copy_run(portion, object_index, run, old_blocks)
+                for some in _short_lots(runs):
+                    await self._copy_runs(object_index, some, old_blocks)
             except NotResidentError as missing:
                 await missing.fetch(old_blocks)
 
-    async def _copy_run(
-        self, portion: Portion, object_index: int, run: tuple[int, int, int], old_blocks: OldBlocks
-    ) -> None:
-        block, count, log_id = run
-        buffer = memoryview(bytearray(count << BLOCK_SHIFT))
-        segments = portion.segments(log_id, object_index, block << BLOCK_SHIFT, len(buffer), 0)
+    async def _copy_runs(self, object_index: int, runs: list[_Run], old_blocks: OldBlocks) -> None:
+        portion = self._portion_now()
+        buffer = memoryview(bytearray(sum(count for _, count, _ in runs) << BLOCK_SHIFT))
+        places = [0, *accumulate(count << BLOCK_SHIFT for _, count, _ in runs)]
+        segments: list[Segment] = []
+        for (block, count, log_id), place in zip(runs, places, strict=False):
+            inside, length = block << BLOCK_SHIFT, count << BLOCK_SHIFT
+            segments += portion.segments(log_id, object_index, inside, length, place)
         try:
             await portion.read_segments(segments, buffer)
         except DamagedBlockError as damage:
+            if len(runs) > 1:
+                # Each by itself: the sound ones are copied.
+                for run in runs:
+                    await self._copy_runs(object_index, [run], old_blocks)
+                return
             if self._portion_now().names_now(damage):
                 portion.report(damage)
                 raise
@@ -565,9 +576,24 @@ class _Flattening:
             return
         # Logs of others do not change, so what was read holds for the blocks that still lie there.
         portion = self._portion_now()
-        for first, length, same in portion.runs_now(object_index, block, block + count):
-            if same == log_id:
-                at = (first - block) << BLOCK_SHIFT
-                data = buffer[at : at + (length << BLOCK_SHIFT)]
-                portion.write_now(object_index, first << BLOCK_SHIFT, data, old_blocks)
-                self._job.done += len(data)
+        for (block, count, log_id), place in zip(runs, places, strict=False):
+            for first, length, same in portion.runs_now(object_index, block, block + count):
+                if same == log_id:
+                    at = place + ((first - block) << BLOCK_SHIFT)
+                    data = buffer[at : at + (length << BLOCK_SHIFT)]
+                    portion.write_now(object_index, first << BLOCK_SHIFT, data, old_blocks)
+                    self._job.done += len(data)
+
+
+def _short_lots(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+    """Runs in order, some at a time that are read together."""
+    lot: list[_Run] = []
+    block_count = 0
+    for run in runs:
+        if lot and block_count + run[1] > _LOT_BLOCKS:
+            yield lot
+            lot, block_count = [], 0
+        lot.append(run)
+        block_count += run[1]
+    if lot:
+        yield lot

@@ -261,3 +261,22 @@ def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None 
         patch.setattr(trio.to_thread, "run_sync", run_sync)
         patch.setattr(Threads, "run", lambda _, call, *args: run_sync(call, *args))
         yield
+
+
+def damage_blocks(world: World, marker: bytes, *, by: bytes = b"damaged!", shift: int = 0) -> int:
+    """Overwrite the first place of every log that holds these bytes, behind everybody's back; how many."""
+    count = 0
+    for device in world.devices.values():
+        for index in range(4):
+            for name in device.names(f"logs/{index}"):
+                file = device.open(f"logs/{index}/{name}")
+                for start, end in file.data_extents():
+                    contents = bytearray(end - start)
+                    file.read_into(contents, start)
+                    at = contents.find(marker)
+                    if at >= 0:
+                        file.write(by, start + at + shift)
+                        count += 1
+                        break
+                file.close()
+    return count

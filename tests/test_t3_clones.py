@@ -8,10 +8,12 @@ import pytest
 import trio
 
 from snapfs.backends import CrashPlan
-from snapfs.errors import BusyVolumeError, ExistsError, HeldError, NotFoundError
+from snapfs.errors import BusyVolumeError, DamagedError, ExistsError, HeldError, NotFoundError
+from snapfs.notresident import when_resident
 from snapfs.pool import Pool
+from snapfs.portion import Portion, Segment
 
-from .harness import Running, World, open_world, read_snapshot, read_volume
+from .harness import Running, World, damage_blocks, open_world, read_snapshot, read_volume
 
 OBJECT = 4 << 20
 BLOCK = 4096
@@ -405,3 +407,51 @@ async def test_many_rollbacks_leave_no_long_line() -> None:
         assert await read_volume(pool, b"a") == expected
         assert len(pool.volumes.traits.rows) <= 4
     world.check_clean()
+
+
+async def test_what_lies_in_pieces_is_flattened_some_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(40):
+            await put(pool, b"v", 2 * number * BLOCK, bytes([number + 1]) * BLOCK)
+            if number % 10 == 9:
+                await pool.snapshots.create(b"s%d" % number)
+        expected = await read_volume(pool, b"v")
+        await pool.clones.clone(b"s39", b"v", b"c")
+        read_count = 0
+        read_segments = Portion.read_segments
+
+        async def counted(self: Portion, segments: list[Segment], view: memoryview) -> None:
+            nonlocal read_count
+            read_count += 1
+            await read_segments(self, segments, view)
+
+        monkeypatch.setattr(Portion, "read_segments", counted)
+        assert await pool.clones.flatten(b"c") == 40 * BLOCK
+        monkeypatch.undo()
+        assert read_count <= 2
+        assert await read_volume(pool, b"c") == expected
+
+
+async def test_one_damaged_piece_keeps_no_other_from_being_flattened() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        for number in range(5):
+            await put(pool, b"v", 2 * number * BLOCK, b"%05d" % number + bytes(BLOCK - 5))
+        await pool.snapshots.create(b"s")
+        assert await pool.sealer.seal_all()
+        await pool.clones.clone(b"s", b"v", b"c")
+        assert damage_blocks(world, b"00002", by=b"?") == 1
+        for _ in range(2):
+            with pytest.raises(DamagedError):
+                await pool.clones.flatten(b"c")
+        # Only the damaged one, and what comes after it, can still be others' alone.
+        portion = pool.processors[0].portion(pool.volumes.get(b"c").volume_id)
+        shared = [block for block, _, _ in await when_resident(lambda _: portion.shared_runs_now(0))]
+        assert shared[0] == 4 and 0 not in shared and 2 not in shared
+        await put(pool, b"c", 4 * BLOCK, b"anew" + bytes(BLOCK - 4))
+        await pool.clones.flatten(b"c")
+        assert not await when_resident(lambda _: portion.shared_runs_now(0))
+        assert damage_blocks(world, b"?0002", by=b"0") == 1

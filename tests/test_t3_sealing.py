@@ -31,7 +31,17 @@ from snapfs.shardstore import ShardStore
 from snapfs.snapshot import Snapshot
 from snapfs.volume import Volume
 
-from .harness import WHERE, Running, World, everything_is_proven, in_memory, open_world, read_snapshot, read_volume
+from .harness import (
+    WHERE,
+    Running,
+    World,
+    damage_blocks,
+    everything_is_proven,
+    in_memory,
+    open_world,
+    read_snapshot,
+    read_volume,
+)
 
 OBJECT = 4 << 20
 BLOCK = 4096
@@ -40,25 +50,6 @@ BLOCK = 4096
 async def put(pool: Pool, name: bytes, offset: int, data: bytes) -> None:
     async with pool.volumes.opened(name) as volume:
         await volume.write(offset, data)
-
-
-def damage(world: World, marker: bytes, *, by: bytes = b"damaged!", shift: int = 0) -> int:
-    """Overwrite the first place of every log that holds these bytes, behind everybody's back; how many."""
-    count = 0
-    for device in world.devices.values():
-        for index in range(4):
-            for name in device.names(f"logs/{index}"):
-                file = device.open(f"logs/{index}/{name}")
-                for start, end in file.data_extents():
-                    contents = bytearray(end - start)
-                    file.read_into(contents, start)
-                    at = contents.find(marker)
-                    if at >= 0:
-                        file.write(by, start + at + shift)
-                        count += 1
-                        break
-                file.close()
-    return count
 
 
 @given(st.binary(min_size=1, max_size=64), st.integers(0, 1023), st.integers(1, 150))
@@ -136,7 +127,7 @@ async def test_a_damaged_block_is_never_read_and_is_named() -> None:
         new = await pool.snapshots.create(b"new")
         await pool.clones.clone(b"old", b"v", b"c")
         await pool.sealer.seal_all()
-        assert damage(world, b"block   17 ") == 1
+        assert damage_blocks(world, b"block   17 ") == 1
         async with pool.volumes.opened(b"v") as volume:
             with pytest.raises(DamagedBlockError) as failed:
                 await volume.read(17 * BLOCK + 100, 10)
@@ -184,13 +175,13 @@ async def test_zeros_that_were_data_and_data_that_was_zeros_are_damage() -> None
         await put(pool, b"v", OBJECT + BLOCK, bytes(BLOCK))
         snapshot = await pool.snapshots.create(b"s")
         await pool.sealer.seal_all()
-        assert damage(world, b"marker", by=bytes(6)) == 1
+        assert damage_blocks(world, b"marker", by=bytes(6)) == 1
         with pytest.raises(DamagedBlockError):
             await read_snapshot(pool, snapshot, b"v")
-        assert damage(world, b"first", by=b"!", shift=BLOCK) == 1
+        assert damage_blocks(world, b"first", by=b"!", shift=BLOCK) == 1
         report = await scrub(pool)
         assert {(one.object_index, one.block) for one in report.damaged} == {(0, 0), (1, 1)}
-        damage(world, b"first", by=b"\0", shift=BLOCK)
+        damage_blocks(world, b"first", by=b"\0", shift=BLOCK)
 
 
 async def test_a_volume_that_is_open_and_not_written_to_holds_up_no_sealing() -> None:
@@ -221,7 +212,7 @@ async def test_what_is_known_of_a_log_that_cannot_be_read_stays_known() -> None:
         await put(pool, b"v", 0, b"marker" + bytes(BLOCK - 6) + b"y" * BLOCK)
         await pool.snapshots.create(b"s")
         await pool.sealer.seal_all()
-        assert damage(world, b"marker", by=b"?") == 1
+        assert damage_blocks(world, b"marker", by=b"?") == 1
         assert [one.block for one in (await scrub(pool)).damaged] == [0]
         database = pool.processors[0].access.store.database
         rows = database.rows("SELECT log_id, guards FROM sums")
@@ -232,7 +223,7 @@ async def test_what_is_known_of_a_log_that_cannot_be_read_stays_known() -> None:
         assert [one.block for one in pool.damage.known] == [0]
         with database.transaction():
             database.each("UPDATE sums SET guards = ?2 WHERE log_id = ?1", rows)
-        assert damage(world, b"?arker", by=b"m") == 1
+        assert damage_blocks(world, b"?arker", by=b"m") == 1
         assert not (await scrub(pool)).damaged and not pool.damage.known
 
 
@@ -306,7 +297,7 @@ async def test_copy_on_write_and_images_are_told_as_not_covered() -> None:
         await everything_is_proven(pool)
         assert sorted((await verify(pool, first)).unsealed) == ["i", "w"]
         # What was preserved is sealed all the same.
-        assert damage(world, b"w" * BLOCK) >= 1
+        assert damage_blocks(world, b"w" * BLOCK) >= 1
         with pytest.raises(DamagedBlockError):
             await read_snapshot(pool, first, b"w")
 
