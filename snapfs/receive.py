@@ -231,6 +231,8 @@ class Receiver:
             raise DamagedError("the stream is damaged: it does not begin", _BAD)
         self._head = parse_head(begin.fields)
         snapshot_name = name if name is not None else self._head.name
+        # Before anything is read of what may be large.
+        check_name(os.fsencode(snapshot_name), "snapshot")
         self._check(snapshot_name)
         self._note()
         try:
@@ -353,6 +355,20 @@ class Receiver:
             )
         if (self._state.volume_place, self._state.offset) < (self._head.resume or (0, 0)):
             raise BadCommandError("the stream begins later than what is here ends", "Use the token that is told here")
+        if self._base_here:
+            self._check_untouched(self._base_here)
+
+    def _check_untouched(self, base: str) -> None:
+        """Volumes that the part which is here had not come to are still those of the base, but for their names."""
+        first = self._state.volume_place + (1 if self._state.offset else 0)
+        ahead = {one.base_name for one in self._head.volumes[first:]}
+        for one in self._ask(self._mount_point, "diff", base)["volumes"]:
+            is_other = one["changed_bytes"] or one["size_bytes"] != one["size_bytes_before"]
+            if (one["renamed_from"] or one["name"]) in ahead and one["change"] != "added" and is_other:
+                raise ChangedTargetError(
+                    f"volume {one['name']!r} has changed since {base!r}, the base of the stream",
+                    "Send the stream from its beginning, and receive it with --force, which rolls it back",
+                )
 
     # -- names -------------------------------------------------------------------------------
 

@@ -410,3 +410,10 @@ async def test_status_does_not_tell_what_hooks_run() -> None:
         told = await pool_status(pool)
         assert told["hooks"] == [{"name": "h", "is_damaged": False}]
         assert "secret" not in json.dumps(told) and "secret" in json.dumps(pool.hooks.entries())
+
+
+def test_a_table_tells_a_terminal_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["NOTE"], [["\x1b]0;title\x07 \x9b31m red\nnext\tone \x7f é 日"]])
+    shown = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07 \\x9b31m red\\x0anext\\x09one \\x7f é 日" in shown
+    assert not [one for one in shown.rstrip("\n") if one < " " and one != "\n"]

@@ -179,6 +179,35 @@ def test_a_stream_goes_on_where_it_stopped(mounts: Callable[..., Mounted]) -> No
 
 
 @pytest.mark.mount
+def test_a_stream_that_goes_on_looks_again_at_what_it_had_not_come_to(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    for name in ("a", "b"):
+        (source.path / name).write_bytes(name.encode() * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    (source.path / "a").write_bytes(os.urandom(6 * MIB))
+    with (source.path / "b").open("r+b") as file:
+        file.write(b"changed")
+    os.rename(source.path / "b", source.path / "c")
+    source.snapshot("two")
+    whole = sent(source, "two", "--from", "one")
+    words = received(target, whole[: len(whole) // 2], "--resumable", expect=4)
+    token = words.split("--resume-token ")[1].split()[0].rstrip(".")
+    rest = sent(source, "two", "--from", "one", "--resume-token", token)
+    with (target.path / "c").open("r+b") as file:
+        file.seek(MIB // 2)
+        file.write(b"somebody's")
+    said = received(target, rest, "--resumable", expect=1)
+    assert "volume 'c' has changed since 'one'" in said
+    assert "two" not in os.listdir(target.snapshots)
+    with (target.path / "c").open("r+b") as file:
+        file.seek(MIB // 2)
+        file.write(b"somebody's")
+    received(target, whole, "--force")
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
 def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     for name in "ab":
@@ -685,3 +714,20 @@ def test_a_guests_disk_that_looks_as_if_it_stood_on_a_file_of_the_host_is_not_be
     assert not (mounted.path / "guest").exists()
     snapfs("import", disk, mounted.path / "guest", "--format", "raw")
     assert (mounted.path / "guest").read_bytes() == disk.read_bytes()
+
+
+@pytest.mark.mount
+def test_a_mount_with_a_volume_called_as_a_pools_descriptor_is_a_mount(mounted: Mounted) -> None:
+    (mounted.path / "pool.json").write_bytes(b"no pool")
+    source = mounted.pool.parent / "stream"
+    mounted.snapshot("s")
+    source.write_bytes(sent(mounted, "s"))
+    for kind in ("schedule", "hook", "changelog"):
+        snapfs(kind, "list", mounted.path)
+    snapfs("receive", mounted.path, "--tokens")
+    with source.open("rb") as file:
+        said = run(*SNAPFS, "receive", mounted.path, "--name", "@x", stdin=file, expect=1).stderr
+    assert "@ is kept for moments" in said
+    with source.open("rb") as file:
+        said = run(*SNAPFS, "receive", mounted.path, stdin=file, expect=1).stderr
+    assert "received already" in said

@@ -13,9 +13,15 @@ from ..pool import open_pool
 from .control import Answer, ask, command_line
 
 
+def is_pool(where: str) -> bool:
+    """Whether a pool's directory is there, and not a mount, in which a volume may have any name but ``.snapfs``."""
+    has_descriptor = os.path.exists(os.path.join(where, POOL_FILE))
+    return has_descriptor and not os.path.lexists(os.path.join(where, ".snapfs"))
+
+
 def ask_anywhere(where: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:
     """Like :func:`ask`, of a mount or of a pool that is not mounted, which is opened for it."""
-    if not os.path.exists(os.path.join(where, POOL_FILE)):
+    if not is_pool(where):
         return ask(where, *words, options=options)
     line = command_line(words, options)
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import click
 
@@ -76,6 +77,11 @@ def print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
+def printable(text: str) -> str:
+    """A text without what would tell a terminal to do something."""
+    return "".join(f"\\x{ord(one):02x}" if category(one) == "Cc" else one for one in text)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout; numbers are to the right where a heading begins with a space."""
     from rich.console import Console
@@ -88,7 +94,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widest = 0
     for row in rows:
         # Not as markup, which names and notes may look like.
-        cells = [Text(cell) for cell in row]
+        cells = [Text(printable(cell)) for cell in row]
         table.add_row(*cells)
         widest = max(widest, sum(cell.cell_len + 2 for cell in cells))
     console = Console()

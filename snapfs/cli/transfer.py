@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import click
 
 from ..errors import BadCommandError, MountError, SnapfsError
-from ..formats import POOL_FILE
 from ..receive import Receiver, resume_tokens
 from ..transfer import ResumePoint
 from ..transfer import send as send_stream
+from .anywhere import is_pool
 from .control import ask
 from .output import print_json, progress_bar
 from .umount import take_away
@@ -26,7 +26,7 @@ from .umount import take_away
 @contextlib.contextmanager
 def _mounted(where: str) -> Iterator[str]:
     """The mount; of a pool that is not mounted one for as long as this lasts."""
-    if not os.path.exists(os.path.join(where, POOL_FILE)):
+    if not is_pool(where):
         yield where
         return
     folder = os.path.abspath(tempfile.mkdtemp(prefix="snapfs-receive-"))
