@@ -28,6 +28,7 @@ from .formats import (
 from .geometry import Epoch, SnapshotId, VolumeId
 
 _WHAT = "the catalog"
+_RESTORE = "Restore it from a copy"
 FIRST_VOLUME_ID = 256
 
 
@@ -66,7 +67,9 @@ class Catalog:
         except FileNotFoundError:
             raise DamagedError(f"{_WHAT} is missing", "Restore it from a copy of the whole pool") from None
         try:
-            return cls.over(database, pool_id)
+            catalog = cls.over(database, pool_id)
+            catalog.check_counters()
+            return catalog
         except BaseException:
             database.abandon()
             raise
@@ -78,6 +81,20 @@ class Catalog:
             raise DamagedError(f"{_WHAT} belongs to another pool", "Put the right one back")
         database.upgrade(CATALOG_SCHEMAS)
         return cls(database)
+
+    def check_counters(self) -> None:
+        """Raises DamagedError when the next volume or snapshot would take another's place."""
+        for key, taken in (
+            (
+                "next_volume_id",
+                "SELECT max(coalesce((SELECT max(volume_id) FROM volumes), 0),"
+                " coalesce((SELECT max(volume_id) FROM removed), 0),"
+                " coalesce((SELECT max(volume_id) FROM traits), 0))",
+            ),
+            ("next_snapshot_id", "SELECT coalesce(max(snapshot_id), 0) FROM snapshots"),
+        ):
+            if self.meta(key) <= self.database.number(taken):
+                raise DamagedError(f"{_WHAT} is damaged: its {key} is {self.meta(key)}, which is taken", _RESTORE)
 
     def meta(self, key: str, default: int | None = None) -> int:
         """A number of the meta table. One without a default is there, or the catalog is damaged."""

@@ -41,6 +41,9 @@ def translated(what: str) -> Iterator[None]:
     except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:
         # An SQLError is a table or a column that is not there; text that is none passes SQLite's own checks.
         raise DamagedError(f"{what} is damaged: {error}", "Unmount and run snapfs check") from error
+    except OverflowError as error:
+        # It held the largest number there is, and one more was to be stored, or looked for.
+        raise DamagedError(f"{what} is damaged: a number in it is too large", "Unmount and run snapfs check") from error
     except apsw.Error as error:
         raise UnreadableError(f"{what} cannot be read or written: {error}", "See the system's log") from error
 

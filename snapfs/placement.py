@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 from .backends import DeviceFile
-from .errors import DeviceMissingError, NoSpaceError
+from .errors import DamagedError, DeviceMissingError, NoSpaceError
 from .formats import COPY_ON_WRITE, POOL_CHANGE_LOGS, ChangeLogVolumeRow
 from .geometry import BLOCK_SHIFT, VolumeId
 from .image import ImageFile
@@ -132,10 +132,15 @@ class Placement:
     def device_for(self, volume_id: VolumeId, processor_index: int, *, is_change: bool) -> int:
         """The device for a new log.
 
-        ``is_change``: it logs changes since a snapshot, so it goes to the change log volume.
+        ``is_change``: it logs changes since a snapshot, so it goes to the change log volume. Raises DamagedError when
+        no device is known of that.
         """
         changelog_id = self._traits.get(volume_id).changelog_id if is_change else POOL_CHANGE_LOGS
-        device_ids = self._device_ids[changelog_id]
+        device_ids = self._device_ids.get(changelog_id)
+        if not device_ids:
+            raise DamagedError(
+                f"the catalog has no device for what is written to volume {volume_id}", "Unmount and run snapfs check"
+            )
         return device_ids[(volume_id + processor_index) % len(device_ids)]
 
     def quota_of(self, device_id: int) -> Quota | None:

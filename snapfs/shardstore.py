@@ -80,7 +80,9 @@ class ShardStore:
         except FileNotFoundError:
             raise DamagedError(f"{what} is missing", "Restore it from a copy of the whole pool") from None
         try:
-            return cls.over(database, processor_index, pool_id)
+            store = cls.over(database, processor_index, pool_id)
+            store.check_counter()
+            return store
         except BaseException:
             database.abandon()
             raise
@@ -96,6 +98,15 @@ class ShardStore:
             )
         database.upgrade(SHARD_SCHEMAS)
         return cls(database, processor_index)
+
+    def check_counter(self) -> None:
+        """Raises DamagedError when the next log would have the file of another."""
+        taken = self.database.number("SELECT coalesce(max(log_id), 0) FROM logs")
+        if self.next_log_id <= taken:
+            raise DamagedError(
+                f"{self.database.what} is damaged: the next change log is to be {self.next_log_id}, which is taken",
+                "Restore it from a copy",
+            )
 
     def _meta(self, key: str) -> int:
         row = self.database.row("SELECT value FROM meta WHERE key = ?", (key,))
