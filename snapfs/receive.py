@@ -13,7 +13,9 @@ import ctypes
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any
@@ -29,6 +31,7 @@ from .errors import (
     SnapfsError,
     UnsupportedError,
 )
+from .geometry import BLOCK_SIZE
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
 from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
 from .units import OFFSET_MAX, check_name, storable_ns
@@ -135,6 +138,12 @@ def _moment_ns(value: object) -> int:
     return value
 
 
+def _time(value: object) -> int:
+    if not isinstance(value, int) or storable_ns(value) != value:
+        raise ValueError(f"{value!r:.60} is no time")
+    return value
+
+
 def _number(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value <= OFFSET_MAX:
         raise ValueError(f"{value!r:.60} is no number")
@@ -148,7 +157,7 @@ class ReceiveState:
     ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
     ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.8.0): who has
     the name may be another by now. ``aside`` begins the names that are this stream's alone. ``base_guid`` is that of
-    its base, empty for a whole stream; None: not noted.
+    its base, empty for a whole stream; None: not noted. ``times`` has when what came was written, by name.
     """
 
     volume_place: int = 0
@@ -158,6 +167,7 @@ class ReceiveState:
     touched: list[str] = field(default_factory=list)
     aside: str = _ASIDE
     base_guid: str | None = None
+    times: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_stream(cls, head: StreamHead) -> ReceiveState:
@@ -168,12 +178,12 @@ class ReceiveState:
     def to_json(self) -> str:
         """For the target to keep."""
         fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside, self.base_guid]
-        return json.dumps(fields)
+        return json.dumps([*fields, self.times])
 
     @classmethod
     def from_fields(cls, fields: object) -> ReceiveState:
         """Read it. Raises DamagedError."""
-        if not isinstance(fields, list) or len(fields) not in (5, 7):
+        if not isinstance(fields, list) or len(fields) not in (5, 7, 8):
             raise DamagedError(_BAD_STATE, "Send the stream again")
         place, offset, stage, made, touched, *own = fields
         try:
@@ -186,8 +196,9 @@ class ReceiveState:
                 [_name(one) for one in touched],
                 _name(own[0]) if own else _ASIDE,
                 None if not own or own[1] is None else _text(own[1], empty=True),
+                {_name(name): _time(when) for name, when in (own[2] if len(own) > 2 else {}).items()},
             )
-        except (TypeError, ValueError, SnapfsError) as error:
+        except (AttributeError, TypeError, ValueError, SnapfsError) as error:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error
 
 
@@ -199,6 +210,24 @@ def resume_tokens(ask: Ask, mount_point: str) -> list[str]:
         state = ReceiveState.from_fields(fields)
         found.append(ResumePoint(guid, state.volume_place, state.offset).to_token())
     return found
+
+
+def _rounded(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges ``(offset, end)`` grown to whole blocks, in order, those that touch as one."""
+    found: list[tuple[int, int]] = []
+    for offset, end in sorted(ranges):
+        first, last = offset - offset % BLOCK_SIZE, end + -end % BLOCK_SIZE
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return found
+
+
+def _covers(ranges: Sequence[tuple[int, int]], offset: int, end: int) -> bool:
+    """Whether one of the ranges, which are in order, has all from an offset to an end."""
+    place = bisect_right(ranges, (offset, sys.maxsize)) - 1
+    return place >= 0 and ranges[place][1] >= end
 
 
 def _taken(name: str) -> ExistsError:
@@ -217,6 +246,9 @@ class Receiver:
         self._base_here = ""
         self._state = ReceiveState()
         self._digests: dict[int, tuple[str, list[tuple[int, int]]]] = {}
+        # By place: what the stream has put into a volume, bytes and zeros; and the offset from which on that is all.
+        self._written: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+        self._keeps_undo = False
         self._unnoted_bytes = 0
 
     def receive(self, file: IO[bytes], name: str | None = None, on_progress: OnProgress = say_nothing) -> Answer:
@@ -255,7 +287,8 @@ class Receiver:
 
     def _give_up(self, error: BaseException) -> None:
         """Keep what came, and tell how to go on; or take it back."""
-        if self._is_resumable:
+        if self._is_resumable and not self._keeps_undo:
+            self._note_times()
             point = ResumePoint(self._head.guid, self._state.volume_place, self._state.offset)
             if isinstance(error, SnapfsError):
                 error.fix = f"Go on with: snapfs send --resume-token {point.to_token()}"
@@ -263,6 +296,18 @@ class Receiver:
         failures = self._take_back()
         if failures and isinstance(error, SnapfsError):
             error.fix = f"Not all could be taken back ({'; '.join(failures)}): roll the volumes back by hand"
+
+    def _note_times(self) -> None:
+        """Have whoever goes on know whether somebody else wrote to what is here, or rolled it back."""
+        for volume in self._head.volumes[: self._state.volume_place + 1]:
+            if volume.base_name in self._state.touched or volume.name in self._state.made:
+                with contextlib.suppress(OSError, SnapfsError):
+                    found = os.stat(self._path(volume.name))
+                    # The kernel may have it from a write that the daemon was told of a little later.
+                    os.utime(self._path(volume.name), ns=(found.st_atime_ns, found.st_mtime_ns))
+                    self._state.times[volume.name] = found.st_mtime_ns
+        with contextlib.suppress(OSError, SnapfsError):
+            self._note()
 
     def _path(self, name: str) -> str:
         return os.path.join(self._mount_point, name)
@@ -304,6 +349,7 @@ class Receiver:
                     "Receive that one first, or send a whole stream",
                 )
             self._base_here = here["name"]
+            self._check_base_names()
         if head.resume is not None:
             self._check_resumed(fields)
             return
@@ -325,6 +371,15 @@ class Receiver:
         taken = [one for one in wanted if self._exists(one)]
         if taken:
             raise _taken(taken[0])
+
+    def _check_base_names(self) -> None:
+        """What a stream changes or takes away is what its base holds, and nobody else's. Raises DamagedError."""
+        held = set(os.listdir(os.path.join(self._mount_point, ".snapshots", self._base_here)))
+        named = {one.base_name for one in self._head.volumes if one.base_name is not None} | set(self._head.gone)
+        if named - held:
+            raise DamagedError(
+                f"the stream is damaged: its base holds no volume {min(named - held)!r}", "Send it again"
+            )
 
     def _check_unchanged(self, base: str) -> None:
         known = {one.base_name for one in self._head.volumes if one.base_name is not None} | set(self._head.gone)
@@ -355,8 +410,19 @@ class Receiver:
             )
         if (self._state.volume_place, self._state.offset) < (self._head.resume or (0, 0)):
             raise BadCommandError("the stream begins later than what is here ends", "Use the token that is told here")
+        self._check_times()
         if self._base_here:
             self._check_untouched(self._base_here)
+
+    def _check_times(self) -> None:
+        """What came before is as it was left."""
+        for name, when in self._state.times.items():
+            if not self._exists(name) or os.stat(self._path(name)).st_mtime_ns != when:
+                raise ChangedTargetError(
+                    f"volume {name!r} has changed since the stream was cut off",
+                    f"{_FROM_BEGINNING}, and receive it with --force, which rolls it back",
+                )
+        self._state.times = {}
 
     def _check_untouched(self, base: str) -> None:
         """Volumes that the part which is here had not come to are still those of the base, but for their names."""
@@ -444,11 +510,15 @@ class Receiver:
         fd = self._open(volume)
         digest = blake3.blake3()
         extents: list[tuple[int, int]] = []
+        resume_place, resume_offset = self._head.resume or (0, 0)
+        written: list[tuple[int, int]] = []
+        self._written[place] = (resume_offset if place == resume_place else 0, written)
         try:
             for frame in frames:
                 if frame.kind == END_VOLUME:
                     break
                 self._put(fd, volume, frame)
+                written.append((frame.offset, frame.offset + frame.length))
                 if frame.kind == DATA:
                     digest.update(frame.data)
                     extents.append((frame.offset, frame.length))
@@ -556,12 +626,31 @@ class Receiver:
         options += [("guid", self._head.guid), ("note", self._head.note)]
         made = self._ask(self._mount_point, "snapshot", name, options=options)
         try:
+            self._check_nothing_else(name)
             for place, (digest, extents) in self._digests.items():
                 self._read_back(name, place, digest, extents)
         except BaseException:
             self._ask(self._mount_point, "delete", name)
             raise
         return made
+
+    def _check_nothing_else(self, name: str) -> None:
+        """The snapshot differs from the base in what was sent, and in nothing else. Raises ChangedTargetError."""
+        options = [("base", self._base_here)] if self._base_here else []
+        found = {one["name"]: one for one in self._ask(self._mount_point, "extents", name, options=options)["volumes"]}
+        for place, (from_offset, written) in self._written.items():
+            volume = self._head.volumes[place]
+            sent = _rounded(written)
+            is_other = found[volume.name]["size_bytes"] != volume.size_bytes
+            for offset, length, _ in found[volume.name]["extents"]:
+                first, end = max(offset, from_offset), offset + length
+                is_other = is_other or (first < end and not _covers(sent, first, end))
+            if is_other:
+                self._keeps_undo = True
+                raise ChangedTargetError(
+                    f"somebody wrote to volume {volume.name!r} while it was received",
+                    "Keep others from its volumes, then receive it again",
+                )
 
     def _read_back(self, name: str, place: int, digest: str, extents: list[tuple[int, int]]) -> None:
         """The snapshot holds what was sent: read from it again, and compare."""
@@ -612,4 +701,6 @@ class Receiver:
         # They were written under whoever has them open, so that is no reason to leave them so.
         options = [("volume", one) for one in self._state.touched] + [("force", "yes")]
         undo = self._ask(self._mount_point, "rollback", self._base_here, options=options)
-        self._ask(self._mount_point, "delete", undo["undo"])
+        if not self._keeps_undo:
+            # Else somebody else's writes are in it.
+            self._ask(self._mount_point, "delete", undo["undo"])

@@ -54,8 +54,11 @@ class Target:
         self.states: dict[str, str] = {}
         self.before_step: Callable[[str], None] = lambda step: None
         folder.mkdir()
+        kept = folder / ".snapshots" / "base"
         for name, contents in (base or {}).items():
             (folder / name).write_bytes(contents)
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / name).write_bytes(contents)
 
     def ask(self, mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> dict[str, Any]:
         self.before_step(words[0])
@@ -63,11 +66,16 @@ class Target:
         return answer
 
     def _list(self, options: object) -> dict[str, Any]:
-        made = [{"guid": GUID, "name": one.name} for one in self.folder.glob(".snapshots/*")]
+        made = [{"guid": GUID, "name": one.name} for one in self.folder.glob(".snapshots/*") if one.name != "base"]
         return {"snapshots": made + [{"guid": "base", "name": "base"}] * (self.base is not None)}
 
     def _diff(self, base: str, options: object) -> dict[str, Any]:
         return {"volumes": []}
+
+    def _extents(self, name: str, options: object) -> dict[str, Any]:
+        """Nobody else writes here."""
+        kept = sorted((self.folder / ".snapshots" / name).iterdir())
+        return {"volumes": [{"name": one.name, "size_bytes": one.stat().st_size, "extents": []} for one in kept]}
 
     def _receive_state(self, action: str, *words: str, options: object) -> dict[str, Any]:
         if action == "put":

@@ -208,6 +208,81 @@ def test_a_stream_that_goes_on_looks_again_at_what_it_had_not_come_to(mounts: Ca
 
 
 @pytest.mark.mount
+def test_what_somebody_else_writes_while_a_stream_comes_is_in_no_snapshot_of_it(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(b"v" * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    with (source.path / "v").open("r+b") as file:
+        file.write(os.urandom(65536))
+    source.snapshot("two")
+    stream = sent(source, "two", "--from", "one")
+    for options in ((), ("--resumable",)):
+        receiver = subprocess.Popen(
+            [*SNAPFS, "receive", target.path, *options], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert receiver.stdin is not None
+        receiver.stdin.write(stream[: len(stream) // 2])
+        receiver.stdin.flush()
+        wait_until(lambda: bool(target.ask("receive-state list")["states"]), "it has begun")
+        with (target.path / "v").open("r+b") as file:
+            file.seek(MIB // 2)
+            file.write(b"somebody's")
+            file.flush()
+            os.fsync(file.fileno())
+        _, said = receiver.communicate(stream[len(stream) // 2 :], timeout=60)
+        assert receiver.returncode == 1 and b"somebody wrote to volume 'v'" in said, said
+        names = os.listdir(target.snapshots)
+        assert "two" not in names
+        # It is back as it was, and what was written is kept.
+        same(source.snapshots / "one", target.path)
+        (kept,) = [name for name in names if "before-rollback" in name]
+        assert (target.snapshots / kept / "v").read_bytes()[MIB // 2 :][:10] == b"somebody's"
+        snapfs("delete", target.path, kept)
+    received(target, stream)
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
+def test_a_stream_does_not_go_on_over_what_was_rolled_back(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(b"v" * 8 * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    (source.path / "v").write_bytes(os.urandom(8 * MIB))
+    source.snapshot("two")
+    stream = sent(source, "two", "--from", "one")
+    words = received(target, stream[: len(stream) // 2], "--resumable", expect=4)
+    token = words.split("--resume-token ")[1].split()[0].rstrip(".")
+    rest = sent(source, "two", "--from", "one", "--resume-token", token)
+    snapfs("rollback", target.path, "one")
+    said = received(target, rest, "--resumable", expect=1)
+    assert "volume 'v' has changed since the stream was cut off" in said
+    received(target, stream, "--force")
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
+def test_a_stream_names_nothing_that_its_base_does_not_hold(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(b"v")
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    guid = target.ask("list")["snapshots"][0]["guid"]
+    (target.path / "precious").write_bytes(b"precious")
+    volume = {"name": "w", "size_bytes": 8, "mode": 0o644, "uid": 0, "gid": 0, "atime_ns": 0, "mtime_ns": 0}
+    for base_name, gone in (("precious", []), (None, ["precious"])):
+        forged = io.BytesIO()
+        writer = StreamWriter(forged)
+        head = {"version": 2, "snapshot": {"guid": "x", "name": "evil", "note": ""}, "resume": None, "gone": gone}
+        head |= {"base": {"guid": guid, "name": "one"}, "volumes": [{**volume, "base_name": base_name}]}
+        writer.fields(BEGIN, head)
+        said = received(target, forged.getvalue(), expect=4)
+        assert "its base holds no volume 'precious'" in said
+        assert (target.path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.mount
 def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     for name in "ab":
