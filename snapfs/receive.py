@@ -549,7 +549,7 @@ class Receiver:
     def _open(self, volume: StreamVolume) -> int:
         if volume.base_name is None:
             self._make(volume.name)
-        fd = os.open(self._path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = self._opened(volume)
         try:
             if volume.base_name is None and not self._is_made(volume.name, os.fstat(fd)):
                 raise ChangedTargetError(f"volume {volume.name!r} is another than the stream made", _FROM_BEGINNING)
@@ -561,6 +561,16 @@ class Receiver:
             os.close(fd)
             raise
         return fd
+
+    def _opened(self, volume: StreamVolume) -> int:
+        path, flags = self._path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(path, flags)
+        except PermissionError:
+            # Its owner's mode keeps its owner from it. It gets that of the stream when all has come.
+            self._touch(volume)
+            os.chmod(path, 0o600)
+            return os.open(path, flags)
 
     def _make(self, name: str) -> None:
         """Have a new volume there, if it is not yet.

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import subprocess
+import textwrap
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, 
 from snapfs.transfer import ResumePoint, send
 
 from .conftest import SNAPFS, Mounted, invoke, run, snapfs, wait_until
+from .unprivileged import run_unprivileged
 
 MIB = 1 << 20
 GOLDEN = Path(__file__).parent / "golden"
@@ -806,3 +808,31 @@ def test_a_mount_with_a_volume_called_as_a_pools_descriptor_is_a_mount(mounted: 
     with source.open("rb") as file:
         said = run(*SNAPFS, "receive", mounted.path, stdin=file, expect=1).stderr
     assert "received already" in said
+
+
+@pytest.mark.mount
+def test_who_is_not_root_receives_volumes_that_nobody_may_write_to(tmp_path: Path) -> None:
+    said = run_unprivileged(
+        textwrap.dedent("""
+            import os, subprocess, sys
+            SNAPFS = [sys.executable, "-m", "snapfs"]
+            def snapfs(*words, **options):
+                return subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.PIPE, **options).stdout
+            for name in ("a", "b"):
+                os.mkdir(name)
+                snapfs("init", name + ".pool")
+                snapfs("mount", name + ".pool", name)
+            for snapshot, options in (("one", ()), ("two", ("--from", "one"))):
+                with open("a/v", "wb") as file:
+                    file.write(snapshot.encode() * 1000)
+                os.chmod("a/v", 0o444)
+                snapfs("snapshot", "a", snapshot)
+                os.chmod("a/v", 0o644)
+                snapfs("receive", "b", input=snapfs("send", "a", snapshot, *options))
+                print(open("b/v").read() == snapshot * 1000, oct(os.stat("b/v").st_mode))
+            for name in ("a", "b"):
+                snapfs("umount", name)
+        """),
+        tmp_path,
+    )
+    assert said.splitlines() == ["True 0o100444"] * 2
