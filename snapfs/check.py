@@ -18,6 +18,7 @@ from .counting import inherited_count, stands_on_cow
 from .database import Database, read_copy
 from .descriptor import lock_pool, read_descriptor
 from .errors import DamagedError, NoSpaceError, SnapfsError
+from .folder import impossible_numbers
 from .formats import (
     CATALOG_FILE,
     CHANGE_LOG,
@@ -272,6 +273,8 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
     ):
         if catalog.meta(key) <= max(taken, default=0):
             report.add(DAMAGE, CATALOG_FILE, f"its {key} is {catalog.meta(key)}, which is taken")
+    for words in impossible_numbers(catalog):
+        report.add(DAMAGE, CATALOG_FILE, words)
     for traits in context.traits.rows.values():
         if traits.restore_instant:
             report.add(NOTE, CATALOG_FILE, f"a rollback in place of volume {traits.volume_id} is still to be finished")

@@ -217,8 +217,9 @@ class Clones:
         What kept it from that may be over: a lease that a program had, a mount that was elsewhere.
         """
         async with self._snapshots.lock:
-            if self.stale:
-                await self._refresh(tuple(self.stale))
+            # One by one: each is as it is then, and none keeps the others from it.
+            for file_id in tuple(self.stale):
+                await self._refresh((file_id,))
         return not self.stale
 
     def _check_fresh(self, file_ids: Sequence[VolumeId], done: RolledBack) -> None:

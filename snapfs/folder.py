@@ -6,8 +6,7 @@ import os
 import time
 
 from .catalog import Catalog
-from .errors import DamagedError
-from .formats import CATALOG_FILE, AttributeChange
+from .formats import AttributeChange
 from .units import storable_ns
 
 MODE_MASK = 0o1777
@@ -20,16 +19,16 @@ _ID_MAX = (1 << 32) - 2
 class Folder:
     """The folder of one pool. It is the daemon's user's until root gives it to somebody else.
 
-    Raises DamagedError when what the catalog has of it is not what was put there.
+    What the catalog has of it and cannot be is taken for nothing, but for a mode, which then lets in its owner alone.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         now_ns = time.time_ns()
-        self.mode = _MODE_LEAST | _between(catalog.meta("folder_mode", _MODE_DEFAULT), MODE_MASK)
+        self.mode = _MODE_LEAST | _kept(catalog, "folder_mode", _MODE_DEFAULT, MODE_MASK, _MODE_LEAST)
         self.uid, self.gid = os.getuid(), os.getgid()
         if self.uid == 0:
-            self.uid = _between(catalog.meta("folder_uid", self.uid), _ID_MAX)
-            self.gid = _between(catalog.meta("folder_gid", self.gid), _ID_MAX)
+            self.uid = _kept(catalog, "folder_uid", self.uid, _ID_MAX, self.uid)
+            self.gid = _kept(catalog, "folder_gid", self.gid, _ID_MAX, self.gid)
         self.atime_ns = catalog.meta("folder_atime_ns", now_ns)
         self.mtime_ns = catalog.meta("folder_mtime_ns", now_ns)
         self.ctime_ns = catalog.meta("folder_ctime_ns", now_ns)
@@ -48,10 +47,13 @@ class Folder:
         self.mtime_ns = self.mtime_ns if change.mtime_ns is None else storable_ns(change.mtime_ns)
         self.ctime_ns = time.time_ns() if change.ctime_ns is None else storable_ns(change.ctime_ns)
 
-    def take_back(self, kept: dict[str, int]) -> None:
-        """Be what :meth:`kept` gave before."""
-        for key, value in kept.items():
-            setattr(self, key.removeprefix("folder_"), value)
+    def take_back(self, before: tuple[int, ...]) -> None:
+        """Be what :meth:`now` gave before."""
+        self.mode, self.uid, self.gid, self.atime_ns, self.mtime_ns, self.ctime_ns = before
+
+    def now(self) -> tuple[int, ...]:
+        """All attributes."""
+        return self.mode, self.uid, self.gid, self.atime_ns, self.mtime_ns, self.ctime_ns
 
     def kept(self) -> dict[str, int]:
         """What the catalog is to keep."""
@@ -59,7 +61,13 @@ class Folder:
         return {f"folder_{name}": getattr(self, name) for name in names}
 
 
-def _between(value: int, highest: int) -> int:
-    if not 0 <= value <= highest:
-        raise DamagedError(f"{CATALOG_FILE} has {value} for the volumes' folder", "Restore it from a copy")
-    return value
+def impossible_numbers(catalog: Catalog) -> list[str]:
+    """What a catalog has of the folder and cannot be, in words."""
+    highest = {"folder_mode": MODE_MASK, "folder_uid": _ID_MAX, "folder_gid": _ID_MAX}
+    found = {key: catalog.meta(key, 0) for key in highest}
+    return [f"its {key} is {found[key]}" for key in highest if not 0 <= found[key] <= highest[key]]
+
+
+def _kept(catalog: Catalog, key: str, default: int, highest: int, if_impossible: int) -> int:
+    value = catalog.meta(key, default)
+    return value if 0 <= value <= highest else if_impossible

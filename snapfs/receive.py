@@ -37,6 +37,8 @@ from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_no
 from .units import OFFSET_MAX, check_name, storable_ns
 
 _NOTE_EVERY_BYTES = 256 << 20
+# The largest number of all is chown(2)'s word for none.
+_ID_MAX = (1 << 32) - 2
 _ASIDE = ".receiving-"
 _NEW = "new"
 _BAD = "Send it again"
@@ -111,8 +113,8 @@ def _parse_volume(one: dict[str, Any]) -> StreamVolume:
         None if base_name is None else _name(base_name),
         _number(one["size_bytes"]),
         _number(one["mode"]) & 0o777,
-        _number(one["uid"]),
-        _number(one["gid"]),
+        _user(one["uid"]),
+        _user(one["gid"]),
         _moment_ns(one["atime_ns"]),
         _moment_ns(one["mtime_ns"]),
     )
@@ -136,6 +138,12 @@ def _moment_ns(value: object) -> int:
     if not isinstance(value, int) or value != storable_ns(value):
         raise ValueError(f"{value!r:.60} is no time")
     return value
+
+
+def _user(value: object) -> int:
+    if _number(value) > _ID_MAX:
+        raise ValueError(f"{value!r:.60} is no user or group")
+    return _number(value)
 
 
 def _time(value: object) -> int:
@@ -427,7 +435,8 @@ class Receiver:
     def _check_untouched(self, base: str) -> None:
         """Volumes that the part which is here had not come to are still those of the base, but for their names."""
         first = self._state.volume_place + (1 if self._state.offset else 0)
-        ahead = {one.base_name for one in self._head.volumes[first:]}
+        # What the stream itself began to change is noted before it does.
+        ahead = {one.base_name for one in self._head.volumes[first:]} - set(self._state.touched)
         for one in self._ask(self._mount_point, "diff", base)["volumes"]:
             is_other = one["changed_bytes"] or one["size_bytes"] != one["size_bytes_before"]
             if (one["renamed_from"] or one["name"]) in ahead and one["change"] != "added" and is_other:

@@ -85,11 +85,16 @@ async def scrub(pool: Pool, bytes_per_s: int | None = None, job_name: str = "") 
             row.block_count << BLOCK_SHIFT for row in await processor.access.ask(store.unsummed_logs)
         )
     total = sum(row.block_count for _, row in summed) << BLOCK_SHIFT
-    with pool.jobs.stoppable("scrub", "the sealed change logs", total, job_name) as job:
-        for processor in pool.processors:
-            logs = [row for one, row in summed if one is processor]
-            await _ProcessorScrub(processor, rate, job, report).run(logs)
-        report.checked_bytes = job.done
+    try:
+        with pool.jobs.stoppable("scrub", "the sealed change logs", total, job_name) as job:
+            for processor in pool.processors:
+                logs = [row for one, row in summed if one is processor]
+                await _ProcessorScrub(processor, rate, job, report).run(logs)
+            report.checked_bytes = job.done
+    finally:
+        # Also when it is stopped.
+        for damaged in report.damaged:
+            pool.damage.note(*damaged)
     pool.damage.replace(report.damaged, known_before, report.unread)
     await pool.damage_teller.tell_all()
     report.duration_ms = (time.perf_counter_ns() - started) / 1e6

@@ -644,9 +644,9 @@ class ShardStore:
 
     def _epoch_reached(self) -> int:
         """The epoch of the last commit. Maps may speak of it alone: a log of which nothing is left is gone."""
-        row = self.database.row("SELECT value FROM meta WHERE key = 'epoch'")
-        if row is None:
-            # Written by an earlier version, which did not note it; from the next commit on it is there.
+        noted = self.database.row("SELECT value FROM meta WHERE key = 'epoch_generation'")
+        if noted != (self.generation,):
+            # The last commit was an earlier version's, which does not note it; from the next one on it is there.
             return self.database.number("SELECT coalesce(max(epoch), 0) FROM maps")
         return self._meta("epoch")
 
@@ -717,7 +717,7 @@ class ShardStore:
             if batch.next_log_id is not None:
                 meta.append((batch.next_log_id, "next_log_id"))
             if batch.epoch is not None:
-                meta.append((batch.epoch, "epoch"))
+                meta += [(batch.epoch, "epoch"), (self.generation + 1, "epoch_generation")]
             database.each(
                 "INSERT INTO meta VALUES (?2, ?1) ON CONFLICT (key) DO UPDATE SET value = excluded.value", meta
             )
@@ -735,7 +735,7 @@ class ShardStore:
             )
             for table in ("maps", "copies", "logs", "portions", "contents"):
                 self.database.execute(f"DELETE FROM {table} WHERE volume_id = ?", (volume_id,))
-            self.database.execute("UPDATE meta SET value = value + 1 WHERE key = 'generation'")
+            self.database.execute("UPDATE meta SET value = value + 1 WHERE key IN ('generation', 'epoch_generation')")
         self.generation += 1
 
     def close(self) -> None:

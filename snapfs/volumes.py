@@ -410,7 +410,7 @@ class VolumeTable:
     async def change_folder(self, change: AttributeChange) -> None:
         """Change attributes of the volumes' folder; durable at once, but for times, which are at the next clean end."""
         async with self.lock:
-            before = self.folder.kept()
+            before = self.folder.now()
             self.folder.change(change)
             if not change.only_times:
                 try:

@@ -43,7 +43,7 @@ async def test_a_snapshot_after_a_crash_has_what_was_there(by_itself: bool, is_o
         if is_of_an_earlier_version:
             database = pool.processors[0].access.store.database
             with database.transaction():
-                database.execute("DELETE FROM meta WHERE key = 'epoch'")
+                database.execute("DELETE FROM meta WHERE key LIKE 'epoch%'")
     expected = b"A" * 5 * BLOCK + bytes(BLOCK) + b"A" * 2 * BLOCK
     async with open_world(world) as pool:
         snapshot = await pool.snapshots.create(b"s")
@@ -54,3 +54,17 @@ async def test_a_snapshot_after_a_crash_has_what_was_there(by_itself: bool, is_o
         await pool.reclaimer.reclaim_all()
         assert await read_snapshot(pool, snapshot, b"v") == expected
         assert await read_volume(pool, b"v") == b"B" * 2 * BLOCK + expected[2 * BLOCK :]
+
+
+async def test_what_an_earlier_version_wrote_since_is_looked_at() -> None:
+    world = World(processor_count=1)
+    async with open_until_power_is_lost(world) as pool:
+        await write_in_an_epoch_whose_log_is_gone(pool, by_itself=True)
+        database = pool.processors[0].access.store.database
+        with database.transaction():
+            # It leaves what it does not know as it was.
+            database.execute("UPDATE meta SET value = 1 WHERE key = 'epoch'")
+            database.execute("UPDATE meta SET value = value - 1 WHERE key = 'epoch_generation'")
+    async with open_world(world) as pool:
+        snapshot = await pool.snapshots.create(b"s")
+        assert await read_snapshot(pool, snapshot, b"v") == b"A" * 5 * BLOCK + bytes(BLOCK) + b"A" * 2 * BLOCK

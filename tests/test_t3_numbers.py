@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,8 @@ import trio
 
 from snapfs.check import check_pool
 from snapfs.database import Database
-from snapfs.errors import DamagedError, SnapfsError
-from snapfs.formats import CATALOG_FILE, COPY_ON_WRITE, shard_file
+from snapfs.errors import DamagedError, NoSpaceError, SnapfsError
+from snapfs.formats import CATALOG_FILE, COPY_ON_WRITE, AttributeChange, shard_file
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 
@@ -125,3 +126,37 @@ async def test_nothing_new_takes_the_place_of_what_is_there(file: str, key: str)
     database.close()
     with pytest.raises(DamagedError, match="which is taken"):
         Pool.open(world.home, WHERE, world.open_device)
+
+
+@pytest.mark.parametrize(("key", "value"), [("folder_mode", 9215), ("folder_uid", -5), ("folder_gid", 1 << 40)])
+async def test_a_folder_that_cannot_be_keeps_nobody_from_its_volumes(key: str, value: int) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.change_folder(AttributeChange(mode=0o1755, uid=0, gid=0))
+    database = Database(world.home, CATALOG_FILE, "it")
+    with database.transaction():
+        database.execute("UPDATE meta SET value = ? WHERE key = ?", (value, key))
+    database.close()
+    report = check_pool(world.home, WHERE, world.open_device, world.has_image)
+    world.home.close()
+    assert [one.what for one in report.findings if one.severity == "damage"] == [f"its {key} is {value}"]
+    async with open_world(world) as pool:
+        folder = pool.volumes.folder
+        assert (folder.mode, folder.uid, folder.gid) == (0o700 if key == "folder_mode" else 0o1755, 0, 0)
+        await pool.volumes.change_folder(AttributeChange(mode=0o755))
+
+
+async def test_a_change_of_the_folder_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        before = pool.volumes.folder.now()
+
+        async def refuse(*_: object) -> None:
+            raise NoSpaceError("no room")
+
+        for user in (0, 1000):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getuid", lambda user=user: user)
+                patch.setattr(pool.volumes.catalog, "save", refuse)
+                with pytest.raises(NoSpaceError):
+                    await pool.volumes.change_folder(AttributeChange(mode=0o700, gid=4321))
+            assert pool.volumes.folder.now() == before

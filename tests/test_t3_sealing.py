@@ -18,7 +18,7 @@ from snapfs.backends import CrashPlan, DeviceFile
 from snapfs.check import Report, check_pool
 from snapfs.checksums import FULL_MASK, ObjectSums, SumsMaker, digest_of
 from snapfs.contenthash import PRIME, ContentHash, element_of
-from snapfs.errors import DamagedError, NoSpaceError, StallError, UnsealedError
+from snapfs.errors import DamagedError, NoSpaceError, StallError, StoppedError, UnsealedError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch
 from snapfs.geometry import LogId, VolumeId
 from snapfs.making import VolumeWish
@@ -203,6 +203,27 @@ async def test_a_volume_that_is_open_and_not_written_to_holds_up_no_sealing() ->
             assert await read_snapshot(pool, last, b"idle") == b"A" * BLOCK + b"B" * BLOCK + b"A" * 6 * BLOCK
             await pool.sealer.seal_all()
             await everything_is_proven(pool)
+
+
+async def test_what_a_scrub_found_before_it_was_stopped_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        for name in (b"v", b"w"):
+            await pool.volumes.create(name)
+            await put(pool, name, 0, name * BLOCK)
+        await pool.snapshots.create(b"s")
+        await pool.sealer.seal_all()
+
+        async def spend(rate: object, size_bytes: int) -> None:
+            pool.jobs.stop_named("mine")
+            await trio.sleep_forever()
+
+        with monkeypatch.context() as patch:
+            patch.setattr("snapfs.scrub._compare", lambda file, base, mask, sums: [0])
+            patch.setattr("snapfs.scrub._Rate.spend", spend)
+            with pytest.raises(StoppedError):
+                await scrub(pool, job_name="mine")
+        assert len(pool.damage.known) == 1
+        assert not (await scrub(pool)).damaged and not pool.damage.known
 
 
 async def test_what_is_known_of_a_log_that_cannot_be_read_stays_known() -> None:

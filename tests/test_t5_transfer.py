@@ -246,6 +246,22 @@ def test_what_somebody_else_writes_while_a_stream_comes_is_in_no_snapshot_of_it(
 
 
 @pytest.mark.mount
+def test_a_stream_that_was_cut_off_in_its_first_bytes_goes_on(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(b"v" * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    # Of another size, which is set before any of it comes.
+    (source.path / "v").write_bytes(os.urandom(6 * MIB))
+    source.snapshot("two")
+    stream = sent(source, "two", "--from", "one")
+    words = received(target, stream[:20_000], "--resumable", expect=4)
+    token = words.split("--resume-token ")[1].split()[0].rstrip(".")
+    received(target, sent(source, "two", "--from", "one", "--resume-token", token), "--resumable")
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
 def test_a_stream_does_not_go_on_over_what_was_rolled_back(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     (source.path / "v").write_bytes(b"v" * 8 * MIB)

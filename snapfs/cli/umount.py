@@ -10,7 +10,7 @@ import select
 import click
 
 from ..errors import MountError
-from ..fuse.mounttable import Mounted, mounted_at, mounts, process_elsewhere
+from ..fuse.mounttable import Mounted, is_same, mounted_at, mounts, process_elsewhere
 from ..mountpoint import unmount
 
 _LOOK_S = 1.0
@@ -84,10 +84,10 @@ def _wait_for_end(pid: int, mount_point: str, found: Mounted | None) -> None:
 
 def _seen_elsewhere(found: Mounted, *, also_by_others: bool) -> str | None:
     """Where else a filesystem is seen, in words; ``also_by_others``: by processes of other mount namespaces too."""
-    places = [one.path for one in mounts() if one.device == found.device and one.mount_id != found.mount_id]
+    places = [one.path for one in mounts() if is_same(one, found) and one.mount_id != found.mount_id]
     if places:
         return f"on {min(places)!r}"
     if not also_by_others:
         return None
-    process = process_elsewhere(found.device)
+    process = process_elsewhere(found)
     return None if process is None else f"in the mount namespace of process {process}"

@@ -189,7 +189,8 @@ CALLS: dict[str, Callable[..., int | bool | list[str] | None]] = {
     "fsync": fsync,
     "check_writable": patiently(check_writable),
     "truncate": patiently(truncate),
-    "set_size_and_times": patiently(set_size_and_times),
+    # Not patiently: the size and the times may be others by then.
+    "set_size_and_times": set_size_and_times,
     "device_of": device_of,
     "unmount": unmount,
     "detach": detach,

@@ -18,6 +18,7 @@ class Mounted(NamedTuple):
     path: str
     device: int
     kind: bytes
+    source: bytes
 
 
 def mounts(process: str = "self") -> Iterator[Mounted]:
@@ -27,7 +28,8 @@ def mounts(process: str = "self") -> Iterator[Mounted]:
             own, _, others = line.partition(b" - ")
             words = own.split(b" ")
             path = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), words[4])
-            yield Mounted(int(words[0]), os.fsdecode(path), helper.device_in(words), others.split(b" ", 1)[0])
+            kind, source, _ = others.split(b" ", 2)
+            yield Mounted(int(words[0]), os.fsdecode(path), helper.device_in(words), kind, source)
 
 
 def mounted_at(path: str) -> Mounted | None:
@@ -36,8 +38,13 @@ def mounted_at(path: str) -> Mounted | None:
     return next((one for one in mounts() if one.mount_id == mount_id), None)
 
 
-def process_elsewhere(device: int) -> int | None:
-    """A process in another mount namespace that sees the mount with this device number, as far as one may know."""
+def is_same(one: Mounted, other: Mounted) -> bool:
+    """Whether two mounts are of one filesystem. The number of one that has gone may be the next one's, of any kind."""
+    return one.device == other.device and one.kind == other.kind and one.source == other.source
+
+
+def process_elsewhere(found: Mounted) -> int | None:
+    """A process in another mount namespace that sees the filesystem of a mount, as far as one may know."""
     own = os.stat("/proc/self/ns/mnt").st_ino
     looked_at = {own}
     for process in filter(str.isdigit, os.listdir("/proc")):
@@ -46,6 +53,6 @@ def process_elsewhere(device: int) -> int | None:
             namespace = os.stat(f"/proc/{process}/ns/mnt").st_ino
             if namespace not in looked_at:
                 looked_at.add(namespace)
-                if any(one.device == device for one in mounts(process)):
+                if any(is_same(one, found) for one in mounts(process)):
                     return int(process)
     return None

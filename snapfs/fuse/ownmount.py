@@ -29,7 +29,12 @@ from .namespace import Namespace
 
 # So long a volume is written back by way of the session that grows meanwhile, or of which nothing comes.
 _WRITE_BACK_S = 60.0
+# With progress at each look. After that a device seems to hang.
+_WRITE_BACKS = 60
 _NAMED_MAX = 5
+# So long the kernel may take to forget a file's pages after a rollback.
+_FORGET_S = 10.0
+_TRIES, _RETRY_S = 200, 0.005
 # What keeps everybody from opening a file for writing.
 _KEPT_BY = {errno.ETXTBSY: "is a program that runs", errno.EAGAIN: "is open in a program that has a lease on it"}
 
@@ -132,7 +137,7 @@ class OwnMount:
 
     async def _while_it_goes_on(self, volume: Volume, is_over: trio.Event) -> str | None:
         """Wait until a volume is written back; why it was given up, or None."""
-        while True:
+        for _ in range(_WRITE_BACKS):
             size_bytes, progress = volume.size_bytes, self._namespace.progress_of(volume)
             with trio.move_on_after(_WRITE_BACK_S):
                 await is_over.wait()
@@ -142,6 +147,7 @@ class OwnMount:
                 return "a program writes to it without a pause"
             if progress is not None and progress == self._namespace.progress_of(volume):
                 return "the kernel hands nothing more over"
+        return "it takes too long"
 
     async def resize(self, name: bytes, size_bytes: int) -> None:
         """Set a volume's size through the kernel, which trusts its own idea of it. Raises OSError, MountMovedError."""
@@ -185,14 +191,31 @@ class OwnMount:
         failed = {}
         for file_id in file_ids:
             try:
-                await self._invalidate(names.of_volume(file_id))
-                await self._helper.call("set_size_and_times", partial(self._as_it_is, file_id))
+                with trio.move_on_after(_FORGET_S) as limit:
+                    await self._invalidate(names.of_volume(file_id))
+                if limit.cancelled_caught:
+                    failed[file_id] = "a program writes to it without a pause"
+                    continue
+                await self._set_as_it_is(file_id)
             except _GoneError:
                 continue
             except (OSError, SnapfsError, MemoryError) as error:
                 if self._is_there(file_id):
                     failed[file_id] = getattr(error, "strerror", None) or str(error) or "there was no memory"
         return failed
+
+    async def _set_as_it_is(self, file_id: VolumeId) -> None:
+        """Tell the kernel a file's size and times, again while what keeps it from that may be over soon.
+
+        With what they are then, each time: whoever gives a lease up may write to the file first.
+        """
+        for _ in range(_TRIES):
+            try:
+                await self._helper.call("set_size_and_times", partial(self._as_it_is, file_id))
+                return
+            except PermissionError:
+                await trio.sleep(_RETRY_S)
+        await self._helper.call("set_size_and_times", partial(self._as_it_is, file_id))
 
     def _is_there(self, file_id: VolumeId) -> bool:
         volume = self._namespace.pool.volumes.by_file_id.get(file_id)
