@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TypeVar
 
 from .catalog import Catalog
+from .errors import DamagedError
 from .formats import AttributeChange
 from .units import storable_ns
+
+T = TypeVar("T")
 
 MODE_MASK = 0o1777
 _MODE_DEFAULT = 0o755
 # Its owner always may: the daemon itself comes to its volumes through it.
 _MODE_LEAST = 0o700
 _ID_MAX = (1 << 32) - 2
+_LIMITS = {
+    "folder_mode": (0, MODE_MASK),
+    "folder_uid": (0, _ID_MAX),
+    "folder_gid": (0, _ID_MAX),
+    **dict.fromkeys(("folder_atime_ns", "folder_mtime_ns", "folder_ctime_ns"), (-(1 << 63), (1 << 63) - 1)),
+}
 
 
 class Folder:
-    """The folder of one pool. It is the daemon's user's until root gives it to somebody else.
+    """The folder of one pool. It is the daemon's user's until root gives it to somebody else, or its user to a group.
 
     What the catalog has of it and cannot be is taken for nothing, but for a mode, which then lets in its owner alone.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         now_ns = time.time_ns()
-        self.mode = _MODE_LEAST | _kept(catalog, "folder_mode", _MODE_DEFAULT, MODE_MASK, _MODE_LEAST)
+        self.mode = _MODE_LEAST | _kept(catalog, "folder_mode", _MODE_DEFAULT, _MODE_LEAST)
         self.uid, self.gid = os.getuid(), os.getgid()
         if self.uid == 0:
-            self.uid = _kept(catalog, "folder_uid", self.uid, _ID_MAX, self.uid)
-            self.gid = _kept(catalog, "folder_gid", self.gid, _ID_MAX, self.gid)
-        self.atime_ns = catalog.meta("folder_atime_ns", now_ns)
-        self.mtime_ns = catalog.meta("folder_mtime_ns", now_ns)
-        self.ctime_ns = catalog.meta("folder_ctime_ns", now_ns)
+            self.uid = _kept(catalog, "folder_uid", self.uid, self.uid)
+        gid = _kept(catalog, "folder_gid", self.gid, self.gid)
+        if os.getuid() == 0 or gid in os.getgroups():
+            self.gid = gid
+        self.atime_ns = _kept(catalog, "folder_atime_ns", now_ns, now_ns)
+        self.mtime_ns = _kept(catalog, "folder_mtime_ns", now_ns, now_ns)
+        self.ctime_ns = _kept(catalog, "folder_ctime_ns", now_ns, now_ns)
 
     def entries_changed(self) -> None:
         """A volume was made, removed or renamed."""
@@ -57,17 +69,20 @@ class Folder:
 
     def kept(self) -> dict[str, int]:
         """What the catalog is to keep."""
-        names = ["mode", "atime_ns", "mtime_ns", "ctime_ns", *(["uid", "gid"] if os.getuid() == 0 else [])]
+        names = ["mode", "gid", "atime_ns", "mtime_ns", "ctime_ns", *(["uid"] if os.getuid() == 0 else [])]
         return {f"folder_{name}": getattr(self, name) for name in names}
 
 
 def impossible_numbers(catalog: Catalog) -> list[str]:
     """What a catalog has of the folder and cannot be, in words."""
-    highest = {"folder_mode": MODE_MASK, "folder_uid": _ID_MAX, "folder_gid": _ID_MAX}
-    found = {key: catalog.meta(key, 0) for key in highest}
-    return [f"its {key} is {found[key]}" for key in highest if not 0 <= found[key] <= highest[key]]
+    return [f"its {key} cannot be" for key in _LIMITS if _kept(catalog, key, 0, None) is None]
 
 
-def _kept(catalog: Catalog, key: str, default: int, highest: int, if_impossible: int) -> int:
-    value = catalog.meta(key, default)
-    return value if 0 <= value <= highest else if_impossible
+def _kept(catalog: Catalog, key: str, default: int, if_impossible: T) -> int | T:
+    try:
+        value = catalog.meta(key, default)
+    except DamagedError:
+        # It is no number.
+        return if_impossible
+    low, high = _LIMITS[key]
+    return value if low <= value <= high else if_impossible

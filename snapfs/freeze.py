@@ -248,7 +248,7 @@ class Freeze:
             if told is not None:
                 return told
             hooks = [hook for hook in hooks if hook.name not in guard.thawed]
-        return {"failures": [f"hook {hook.name!r}: it could not be thawed" for hook in hooks]}
+        return {"failures": [[f"hook {hook.name!r}: it could not be thawed", ""] for hook in hooks]}
 
 
 def _failure_in(told: object) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from snapfs.cli import cli, main
 from snapfs.errors import SnapfsError
 
 # How long an example takes says nothing on a machine that is busy with other tests.
-hypothesis.settings.register_profile("snapfs", deadline=None)
+hypothesis.settings.register_profile("snapfs", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("snapfs")
 
 # Where pools lie in tests that are not about what syncs do: kill -9 loses nothing that was written to a file.

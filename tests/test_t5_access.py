@@ -147,7 +147,7 @@ def test_nothing_in_the_pool_is_for_others_even_under_umask_0(tmp_path: Path) ->
 def test_what_the_owner_comes_to_nobody_else_can_list_nor_look_into(shared: Mounted) -> None:
     """Whoever could would keep it locked in the kernel for as long as he likes, and commands and snapshots waiting."""
     folder = shared.path / ".snapfs" / "owner"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and os.listdir(folder) == ["control"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and os.listdir(folder) == ["control", "events"]
     for who in (STRANGER, OPERATOR):
         for command in (("ls", folder), ("cat", folder / "control"), ("touch", folder / "x"), ("stat", folder / "256")):
             said = run(*command, expect=2 if command[0] == "ls" else 1, **who)

@@ -370,7 +370,16 @@ def test_a_scrub_is_stopped_when_the_daemon_is(mounted: Mounted) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_whoever_asked_for_a_scrub_stops_it(mounted: Mounted, number: int) -> None:
     asking = _scrubbing(mounted)
-    asking.send_signal(number)
+    daemon = mounted.status()["pid"]
+    # Impatiently: once more before there can be an answer.
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        asking.send_signal(number)
+        waits_in = Path(f"/proc/{asking.pid}/wchan")
+        wait_until(lambda: "request_wait" in waits_in.read_text(), "it asks the daemon")
+        asking.send_signal(number)
+    finally:
+        os.kill(daemon, signal.SIGCONT)
     _, words = asking.communicate(timeout=60)
     assert asking.returncode == 1 and b"scrub was stopped" in words, words
     assert not mounted.status()["jobs"]

@@ -6,7 +6,6 @@ import ctypes
 import os
 import stat
 import subprocess
-import textwrap
 from pathlib import Path
 from typing import ClassVar
 
@@ -136,11 +135,7 @@ def test_the_snapshots_folder_tells_when_its_names_changed(mounted_in_memory: Mo
 
 def test_who_is_not_root_keeps_the_folder(tmp_path: Path) -> None:
     said = run_unprivileged(
-        textwrap.dedent("""
-            import os, subprocess, sys
-            SNAPFS = [sys.executable, "-m", "snapfs"]
-            def snapfs(*words):
-                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+        """
             os.mkdir("m")
             snapfs("init", "pool")
             snapfs("mount", "pool", "m")
@@ -150,7 +145,7 @@ def test_who_is_not_root_keeps_the_folder(tmp_path: Path) -> None:
             snapfs("mount", "pool", "m")
             print(oct(os.stat("m").st_mode), os.stat("m").st_uid == os.getuid())
             snapfs("umount", "m")
-        """),
+        """,
         tmp_path,
     )
     assert said.splitlines() == ["0o40750 True"]

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -391,11 +390,7 @@ def test_a_write_that_waits_for_its_memory_holds_up_no_snapshot(mounted_in_memor
 
 def test_who_looks_at_an_ordinary_users_volume_keeps_it_from_no_rollback(tmp_path: Path) -> None:
     said = run_unprivileged(
-        textwrap.dedent("""
-            import json, os, subprocess, sys
-            SNAPFS = [sys.executable, "-m", "snapfs"]
-            def snapfs(*words):
-                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+        """
             os.mkdir("m")
             snapfs("init", "pool")
             snapfs("mount", "pool", "m")
@@ -423,7 +418,7 @@ def test_who_looks_at_an_ordinary_users_volume_keeps_it_from_no_rollback(tmp_pat
                 looking.wait()
             print(sorted(set(answers)))
             snapfs("umount", "m")
-        """),
+        """,
         tmp_path,
     )
     assert said.splitlines() == ["['done']"]
@@ -431,11 +426,7 @@ def test_who_looks_at_an_ordinary_users_volume_keeps_it_from_no_rollback(tmp_pat
 
 def test_an_ordinary_users_volumes_keep_nobody_from_anything_by_their_modes(tmp_path: Path) -> None:
     said = run_unprivileged(
-        textwrap.dedent("""
-            import contextlib, json, os, select, signal, subprocess, sys
-            SNAPFS = [sys.executable, "-m", "snapfs"]
-            def snapfs(*words):
-                subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.DEVNULL)
+        """
             assert os.geteuid() != 0
             os.mkdir("m")
             snapfs("init", "pool")
@@ -478,7 +469,7 @@ def test_an_ordinary_users_volumes_keep_nobody_from_anything_by_their_modes(tmp_
                 print("stopped", open(f"m/{mode:o}", "rb").read())
             snapfs("umount", "m")
             snapfs("check", "pool")
-        """),
+        """,
         tmp_path,
     )
     assert said.splitlines() == [

@@ -9,7 +9,6 @@ import os
 import stat
 import struct
 import subprocess
-import textwrap
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -829,11 +828,7 @@ def test_a_mount_with_a_volume_called_as_a_pools_descriptor_is_a_mount(mounted: 
 @pytest.mark.mount
 def test_who_is_not_root_receives_volumes_that_nobody_may_write_to(tmp_path: Path) -> None:
     said = run_unprivileged(
-        textwrap.dedent("""
-            import os, subprocess, sys
-            SNAPFS = [sys.executable, "-m", "snapfs"]
-            def snapfs(*words, **options):
-                return subprocess.run([*SNAPFS, *words], check=True, stdout=subprocess.PIPE, **options).stdout
+        """
             for name in ("a", "b"):
                 os.mkdir(name)
                 snapfs("init", name + ".pool")
@@ -848,7 +843,7 @@ def test_who_is_not_root_receives_volumes_that_nobody_may_write_to(tmp_path: Pat
                 print(open("b/v").read() == snapshot * 1000, oct(os.stat("b/v").st_mode))
             for name in ("a", "b"):
                 snapfs("umount", name)
-        """),
+        """,
         tmp_path,
     )
     assert said.splitlines() == ["True 0o100444"] * 2

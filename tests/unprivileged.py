@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import sys
+import textwrap
 from pathlib import Path
 
 from .conftest import run
@@ -46,12 +47,21 @@ def _opening(path: Path, spare: Path) -> list[str]:
     ]
 
 
+# What each script begins with; ``snapfs`` gives what the command prints.
+_PRELUDE = """
+import contextlib, json, os, select, signal, subprocess, sys
+def snapfs(*words, **options):
+    command = [sys.executable, "-m", "snapfs", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, **options).stdout
+"""
+
+
 def run_unprivileged(script: str, folder: Path) -> str:
     """What a script of Python prints; ``folder`` becomes that user's, and is where it runs."""
     for one in (folder, *folder.parents):
         if one != Path("/") and not one.stat().st_mode & 0o001:
             one.chmod(0o755)
-    (folder / "script.py").write_text(script)
+    (folder / "script.py").write_text(_PRELUDE + textwrap.dedent(script))
     os.chown(folder, USER, USER)
     fuse = folder / "fuse"
     os.mknod(fuse, 0o020666, os.makedev(10, 229))

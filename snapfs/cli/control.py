@@ -9,8 +9,8 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
 from ..errors import BadCommandError, DaemonEndedError, NotFoundError, ReadOnlyError, SnapfsError
@@ -105,48 +105,55 @@ def ask_for_job(mount_point: str, *words: str, options: list[tuple[str, str]] | 
     is a progress bar, as the daemon tells in its status of the job.
     """
     job = f"{words[0]}-{os.getpid()}-{time.time_ns():x}"
-    with ThreadPoolExecutor(1) as pool, _interrupted_by(signal.SIGTERM):
-        answer = pool.submit(ask, mount_point, *words, options=[*(options or []), ("job", job)])
-        try:
-            _show_progress(mount_point, job, words[0], answer)
-        except KeyboardInterrupt:
-            # Asked for again: it may not have begun yet. The answer tells whether it was stopped, or done by then.
+    told = [*(options or []), ("job", job)]
+    with _signals_noted(signal.SIGINT, signal.SIGTERM) as noted, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, mount_point, *words, options=told)
+        with _progress_shown(mount_point, job, words[0]) as show:
             while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
-                with contextlib.suppress(SnapfsError, OSError):
-                    ask(mount_point, "stop", job)
+                if noted:
+                    # Each time: it may not have begun yet. The answer tells whether it was stopped, or done by then.
+                    with contextlib.suppress(SnapfsError, OSError):
+                        ask(mount_point, "stop", job)
+                show()
         return answer.result()
 
 
 @contextlib.contextmanager
-def _interrupted_by(number: signal.Signals) -> Iterator[None]:
-    """Inside, a signal is as Ctrl-C is."""
-    before = signal.signal(number, signal.default_int_handler)
+def _signals_noted(*numbers: signal.Signals) -> Iterator[list[int]]:
+    """Signals that came inside do nothing else than to be in this list."""
+    noted: list[int] = []
+    before = [signal.signal(number, lambda got, frame: noted.append(got)) for number in numbers]
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(number, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def _show_progress(mount_point: str, job: str, kind: str, answer: Future[Answer]) -> None:
-    """Wait for an answer, with a bar on a terminal."""
+@contextlib.contextmanager
+def _progress_shown(mount_point: str, job: str, kind: str) -> Iterator[Callable[[], None]]:
+    """Gives what shows how far a job is, on a terminal, as the daemon tells in its status."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        wait([answer])
+        yield lambda: None
         return
     columns = (description_column(), *Progress.get_default_columns()[1:])
-    status = os.path.join(mount_point, ".snapfs", "status.json")
+    status = os.path.join(meta_folder(mount_point), "status.json")
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(kind, total=None)
-        while not wait([answer], timeout=_PROGRESS_PERIOD_S).done:
+
+        def show() -> None:
             now = []
             # A daemon that ends meanwhile is told of by the answer.
             with contextlib.suppress(OSError, ValueError, KeyError), open(status) as file:
                 now = [one for one in json.load(file)["jobs"] if one["name"] == job]
             for one in now:
                 progress.update(bar, completed=one["done"], total=one["total"], description=f"{kind} {one['what']}")
+
+        yield show
 
 
 def command_line(words: tuple[str, ...], options: list[tuple[str, str]] | None) -> bytes:

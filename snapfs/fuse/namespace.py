@@ -51,8 +51,6 @@ FOREVER_S = 86400.0
 # Whoever lists a folder can keep it locked in the kernel, and hold up all new look-ups in it. So what the daemon's
 # owner, and the daemon itself, must come to lies in one that nobody else may list, nor look into.
 _FOLDER_MODES = {
-    # What its pool keeps, in truth.
-    names.ROOT: 0o755,
     names.SNAPSHOTS: 0o755,
     names.META: 0o555,
     names.PROCESSORS: 0o555,
@@ -209,10 +207,12 @@ class Namespace:
             if special is not None:
                 return special
         if parent == names.OWNER:
+            # The helper cuts the events.
+            special = {self._files[names.EVENTS][0]: names.EVENTS, b"..": names.META}.get(name)
+            if special is not None:
+                return special
             if name == self._files[names.CONTROL][0]:
                 return self._control_numbers.another()
-            if name == b"..":
-                return names.META
             if self._is_helper(caller):
                 return self._alias(name)
         if parent == names.PROCESSORS:
@@ -384,11 +384,11 @@ class Namespace:
         )
 
     def _folder_node(self, inode: int) -> Node:
+        if inode == names.ROOT:
+            return self._volumes_folder_node()
         mode = _FOLDER_MODES.get(inode)
         if mode is None:
             raise NoEntryError("there is no such inode")
-        if inode == names.ROOT:
-            return self._volumes_folder_node()
         changed_ns = self._mounted_ns
         if inode == names.SNAPSHOTS:
             changed_ns = self.pool.snapshots.names_changed_ns or changed_ns
@@ -441,7 +441,7 @@ class Namespace:
         if inode == names.META:
             return [*self._files, names.PROCESSORS, names.OWNER]
         if inode == names.OWNER:
-            return [names.CONTROL]
+            return [names.CONTROL, names.EVENTS]
         if inode == names.PROCESSORS:
             return [names.of_processor(one.index) for one in self.pool.processors]
         snapshot = self._snapshot(inode)

@@ -66,7 +66,6 @@ class OwnMount:
         self._invalidate = invalidate
         self._namespace = namespace
         self._mount_point = mount_point
-        self._events = os.path.join(mount_point, os.fsdecode(names.META_NAME), "events")
         self._folder = os.path.join(mount_point, os.fsdecode(names.META_NAME), os.fsdecode(names.OWNER_NAME))
         self._device: int | None = None
         self._told_failures: dict[VolumeId, int] = {}
@@ -233,7 +232,7 @@ class OwnMount:
 
     async def cut_events(self, size_bytes: int) -> None:
         """Tell the kernel that the events have become shorter. Raises OSError."""
-        await self._call("truncate", self._device, self._events, size_bytes)
+        await self._call("truncate", self._device, os.path.join(self._folder, "events"), size_bytes)
 
     async def device_number(self) -> int:
         """The mount's device number; the mount answers when this returns. Raises OSError."""

@@ -14,7 +14,7 @@ RATE_MIN = 64 << 10
 
 
 async def _scrub(context: CommandContext, command: Command) -> Answer:
-    """scrub [rate=SIZE] [job=NAME]: read all that is sealed, so much a second, and hold it against its checksums."""
+    """scrub [rate=SIZE] [job=NAME]: read what is sealed, at most so much a second, against its checksums."""
     command.word_count(0, 0, "no words")
     command.known_options("rate", "job")
     rate = command.one_of("rate")
