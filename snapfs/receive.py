@@ -9,16 +9,11 @@ nothing in it is believed before it was looked at.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
 
 import blake3
 
@@ -32,192 +27,21 @@ from .errors import (
     UnsupportedError,
 )
 from .geometry import BLOCK_SIZE
+from .receivestate import MOVING_IN, MOVING_OUT, ReceiveState, states_in
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
+from .streamhead import SEND_AGAIN, StreamHead, StreamVolume, parse_head
+from .takeback import Target, clear_away, take_back, taken
 from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
-from .units import OFFSET_MAX, check_name, storable_ns
+from .units import check_name
 
 _NOTE_EVERY_BYTES = 256 << 20
-# The largest number of all is chown(2)'s word for none.
-_ID_MAX = (1 << 32) - 2
-_ASIDE = ".receiving-"
-_NEW = "new"
-_BAD = "Send it again"
 _FROM_BEGINNING = "Send it from its beginning"
-_BAD_STATE = "the state of a stream that was cut off is damaged"
-_MOVING_OUT, _MOVING_IN = 1, 2
-Step = Callable[[], object]
-Attempt = Callable[[Step], None]
-# renameat2(2)
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamVolume:
-    """A volume as a stream announces it. ``base_name`` is what it is called in the base, None where it is new."""
-
-    name: str
-    base_name: str | None
-    size_bytes: int
-    mode: int
-    uid: int
-    gid: int
-    atime_ns: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class StreamHead:
-    """What a stream says before its data. ``gone`` are volumes of the base that the snapshot does not hold."""
-
-    guid: str
-    name: str
-    note: str
-    base_guid: str | None
-    base_name: str
-    volumes: tuple[StreamVolume, ...]
-    gone: tuple[str, ...]
-    resume: tuple[int, int] | None
-
-
-def parse_head(fields: dict[str, Any]) -> StreamHead:
-    """The head of a stream, with nothing in it that could lead out of the mount. Raises DamagedError."""
-    try:
-        snapshot, base, resume = fields["snapshot"], fields["base"], fields["resume"]
-        volumes = tuple(_parse_volume(one) for one in fields["volumes"])
-        gone = tuple(_name(one) for one in fields["gone"])
-        head = StreamHead(
-            _text(snapshot["guid"]),
-            _text(snapshot["name"]),
-            _text(snapshot["note"], empty=True),
-            None if base is None else _text(base["guid"]),
-            "" if base is None else _text(base["name"]),
-            volumes,
-            gone,
-            None if resume is None else (_number(resume[0]), _number(resume[1])),
-        )
-        check_name(os.fsencode(head.name), "snapshot")
-    except (KeyError, TypeError, ValueError, IndexError, SnapfsError) as error:
-        raise DamagedError(f"the stream is damaged: its head is not as it should be ({error})", _BAD) from error
-    before = [one.base_name for one in volumes if one.base_name is not None] + list(gone)
-    after = [one.name for one in volumes]
-    if len(set(before)) != len(before) or len(set(after)) != len(after) or (before and head.base_guid is None):
-        raise DamagedError("the stream is damaged: it names a volume twice, or one of no base", _BAD)
-    return head
-
-
-def _parse_volume(one: dict[str, Any]) -> StreamVolume:
-    base_name = one["base_name"]
-    return StreamVolume(
-        _name(one["name"]),
-        None if base_name is None else _name(base_name),
-        _number(one["size_bytes"]),
-        _number(one["mode"]) & 0o777,
-        _user(one["uid"]),
-        _user(one["gid"]),
-        _moment_ns(one["atime_ns"]),
-        _moment_ns(one["mtime_ns"]),
-    )
-
-
-def _name(value: object) -> str:
-    text = _text(value)
-    check_name(os.fsencode(text), "volume")
-    return text
-
-
-def _text(value: object, *, empty: bool = False) -> str:
-    if not isinstance(value, str) or len(value) > 65536 or (not value and not empty):
-        raise ValueError(f"{value!r:.60} is no name")
-    # Nothing that could not be handed over.
-    os.fsencode(value)
-    return value
-
-
-def _moment_ns(value: object) -> int:
-    if not isinstance(value, int) or value != storable_ns(value):
-        raise ValueError(f"{value!r:.60} is no time")
-    return value
-
-
-def _user(value: object) -> int:
-    if _number(value) > _ID_MAX:
-        raise ValueError(f"{value!r:.60} is no user or group")
-    return _number(value)
-
-
-def _time(value: object) -> int:
-    if not isinstance(value, int) or storable_ns(value) != value:
-        raise ValueError(f"{value!r:.60} is no time")
-    return value
-
-
-def _number(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value <= OFFSET_MAX:
-        raise ValueError(f"{value!r:.60} is no number")
-    return value
-
-
-@dataclass(slots=True)
-class ReceiveState:
-    """How far a stream has come, as the target keeps it.
-
-    ``stage`` is of the renames: 0 none, then all moving out of their names, then all moving into the new ones.
-    ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.8.0): who has
-    the name may be another by now. ``aside`` begins the names that are this stream's alone. ``base_guid`` is that of
-    its base, empty for a whole stream; None: not noted. ``times`` has when what came was written, by name.
-    """
-
-    volume_place: int = 0
-    offset: int = 0
-    stage: int = 0
-    made: dict[str, int] = field(default_factory=dict)
-    touched: list[str] = field(default_factory=list)
-    aside: str = _ASIDE
-    base_guid: str | None = None
-    times: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of_stream(cls, head: StreamHead) -> ReceiveState:
-        """That of a stream of which nothing came yet."""
-        own = blake3.blake3(os.fsencode(head.guid)).hexdigest(length=8)
-        return cls(aside=f"{_ASIDE}{own}-", base_guid=head.base_guid or "")
-
-    def to_json(self) -> str:
-        """For the target to keep."""
-        fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside, self.base_guid]
-        return json.dumps([*fields, self.times])
-
-    @classmethod
-    def from_fields(cls, fields: object) -> ReceiveState:
-        """Read it. Raises DamagedError."""
-        if not isinstance(fields, list) or len(fields) not in (5, 7, 8):
-            raise DamagedError(_BAD_STATE, "Send the stream again")
-        place, offset, stage, made, touched, *own = fields
-        try:
-            inodes = made if isinstance(made, dict) else dict.fromkeys(made, 0)
-            return cls(
-                _number(place),
-                _number(offset),
-                _number(stage),
-                {_name(name): _number(inode) for name, inode in inodes.items()},
-                [_name(one) for one in touched],
-                _name(own[0]) if own else _ASIDE,
-                None if not own or own[1] is None else _text(own[1], empty=True),
-                {_name(name): _time(when) for name, when in (own[2] if len(own) > 2 else {}).items()},
-            )
-        except (AttributeError, TypeError, ValueError, SnapfsError) as error:
-            raise DamagedError(_BAD_STATE, "Send the stream again") from error
 
 
 def resume_tokens(ask: Ask, mount_point: str) -> list[str]:
     """A token for each stream that was cut off in a mount."""
-    states = ask(mount_point, "receive-state", "list")["states"]
-    found = []
-    for guid, fields in sorted(states.items()):
-        state = ReceiveState.from_fields(fields)
-        found.append(ResumePoint(guid, state.volume_place, state.offset).to_token())
-    return found
+    states = states_in(ask(mount_point, "receive-state", "list"))
+    return [ResumePoint(guid, state.volume_place, state.offset).to_token() for guid, state in states.items()]
 
 
 def _rounded(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -238,10 +62,6 @@ def _covers(ranges: Sequence[tuple[int, int]], offset: int, end: int) -> bool:
     return place >= 0 and ranges[place][1] >= end
 
 
-def _taken(name: str) -> ExistsError:
-    return ExistsError(f"there is a volume {name!r} already", "Rename or remove it first")
-
-
 class Receiver:
     """Receives one stream into a mount."""
 
@@ -253,6 +73,7 @@ class Receiver:
         self._head: StreamHead
         self._base_here = ""
         self._state = ReceiveState()
+        self._target: Target
         self._digests: dict[int, tuple[str, list[tuple[int, int]]]] = {}
         # By place: what the stream has put into a volume, bytes and zeros; and the offset from which on that is all.
         self._written: dict[int, tuple[int, list[tuple[int, int]]]] = {}
@@ -268,8 +89,9 @@ class Receiver:
         frames = read_stream(file)
         begin = next(frames)
         if begin.kind != BEGIN:
-            raise DamagedError("the stream is damaged: it does not begin", _BAD)
+            raise DamagedError("the stream is damaged: it does not begin", SEND_AGAIN)
         self._head = parse_head(begin.fields)
+        self._target = Target(self._ask, self._mount_point, self._head.guid)
         snapshot_name = name if name is not None else self._head.name
         # Before anything is read of what may be large.
         check_name(os.fsencode(snapshot_name), "snapshot")
@@ -283,15 +105,8 @@ class Receiver:
         except BaseException as error:
             self._give_up(error)
             raise
-        self._clear_away()
+        clear_away(self._target, self._state)
         return made
-
-    def _clear_away(self) -> None:
-        """Nothing is left but what the snapshot holds."""
-        for _, aside in self._gone():
-            if self._exists(aside):
-                os.unlink(self._path(aside))
-        self._ask(self._mount_point, "receive-state", "drop", self._head.guid)
 
     def _give_up(self, error: BaseException) -> None:
         """Keep what came, and tell how to go on; or take it back."""
@@ -305,32 +120,31 @@ class Receiver:
         if failures and isinstance(error, SnapfsError):
             error.fix = f"Not all could be taken back ({'; '.join(failures)}): roll the volumes back by hand"
 
+    def _take_back(self) -> list[str]:
+        """Leave the target as it was; what failed, in words."""
+        return take_back(self._target, self._state, self._base_here, keeps_undo=self._keeps_undo)
+
+    def _found(self, fields: object) -> ReceiveState:
+        """How far the stream had come before. Raises DamagedError."""
+        state = ReceiveState.from_fields(fields)
+        state.know_moves(self._head)
+        return state
+
+    def _note(self) -> None:
+        self._unnoted_bytes = 0
+        self._target.note(self._state)
+
     def _note_times(self) -> None:
         """Have whoever goes on know whether somebody else wrote to what is here, or rolled it back."""
         for volume in self._head.volumes[: self._state.volume_place + 1]:
             if volume.base_name in self._state.touched or volume.name in self._state.made:
                 with contextlib.suppress(OSError, SnapfsError):
-                    found = os.stat(self._path(volume.name))
+                    found = os.stat(self._target.path(volume.name))
                     # The kernel may have it from a write that the daemon was told of a little later.
-                    os.utime(self._path(volume.name), ns=(found.st_atime_ns, found.st_mtime_ns))
+                    os.utime(self._target.path(volume.name), ns=(found.st_atime_ns, found.st_mtime_ns))
                     self._state.times[volume.name] = found.st_mtime_ns
         with contextlib.suppress(OSError, SnapfsError):
             self._note()
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._mount_point, name)
-
-    def _exists(self, name: str) -> bool:
-        return os.path.lexists(self._path(name))
-
-    def _rename(self, before: str, after: str) -> None:
-        """Rename a volume, in no one's place. Raises ExistsError."""
-        paths = os.fsencode(self._path(before)), os.fsencode(self._path(after))
-        if _libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_NOREPLACE):
-            code = ctypes.get_errno()
-            if code == errno.EEXIST:
-                raise _taken(after)
-            raise OSError(code, os.strerror(code), before)
 
     # -- before ------------------------------------------------------------------------------
 
@@ -344,8 +158,8 @@ class Receiver:
         if any(one["guid"] == head.guid for one in listed):
             if fields is not None:
                 # By one that was killed when it had made the snapshot.
-                self._state = ReceiveState.from_fields(fields)
-                self._clear_away()
+                self._state = self._found(fields)
+                clear_away(self._target, self._state)
             raise ExistsError(f"the snapshot {name!r} was received already", "There is nothing to do")
         if any(one["name"] == name for one in listed):
             raise ExistsError(f"there is a snapshot {name!r} already", "Give another name with --name")
@@ -363,7 +177,7 @@ class Receiver:
             return
         if fields is not None:
             # One that was killed before it could take back what it had brought.
-            self._state = ReceiveState.from_fields(fields)
+            self._state = self._found(fields)
             failures = self._take_back()
             if failures:
                 raise ExistsError(
@@ -375,10 +189,10 @@ class Receiver:
             self._check_unchanged(self._base_here)
         before = {one.base_name for one in head.volumes} | set(head.gone)
         wanted = [one.name for one in head.volumes if one.name not in before]
-        wanted += [self._aside(_NEW), *(aside for _, aside in self._moved())]
-        taken = [one for one in wanted if self._exists(one)]
-        if taken:
-            raise _taken(taken[0])
+        wanted += [self._state.name_of_new, *(move.aside for move in self._state.moves or [])]
+        for name in wanted:
+            if self._target.exists(name):
+                raise taken(name)
 
     def _check_base_names(self) -> None:
         """What a stream changes or takes away is what its base holds, and nobody else's. Raises DamagedError."""
@@ -402,8 +216,8 @@ class Receiver:
             options = [("volume", one["renamed_from"] or one["name"]) for one in changed]
             self._ask(self._mount_point, "rollback", base, options=options)
             for one in changed:
-                if one["renamed_from"] and not self._exists(one["renamed_from"]):
-                    self._rename(one["name"], one["renamed_from"])
+                if one["renamed_from"] and not self._target.exists(one["renamed_from"]):
+                    self._target.rename(one["name"], one["renamed_from"])
 
     def _check_resumed(self, fields: object) -> None:
         if fields is None or not self._is_resumable:
@@ -411,7 +225,7 @@ class Receiver:
                 "the stream begins in the middle, and nothing of it is here to go on with",
                 "Send it from its beginning, or receive it with --resumable as its first part",
             )
-        self._state = ReceiveState.from_fields(fields)
+        self._state = self._found(fields)
         if self._state.base_guid not in (None, self._head.base_guid or ""):
             raise BadCommandError(
                 "the stream has another base than the part that is here", "Send it with the --from of that one"
@@ -425,7 +239,7 @@ class Receiver:
     def _check_times(self) -> None:
         """What came before is as it was left."""
         for name, when in self._state.times.items():
-            if not self._exists(name) or os.stat(self._path(name)).st_mtime_ns != when:
+            if not self._target.exists(name) or os.stat(self._target.path(name)).st_mtime_ns != when:
                 raise ChangedTargetError(
                     f"volume {name!r} has changed since the stream was cut off",
                     f"{_FROM_BEGINNING}, and receive it with --force, which rolls it back",
@@ -447,55 +261,28 @@ class Receiver:
 
     # -- names -------------------------------------------------------------------------------
 
-    def _renamed(self) -> list[tuple[str, str, str]]:
-        """Volumes that have another name now: before, after, and where they are in between."""
-        volumes = [one for one in self._head.volumes if one.base_name is not None and one.base_name != one.name]
-        return [(str(one.base_name), one.name, self._aside(number)) for number, one in enumerate(volumes)]
-
-    def _gone(self) -> list[tuple[str, str]]:
-        """Volumes that the snapshot does not hold: before, and where they are until it is made."""
-        return [(name, self._aside(f"gone-{number}")) for number, name in enumerate(self._head.gone)]
-
-    def _moved(self) -> list[tuple[str, str]]:
-        """All that leave their names: before, and where they are then."""
-        return [*((before, aside) for before, _, aside in self._renamed()), *self._gone()]
-
-    def _aside(self, what: object) -> str:
-        return f"{self._state.aside}{what}"
-
     def _move_names(self) -> None:
         """All out of their old names first, so that names may be exchanged; then into the new ones.
 
         It goes on where an earlier try was killed: what is aside has moved out, what no longer is has moved in.
         """
-        if not self._moved():
+        moves = self._state.moves or []
+        if not moves:
             return
         if not self._state.stage:
-            self._note_stage(_MOVING_OUT)
-        if self._state.stage == _MOVING_OUT:
-            for before, aside in self._moved():
-                if not self._exists(aside):
-                    self._rename(before, aside)
-            self._note_stage(_MOVING_IN)
-        for _, after, aside in self._renamed():
-            if self._exists(aside):
-                self._rename(aside, after)
+            self._note_stage(MOVING_OUT)
+        if self._state.stage == MOVING_OUT:
+            for move in moves:
+                if not self._target.exists(move.aside):
+                    self._target.rename(move.before, move.aside)
+            self._note_stage(MOVING_IN)
+        for move in moves:
+            if move.after is not None and self._target.exists(move.aside):
+                self._target.rename(move.aside, move.after)
 
     def _note_stage(self, stage: int) -> None:
         self._state.stage = stage
         self._note()
-
-    def _move_names_back(self, attempt: Attempt) -> None:
-        if self._state.stage == _MOVING_IN:
-            for _, after, aside in self._renamed():
-                if not self._exists(aside) and self._exists(after):
-                    self._rename(after, aside)
-            # From here on what is under a new name may be what always was.
-            self._note_stage(_MOVING_OUT)
-        if self._state.stage:
-            for before, aside in self._moved():
-                if self._exists(aside):
-                    attempt(partial(self._rename, aside, before))
 
     # -- the volumes -------------------------------------------------------------------------
 
@@ -505,14 +292,14 @@ class Receiver:
         for frame in frames:
             if frame.kind == VOLUME:
                 if frame.fields.get("place") != place or place >= len(self._head.volumes):
-                    raise DamagedError("the stream is damaged: its volumes are out of order", _BAD)
+                    raise DamagedError("the stream is damaged: its volumes are out of order", SEND_AGAIN)
                 done_bytes = self._receive_volume(place, frames, done_bytes, on_progress)
                 place += 1
             elif frame.kind == END:
                 if place < len(self._head.volumes):
-                    raise DamagedError("the stream is damaged: it ends before its last volume", _BAD)
+                    raise DamagedError("the stream is damaged: it ends before its last volume", SEND_AGAIN)
             else:
-                raise DamagedError("the stream is damaged: data without a volume", _BAD)
+                raise DamagedError("the stream is damaged: data without a volume", SEND_AGAIN)
 
     def _receive_volume(self, place: int, frames: Iterator[Frame], done_bytes: int, on_progress: OnProgress) -> int:
         volume = self._head.volumes[place]
@@ -560,7 +347,7 @@ class Receiver:
             self._make(volume.name)
         fd = self._opened(volume)
         try:
-            if volume.base_name is None and not self._is_made(volume.name, os.fstat(fd)):
+            if volume.base_name is None and not self._state.is_made(volume.name, os.fstat(fd).st_ino):
                 raise ChangedTargetError(f"volume {volume.name!r} is another than the stream made", _FROM_BEGINNING)
             if os.fstat(fd).st_size != volume.size_bytes:
                 self._touch(volume)
@@ -572,7 +359,7 @@ class Receiver:
         return fd
 
     def _opened(self, volume: StreamVolume) -> int:
-        path, flags = self._path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        path, flags = self._target.path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             return os.open(path, flags)
         except PermissionError:
@@ -587,23 +374,19 @@ class Receiver:
         It is made under a name of the stream's own, and noted before it gets its name: so whatever a kill leaves, what
         somebody else made is not taken for it.
         """
-        aside = self._aside(_NEW)
+        aside = self._state.name_of_new
         if name not in self._state.made:
-            if self._exists(aside):
+            if self._target.exists(aside):
                 # Made by one that was killed before it could note that.
-                os.unlink(self._path(aside))
-            fd = os.open(self._path(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                os.unlink(self._target.path(aside))
+            fd = os.open(self._target.path(aside), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._state.made[name] = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
             self._note()
-        if self._exists(aside) and self._is_made(name, os.lstat(self._path(aside))):
-            self._rename(aside, name)
-
-    def _is_made(self, name: str, found: os.stat_result) -> bool:
-        """Whether a volume is the one that the stream made under a name."""
-        return self._state.made[name] in (0, found.st_ino)
+        if self._target.exists(aside) and self._state.is_made(name, self._target.inode(aside)):
+            self._target.rename(aside, name)
 
     def _touch(self, volume: StreamVolume) -> None:
         """It is about to be other than in the base; that is noted first."""
@@ -613,7 +396,7 @@ class Receiver:
 
     def _put(self, fd: int, volume: StreamVolume, frame: Frame) -> None:
         if frame.kind not in (DATA, ZERO) or frame.offset + frame.length > volume.size_bytes:
-            raise DamagedError("the stream is damaged: data behind the end of a volume", _BAD)
+            raise DamagedError("the stream is damaged: data behind the end of a volume", SEND_AGAIN)
         self._touch(volume)
         if frame.kind == ZERO:
             where = (str(frame.offset), str(frame.length))
@@ -627,7 +410,7 @@ class Receiver:
 
     def _set_attributes(self) -> None:
         for volume in self._head.volumes:
-            path = self._path(volume.name)
+            path = self._target.path(volume.name)
             found = os.stat(path)
             if (found.st_mode & 0o777, found.st_uid, found.st_gid) != (volume.mode, volume.uid, volume.gid):
                 self._touch(volume)
@@ -682,44 +465,3 @@ class Receiver:
                     found.update(data)
         if found.hexdigest() != digest:
             raise DamagedError(f"volume {volume!r} is not what was sent", "Check the devices, then send it again")
-
-    # -- what a broken stream leaves ---------------------------------------------------------
-
-    def _note(self) -> None:
-        """Have the target keep durably how far it has come; what lies before is synced."""
-        self._unnoted_bytes = 0
-        self._ask(self._mount_point, "receive-state", "put", self._head.guid, self._state.to_json())
-
-    def _take_back(self) -> list[str]:
-        """Leave the target as it was: volumes that were made go, names go back, and so do those of the base.
-
-        Each step is tried, whatever becomes of the others; what failed, in words.
-        """
-        failures: list[str] = []
-
-        def attempt(step: Step) -> None:
-            try:
-                step()
-            except (SnapfsError, OSError) as error:
-                failures.append(str(error))
-
-        if self._exists(self._aside(_NEW)):
-            attempt(partial(os.unlink, self._path(self._aside(_NEW))))
-        for name in self._state.made:
-            # Not one that somebody else gave the name.
-            if self._exists(name) and self._is_made(name, os.lstat(self._path(name))):
-                attempt(partial(os.unlink, self._path(name)))
-        attempt(partial(self._move_names_back, attempt))
-        if self._state.touched:
-            attempt(self._roll_back)
-        if not failures:
-            attempt(lambda: self._ask(self._mount_point, "receive-state", "drop", self._head.guid))
-        return failures
-
-    def _roll_back(self) -> None:
-        # They were written under whoever has them open, so that is no reason to leave them so.
-        options = [("volume", one) for one in self._state.touched] + [("force", "yes")]
-        undo = self._ask(self._mount_point, "rollback", self._base_here, options=options)
-        if not self._keeps_undo:
-            # Else somebody else's writes are in it.
-            self._ask(self._mount_point, "delete", undo["undo"])

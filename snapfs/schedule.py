@@ -1,6 +1,6 @@
 """Schedules: when snapshots are due, and which of them are kept. Pure; all in UTC.
 
-A period begins at multiples of its length since 1970, or at a time of day. What is kept is told by
+A period begins at multiples of its length since 1970, weeks on Mondays, or at a time of day. What is kept is told by
 calendar periods, as in ``24h,30d,12m,5y``: of each of the last 24 hours that have snapshots the newest, and so on
 (the rule of borg prune, https://borgbackup.readthedocs.io/en/stable/usage/prune.html).
 """
@@ -19,6 +19,9 @@ from .units import check_name, is_text, parse_duration, show_name
 
 SECOND_NS = 1_000_000_000
 _DAY_S = 86400
+_WEEK_S = 7 * _DAY_S
+# 1970 began on a Thursday; weeks begin on Mondays (ISO 8601).
+_FIRST_MONDAY_S = 4 * _DAY_S
 EVERY_S_MAX = 36525 * _DAY_S
 _KEEP = re.compile(r"(\d{1,6})([hdwmy]?)")
 _AT = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
@@ -49,7 +52,8 @@ class Schedule:
 
     def due_ns(self, now_ns: int) -> int:
         """The last moment at or before now at which a snapshot is due."""
-        every_ns, offset_ns = self.every_s * SECOND_NS, self.offset_s * SECOND_NS
+        begin_s = self.offset_s + (_FIRST_MONDAY_S if self.every_s % _WEEK_S == 0 else 0)
+        every_ns, offset_ns = self.every_s * SECOND_NS, begin_s * SECOND_NS
         return (now_ns - offset_ns) // every_ns * every_ns + offset_ns
 
     def is_due(self, last_run_ns: int, now_ns: int) -> bool:

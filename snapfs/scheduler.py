@@ -133,24 +133,38 @@ class Scheduler:
                 self._last_run_ns[name] = due_ns
                 self._events.note("schedule-not-noted", logging.ERROR, name=name, reason=str(error))
 
+    def failing(self) -> list[str]:
+        """The schedules whose last turn failed."""
+        return sorted(self._failures)
+
     async def run_now(self, name: str) -> Snapshot | None:
         """Make a schedule's snapshot now, and delete what its rules do not keep. None when nothing changed."""
         async with self._turn:
-            return await self._run(self.get(name), self._wall_ns())
+            made = await self._run(self.get(name), self._wall_ns())
+            self._failures.pop(name, None)
+            return made
 
     async def _run(self, schedule: Schedule, now_ns: int) -> Snapshot | None:
+        """Make one, and delete what no rule keeps, also when none could be made: a full device needs the room."""
+        try:
+            return await self._make(schedule, now_ns)
+        finally:
+            await self._delete_unkept(schedule)
+
+    async def _make(self, schedule: Schedule, now_ns: int) -> Snapshot | None:
         volumes = [name.encode("utf-8", "surrogateescape") for name in schedule.volumes] or None
-        made = None
-        if not schedule.skips_unchanged or await self._has_changed(schedule, volumes):
-            stem = f"{schedule.name}-{utc_name(now_ns)}".encode("utf-8", "surrogateescape")
-            made = await self._snapshots.create(
-                self._snapshots.unused_name(stem), volumes, hold_tags=schedule.hold_tags, schedule=schedule.name
-            )
+        if schedule.skips_unchanged and not await self._has_changed(schedule, volumes):
+            return None
+        stem = f"{schedule.name}-{utc_name(now_ns)}".encode("utf-8", "surrogateescape")
+        return await self._snapshots.create(
+            self._snapshots.unused_name(stem), volumes, hold_tags=schedule.hold_tags, schedule=schedule.name
+        )
+
+    async def _delete_unkept(self, schedule: Schedule) -> None:
         for snapshot in self.would_delete(schedule):
             # Its name may be another one's by now; somebody may have deleted it, or hold it.
             with contextlib.suppress(NotFoundError, HeldError):
                 await self._snapshots.delete_this(snapshot)
-        return made
 
     async def _has_changed(self, schedule: Schedule, volumes: list[bytes] | None) -> bool:
         own = self._of(schedule)

@@ -69,11 +69,14 @@ async def pool_status(pool: Pool, mount_point: str | None = None) -> dict[str, o
     if len(pool.volumes.by_name) <= _VOLUMES_SHOWN_MAX:
         changed, unreadable = (None, None) if stuck else await _answer(partial(_changed_block_counts, pool))
         volumes = [volume_status(pool, one, changed or {}) for one in pool.volumes.by_name.values()]
-    has_failed = failed or unreadable or any(one["failure"] for one in devices)
+    states = {
+        "failed": failed or unreadable or any(one["failure"] for one in devices),
+        "damaged": pool.damage.known or pool.lost,
+        "stuck": stuck,
+        "schedule-failed": pool.scheduler.failing(),
+    }
     return {
-        "health": (
-            "failed" if has_failed else "damaged" if pool.damage.known or pool.lost else "stuck" if stuck else "ok"
-        ),
+        "health": next((name for name, is_so in states.items() if is_so), "ok"),
         "lost": list(pool.lost),
         "stuck_calls": stuck,
         "failed_volumes": failed,

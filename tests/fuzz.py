@@ -23,9 +23,10 @@ from snapfs.fuse.control import ControlSession
 from snapfs.hook import Hook, make_hook
 from snapfs.mountpoint import check_options
 from snapfs.pool import Pool
-from snapfs.receive import ReceiveState, parse_head
+from snapfs.receivestate import ReceiveState
 from snapfs.schedule import Schedule, make_schedule
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, StreamWriter, read_stream
+from snapfs.streamhead import parse_head
 from snapfs.transfer import ResumePoint
 from snapfs.units import check_name, check_tag, parse_duration, parse_moment, parse_size
 

@@ -23,8 +23,8 @@ from snapfs.fuse.helperprocess import HelperProcess
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.portion import Portion, PortionChanges
-from snapfs.receive import _parse_volume
 from snapfs.snapshot import Snapshot
+from snapfs.streamhead import parse_volume
 from snapfs.volume import Volume
 
 from .harness import WHERE, Running, World, open_until_power_is_lost, open_world, read_snapshot, read_volume
@@ -549,10 +549,10 @@ async def test_a_helper_that_could_not_be_started_anew_is_started_later(monkeypa
 
 def test_times_before_1970_are_received() -> None:
     volume = {"name": "v", "base_name": None, "size_bytes": 0, "mode": 0o600, "uid": 0, "gid": 0}
-    found = _parse_volume({**volume, "atime_ns": -(1 << 63), "mtime_ns": -(10**18)})
+    found = parse_volume({**volume, "atime_ns": -(1 << 63), "mtime_ns": -(10**18)})
     assert (found.atime_ns, found.mtime_ns) == (-(1 << 63), -(10**18))
     with pytest.raises(ValueError, match="is no time"):
-        _parse_volume({**volume, "atime_ns": 0, "mtime_ns": 1 << 63})
+        parse_volume({**volume, "atime_ns": 0, "mtime_ns": 1 << 63})
 
 
 async def test_what_reclaim_has_chosen_is_deleted_by_whatever_name_it_has_and_nothing_else(

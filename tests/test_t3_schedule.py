@@ -212,6 +212,33 @@ async def test_a_failure_is_told_and_the_next_period_tries_again(autojump_clock:
     assert len(simulation.snapshots.made_ns) == 1
 
 
+async def test_what_no_rule_keeps_goes_also_when_none_can_be_made(autojump_clock: None) -> None:
+    """A full device needs the room: a snapshot whose hold was released meanwhile gives it back."""
+    simulation = Simulation()
+    await simulation.scheduler.add(make_schedule("h", "1h", keep="2"))
+    await simulation.run_for(3601)
+    held = next(iter(simulation.snapshots.by_id.values()))
+    held.hold_tags = frozenset({"mine"})
+    await simulation.run_for(3 * 3600)
+    assert len(simulation.kept("h")) == 3
+    held.hold_tags = frozenset()
+    simulation.snapshots.error = NoSpaceError("full")
+    await simulation.run_for(3600)
+    assert len(simulation.kept("h")) == 2
+    assert simulation.scheduler.failing() == ["h"]
+
+
+async def test_weeks_begin_on_mondays(autojump_clock: None) -> None:
+    simulation = Simulation()
+    await simulation.scheduler.add(make_schedule("w", "1w"))
+    await simulation.scheduler.add(make_schedule("two", "2w", "03:30"))
+    await simulation.run_for(60 * 86400)
+    for name, hour, count in (("w", 0, 8), ("two", 3, 4)):
+        found = simulation.kept(name)
+        assert len(found) == count
+        assert {(one.weekday(), one.hour) for one in found} == {(0, hour)}
+
+
 async def test_held_and_hand_made_snapshots_are_never_deleted(autojump_clock: None) -> None:
     simulation = Simulation()
     await simulation.snapshots.create(b"by hand", None)

@@ -17,8 +17,9 @@ from snapfs.errors import DamagedError, NoSpaceError, UnsupportedError
 from snapfs.formats import COPY_ON_WRITE, shard_file
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
-from snapfs.receive import Receiver, parse_head
+from snapfs.receive import Receiver
 from snapfs.schedule import Schedule
+from snapfs.streamhead import parse_head
 
 from .harness import WHERE, Running, World, open_world, read_snapshot, read_volume
 

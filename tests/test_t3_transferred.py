@@ -21,14 +21,25 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs import freeing
+from snapfs import freeing, takeback
 from snapfs.backends import MemoryDevice
-from snapfs.errors import BadCommandError, DamagedError, ExistsError, MissingToolError, NoSpaceError, SnapfsError
+from snapfs.errors import (
+    BadCommandError,
+    DamagedError,
+    ExistsError,
+    MissingBaseError,
+    MissingToolError,
+    NoSpaceError,
+    NotFoundError,
+    SnapfsError,
+    UnsupportedError,
+)
 from snapfs.images import export_image, image_format_of, import_image
 from snapfs.making import VolumeWish
 from snapfs.placement import Quota
 from snapfs.pool import Pool
-from snapfs.receive import Receiver, ReceiveState, resume_tokens
+from snapfs.receive import Receiver, resume_tokens
+from snapfs.receivestate import ReceiveState
 from snapfs.snapshot import SnapshotVolume
 from snapfs.stream import BEGIN, END, END_VOLUME, VERSION, VOLUME, StreamWriter
 from snapfs.transfer import ResumePoint
@@ -334,7 +345,7 @@ class Steps:
         target.before_step = self._before_ask
         for name in ("unlink", "ftruncate", "pwrite", "chmod", "utime", "open"):
             patch.setattr(os, name, self._counted(getattr(os, name)))
-        patch.setattr(Receiver, "_rename", self._counted(Receiver._rename))
+        patch.setattr(takeback.Target, "rename", self._counted(takeback.Target.rename))
 
     def _step(self) -> None:
         if next(self._numbers) >= self._killed_at:
@@ -389,6 +400,46 @@ CHANGES = {
     "anew": ((a_volume("a"), a_volume("b", "b"), a_volume("c", "c")), ("a",)),
     "shifted": ((a_volume("b", "a"), a_volume("c", "b"), a_volume("d", "c"), a_volume("a")), ()),
 }
+
+
+@pytest.mark.parametrize("change", ["all new", *CHANGES])
+def test_a_stream_that_was_cut_off_is_given_up(tmp_path: Path, change: str) -> None:
+    """Wherever it was killed, all is as it was before, or as it was received if that was done already."""
+    places = itertools.count()
+    volumes, gone = CHANGES.get(change, ((a_volume("x"), a_volume("y")), ()))
+    base = {name: name.encode() * SIZE for name in "abc"} if change in CHANGES else None
+    stream = a_stream(*volumes, base=None if base is None else "base", gone=gone)
+    token_count = 0
+    for target, is_made in killed_everywhere(lambda: Target(tmp_path / f"mount-{next(places)}", base), stream):
+        for token in resume_tokens(target.ask, str(target.folder)):
+            token_count += 1
+            with pytest.raises(ExistsError, match="received already") if is_made else contextlib.nullcontext():
+                takeback.abandon(target.ask, str(target.folder), token)
+            with pytest.raises(NotFoundError):
+                takeback.abandon(target.ask, str(target.folder), token)
+        assert not target.states
+        if is_made:
+            assert target.names() == {str(one["name"]) for one in volumes}
+        else:
+            assert {name: (target.folder / name).read_bytes() for name in target.names()} == (base or {})
+    assert token_count > 10
+
+
+def test_what_cannot_be_given_up_is_said(tmp_path: Path) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+    token = ResumePoint(GUID, 0, 0).to_token()
+    # As an earlier version left it, in the middle of its renames.
+    target.states[GUID] = json.dumps([0, 0, 1, {}, [], ".receiving-1-", "base", {}])
+    with pytest.raises(UnsupportedError, match="an earlier version"):
+        takeback.abandon(target.ask, str(target.folder), token)
+    target.states[GUID] = json.dumps([0, 0, 0, {}, ["a"], ".receiving-1-", "another", {}, []])
+    with pytest.raises(MissingBaseError, match="base of the stream"):
+        takeback.abandon(target.ask, str(target.folder), token)
+    assert GUID in target.states
+    for damaged in ([["a", "../b", "c"]], [["a", "b"]], [7], 7):
+        target.states[GUID] = json.dumps([0, 0, 0, {}, [], ".receiving-1-", "base", {}, damaged])
+        with pytest.raises(DamagedError):
+            takeback.abandon(target.ask, str(target.folder), token)
 
 
 @pytest.mark.parametrize("how", ["goes on", "again", "taken back"])

@@ -24,7 +24,14 @@ from snapfs import jsontext, manifest, units
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
 from snapfs.cli.output import description_column, print_any_name, print_table
-from snapfs.errors import AnswerTooLongError, BadCommandError, BadNameError, DamagedError, ReservedNameError
+from snapfs.errors import (
+    AnswerTooLongError,
+    BadCommandError,
+    BadNameError,
+    DamagedError,
+    NotFoundError,
+    ReservedNameError,
+)
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
@@ -111,6 +118,37 @@ async def test_an_answer_that_nobody_could_take_is_an_error_in_words(monkeypatch
         assert (one["name"], two["name"]) == ("one", "two")
         assert long["ok"] is False and long["errno"] == AnswerTooLongError.errno
         assert "longer than 19.5 KiB" in str(long["error"]) and long["fix"] and long["line"] == "extents one"
+
+
+async def test_moments_stand_for_names_where_nothing_is_deleted() -> None:
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        for line in (b"snapshot one", b"hold @latest mine", b"list @latest", b"release @latest mine"):
+            await session.write(line + b"\n")
+        await session.write(b"rename @latest two\n")
+        assert [one.get("name") for one in answers_in(session)] == ["one", "one", None, "one", "two"]
+        assert set(pool.snapshots.by_name) == {b"two"}
+        with pytest.raises(NotFoundError):
+            await session.write(b"delete @latest\n")
+
+
+async def test_a_schedule_that_cannot_work_is_refused_or_seen() -> None:
+    async with open_world(World()) as pool:
+        session = session_of(pool)
+        with pytest.raises(NotFoundError, match="no volume 'v'"):
+            await session.write(b"schedule add s every=1h volume=v\n")
+        assert pool.scheduler.entries() == []
+        await pool.volumes.create(b"v")
+        await session.write(b"schedule add s every=1h volume=v\n")
+        await pool.volumes.remove(b"v")
+        assert (await pool_status(pool))["health"] == "ok"
+        # The clock is far behind its last turn, so one is due.
+        pool.scheduler._last_run_ns["s"] = 0
+        await pool.scheduler._run_if_due("s")
+        assert (await pool_status(pool))["health"] == "schedule-failed"
+        await pool.volumes.create(b"v")
+        await session.write(b"schedule run s\n")
+        assert (await pool_status(pool))["health"] == "ok"
 
 
 def test_a_daemon_without_an_answer_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

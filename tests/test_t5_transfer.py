@@ -20,7 +20,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapfs import transfer
+from snapfs import takeback, transfer
 from snapfs.cli import images
 from snapfs.cli.control import ask
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, NotFoundError, SnapfsError, TooNewError
@@ -280,6 +280,35 @@ def test_a_stream_does_not_go_on_over_what_was_rolled_back(mounts: Callable[...,
 
 
 @pytest.mark.mount
+def test_a_stream_that_was_cut_off_is_given_up(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    for name in ("v", "w"):
+        (source.path / name).write_bytes(name.encode() * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    os.rename(source.path / "w", source.path / "x")
+    (source.path / "v").write_bytes(os.urandom(MIB))
+    (source.path / "new").write_bytes(os.urandom(8 * MIB))
+    source.snapshot("two")
+    received(target, sent(source, "two", "--from", "one")[: 6 * MIB], "--resumable", expect=4)
+    (token,) = snapfs("receive", target.path, "--tokens").stdout.split()
+    assert "new" in os.listdir(target.path) and "x" in os.listdir(target.path)
+    snapfs("receive", target.path, "--abandon", token)
+    assert snapfs("receive", target.path, "--tokens").stdout == ""
+    assert set(os.listdir(target.snapshots)) - {"one"} == set()
+    same(source.snapshots / "one", target.path)
+    assert "nothing of that stream" in snapfs("receive", target.path, "--abandon", token, expect=1).stderr
+    # Of a pool that is not mounted as well, and then the stream comes whole.
+    received(target, sent(source, "two", "--from", "one")[: 6 * MIB], "--resumable", expect=4)
+    (token,) = snapfs("receive", target.path, "--tokens").stdout.split()
+    target.unmount()
+    snapfs("receive", target.pool, "--abandon", token)
+    target.mount()
+    received(target, sent(source, "two", "--from", "one"))
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
 def test_a_stream_names_nothing_that_its_base_does_not_hold(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     (source.path / "v").write_bytes(b"v")
@@ -339,16 +368,16 @@ def test_a_stream_whose_receiver_was_killed_while_names_moved_goes_on(
     source.snapshot("two")
 
     done: list[str] = []
-    rename = Receiver._rename
+    rename = takeback.Target.rename
 
-    def killed(receiver: Receiver, before: str, after: str) -> None:
+    def killed(receiver: takeback.Target, before: str, after: str) -> None:
         if len(done) == rename_count:
             raise KeyboardInterrupt
         rename(receiver, before, after)
         done.append(after)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Receiver, "_rename", killed)
+        patch.setattr(takeback.Target, "rename", killed)
         receiver = Receiver(ask, str(target.path), force=False, is_resumable=True)
         with pytest.raises(KeyboardInterrupt):
             receiver.receive(io.BytesIO(sent(source, "two", "--from", "one")))

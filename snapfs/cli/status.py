@@ -37,6 +37,9 @@ def status(mount_point: str, as_json: bool) -> None:
         click.echo(f"job {job['name']}: {job['kind']} of {job['what']}, {_share(job)}, since {job['started']}")
     for failed in pool["failed_volumes"]:
         click.echo(f"volume {failed['volume']}: {failed['reason']}")
+    for schedule in pool["schedules"]:
+        if schedule["failure"]:
+            click.echo(f"schedule {schedule['name']}: {schedule['failure']}")
     print_table(
         [" DEVICE", "PATH", "STATE", " FREE", " OF"],
         [

@@ -15,6 +15,7 @@ import click
 
 from ..errors import BadCommandError, MountError, SnapfsError
 from ..receive import Receiver, resume_tokens
+from ..takeback import abandon
 from ..transfer import ResumePoint
 from ..transfer import send as send_stream
 from .anywhere import is_pool
@@ -107,8 +108,16 @@ def send(mount_point: str, name: str, base: str | None, resume_token: str | None
 @click.option("--force", is_flag=True, help="Roll back volumes that changed since the base of the stream.")
 @click.option("--resumable", is_flag=True, help="Keep what a broken stream brought, and tell a token to go on with.")
 @click.option("--tokens", is_flag=True, help="Receive nothing; list the tokens of streams that were cut off.")
+@click.option(
+    "--abandon",
+    "given_up",
+    metavar="TOKEN",
+    help="Receive nothing; take back what this stream, which was cut off, brought.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the snapshot that was made as JSON.")
-def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: bool, as_json: bool) -> None:
+def receive(
+    where: str, name: str | None, force: bool, resumable: bool, tokens: bool, given_up: str | None, as_json: bool
+) -> None:
     """Read a stream of snapfs send from standard input, and make its snapshot.
 
     A whole stream makes its volumes; none of those names may be taken. A stream with a base needs that
@@ -116,9 +125,10 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
     is then read back from it, and it is deleted if it differs.
 
     A stream that breaks off leaves nothing behind. With --resumable what came is kept, and a token is
-    told: give it to snapfs send --resume-token, and receive that stream with --resumable as well.
+    told: give it to snapfs send --resume-token, and receive that stream with --resumable as well. With --abandon
+    and the token it is given up, and what it brought is taken back.
     """
-    if sys.stdin is None and not tokens:
+    if sys.stdin is None and not tokens and given_up is None:
         raise BadCommandError("standard input is closed", "Read the stream from a file or a pipe")
     for number in (signal.SIGTERM, signal.SIGHUP):
         # So that what it brought is taken back, and what it mounted is unmounted.
@@ -127,6 +137,9 @@ def receive(where: str, name: str | None, force: bool, resumable: bool, tokens: 
         if tokens:
             for token in resume_tokens(ask, mount_point):
                 click.echo(token)
+            return
+        if given_up is not None:
+            abandon(ask, mount_point, given_up)
             return
         with progress_bar("receive") as on_progress:
             receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)

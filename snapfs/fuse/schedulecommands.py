@@ -34,6 +34,8 @@ async def _schedule_add(context: CommandContext, command: Command) -> Answer:
         [check_tag(show_name(tag)) for tag in command.all_of("hold")],
         skips_unchanged=command.flag("skip-unchanged"),
     )
+    for name in command.all_of("volume"):
+        context.pool.volumes.get(name)
     scheduler = context.pool.scheduler
     would_delete = shown(scheduler.would_delete(schedule))
     if not command.flag("dry-run"):

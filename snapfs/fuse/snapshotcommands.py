@@ -68,6 +68,11 @@ def snapshot_of(pool: Pool, name: bytes) -> Snapshot:
     return pool.snapshots.get(name)
 
 
+def _named(pool: Pool, name: bytes) -> bytes:
+    """The name of the snapshot that a name or a moment says. Raises NotFoundError, BadNameError."""
+    return snapshot_of(pool, name).name or b""
+
+
 async def _delete(context: CommandContext, command: Command) -> Answer:
     """delete NAME... [dry-run=yes]: delete snapshots, or say what that would free; it comes back in the background."""
     if not command.words:
@@ -150,15 +155,16 @@ async def _rename(context: CommandContext, command: Command) -> Answer:
     """rename OLD NEW: give a snapshot another name."""
     command.word_count(2, 2, "the old name and the new")
     command.known_options()
-    await context.pool.snapshots.rename(*command.words)
-    return {"name": show_name(command.words[1])}
+    old, new = command.words
+    await context.pool.snapshots.rename(_named(context.pool, old), new)
+    return {"name": show_name(new)}
 
 
 async def _hold(context: CommandContext, command: Command) -> Answer:
     """hold NAME TAG: keep a snapshot from being deleted until the tag is released."""
     command.word_count(2, 2, "the name of a snapshot and a tag")
     command.known_options()
-    name, tag = command.words
+    name, tag = _named(context.pool, command.words[0]), command.words[1]
     await context.pool.snapshots.hold(name, show_name(tag))
     return {"name": show_name(name), "holds": sorted(context.pool.snapshots.get(name).hold_tags)}
 
@@ -167,7 +173,7 @@ async def _release(context: CommandContext, command: Command) -> Answer:
     """release NAME TAG: take a tag away."""
     command.word_count(2, 2, "the name of a snapshot and a tag")
     command.known_options()
-    name, tag = command.words
+    name, tag = _named(context.pool, command.words[0]), command.words[1]
     await context.pool.snapshots.release(name, show_name(tag))
     return {"name": show_name(name), "holds": sorted(context.pool.snapshots.get(name).hold_tags)}
 
@@ -176,7 +182,7 @@ async def _list(context: CommandContext, command: Command) -> Answer:
     """list [NAME]... [space=no]: snapshots, with what each references, what was written, what it alone holds."""
     command.known_options("space")
     snapshots = context.pool.snapshots
-    chosen = [snapshots.get(name) for name in command.words] or list(snapshots.by_name.values())
+    chosen = [snapshot_of(context.pool, name) for name in command.words] or list(snapshots.by_name.values())
     chosen.sort(key=lambda one: one.instant)
     if command.all_of("space") == [b"no"]:
         return {"snapshots": [snapshot_entry(context.pool_id, one) for one in chosen]}
