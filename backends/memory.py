@@ -80,31 +80,38 @@ class MemoryFile(DeviceFile):
         """See :meth:`DeviceFile.read_into`."""
         node = self._node
         count = max(0, min(len(buffer), node.size - offset))
-        view = memoryview(buffer)
-        done = 0
-        while done < count:
-            page, inside = divmod(offset + done, PAGE_SIZE)
-            step = min(PAGE_SIZE - inside, count - done)
-            view[done : done + step] = node.pages.get(page, _ZEROS)[inside : inside + step]
-            done += step
+        if count:
+            first, inside = divmod(offset, PAGE_SIZE)
+            last = (offset + count - 1) // PAGE_SIZE
+            if first == last:
+                found = node.pages.get(first, _ZEROS)
+            else:
+                get = node.pages.get
+                found = b"".join([get(page, _ZEROS) for page in range(first, last + 1)])
+            memoryview(buffer)[:count] = memoryview(found)[inside : inside + count]
         return count
 
     def write(self, data: Buffer, offset: int) -> None:
         """See :meth:`DeviceFile.write`; ENOSPC at the device's capacity, after a part was written."""
         node = self._node
         view = memoryview(data)
+        page, inside = divmod(offset, PAGE_SIZE)
         done = 0
-        while done < len(view):
-            page, inside = divmod(offset + done, PAGE_SIZE)
-            step = min(PAGE_SIZE - inside, len(view) - done)
-            old = node.pages.get(page)
-            if old is None:
-                self._device.take_page()
-                old = _ZEROS
-            node.pages[page] = old[:inside] + bytes(view[done : done + step]) + old[inside + step :]
-            node.note(page)
-            done += step
-            node.size = max(node.size, offset + done)
+        try:
+            while done < len(view):
+                old = node.pages.get(page)
+                if old is None:
+                    self._device.take_page()
+                    old = _ZEROS
+                step = min(PAGE_SIZE - inside, len(view) - done)
+                new = bytes(view[done : done + step])
+                node.pages[page] = new if step == PAGE_SIZE else old[:inside] + new + old[inside + step :]
+                node.note(page)
+                done += step
+                page, inside = page + 1, 0
+        finally:
+            if done:
+                node.size = max(node.size, offset + done)
 
     def sync(self) -> None:
         """See :meth:`DeviceFile.sync`."""
@@ -116,10 +123,11 @@ class MemoryFile(DeviceFile):
 
     def _clear(self, start: int, end: int) -> None:
         node = self._node
-        for page in sorted(node.pages):
-            low, high = page * PAGE_SIZE, (page + 1) * PAGE_SIZE
-            if high <= start or low >= end:
+        touched = range(start // PAGE_SIZE, -(-end // PAGE_SIZE)) if end > start else range(0)
+        for page in sorted(node.pages.keys() & touched if len(touched) < len(node.pages) else node.pages):
+            if page not in touched:
                 continue
+            low, high = page * PAGE_SIZE, (page + 1) * PAGE_SIZE
             if start <= low and (high <= end or end >= node.size):
                 del node.pages[page]
                 self._device.give_page()

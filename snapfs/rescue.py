@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
@@ -60,6 +61,9 @@ class _Catalog(Catalog):
     def hooks(self) -> list[tuple[bytes, bytes]]:
         """None: no snapshot is made."""
         return []
+
+
+_STORE = re.compile(r"\d+\.sqlite")
 
 
 class LostStore:
@@ -156,7 +160,8 @@ class _Opening:
             raise DamagedError("the catalog does not tell which pool it is of", "Restore the pool from a copy")
         catalog = _Catalog.over(database, row[0])
         known = PoolDescriptor(row[0], catalog.processor_count(), 0)
-        stored = {one for one in self._home.names(SHARD_FOLDER) if not one.endswith(("-wal", "-shm"))}
+        # What else may lie there (a copy by hand, a file manager's) says nothing of how many there are.
+        stored = {one for one in self._home.names(SHARD_FOLDER) if _STORE.fullmatch(one)}
         if more := stored - {os.path.basename(shard_file(index)) for index in range(known.processor_count)}:
             raise DamagedError(
                 f"the catalog tells of {known.processor_count} processors, but there is {SHARD_FOLDER}/{min(more)}",

@@ -18,7 +18,7 @@ from snapfs.scrub import verify
 
 from .contents import PAGE
 from .faults import FaultRunner
-from .harness import WHERE, Running, World, snapshot_contents, volume_contents, without_threads
+from .harness import WHERE, Running, World, seeded, snapshot_contents, volume_contents
 from .model import Operation
 from .powercut import OBJECT, State
 
@@ -93,7 +93,7 @@ class Damages:
         others = [other for other in self._files if other != (where, name)]
         damage(devices, (where, name), kind, rng, others)
         outcome = Outcome(f"{kind} of {where}:{name}")
-        with without_threads(seed):
+        with seeded(seed):
             trio.run(self._look, World.found(devices), outcome, clock=trio.testing.MockClock())
         return outcome
 

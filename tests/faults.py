@@ -22,7 +22,7 @@ from snapfs.pool import Pool
 from snapfs.status import pool_status
 
 from .contents import PAGE, Contents
-from .harness import Running, World, without_threads
+from .harness import Running, World, seeded, without_threads
 from .model import Operation, Runner
 from .powercut import OBJECT, Mark, State, found_in
 
@@ -185,7 +185,7 @@ class Faults:
     def strike(self, hook: FailNth, seed: int = 0) -> bool:
         """One run; whether the fault was met. Fails when what is left is not allowed."""
         clock = trio.testing.MockClock()
-        with without_threads(seed) if seed % 4 else contextlib.nullcontext():
+        with seeded(seed) if seed % 4 else contextlib.nullcontext():
             trio.run(self._run, hook, seed, clock, clock=clock)
         return hook.failed_count > 0
 

@@ -20,7 +20,7 @@ from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 
 from .contents import Contents, first_of_no_version
-from .harness import Running, World, everything_is_proven, snapshot_contents, volume_contents, without_threads
+from .harness import Running, World, everything_is_proven, seeded, snapshot_contents, volume_contents
 
 SPAN = 3 * (4 << 20) + 20000  # the volumes reach over four objects
 NAMES = [b"a", b"b", b"c"]
@@ -393,7 +393,7 @@ def explore(seed: int, example_count: int, *, in_threads: bool) -> None:
     @given(beginnings, st.lists(operations, min_size=4, max_size=26))
     def agree(beginning: list[Operation], ops: list[Operation]) -> None:
         clock = trio.testing.MockClock()
-        with contextlib.nullcontext() if in_threads else without_threads(seed):
+        with contextlib.nullcontext() if in_threads else seeded(seed):
             trio.run(run_operations, [*beginning, *ops], clock, clock=clock)
 
     agree()

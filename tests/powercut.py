@@ -21,7 +21,7 @@ from snapfs.errors import NoSpaceError
 from snapfs.pool import Pool
 
 from .contents import PAGE, Contents, first_of_no_version
-from .harness import Running, World, snapshot_contents, volume_contents, without_threads
+from .harness import Running, World, seeded, snapshot_contents, volume_contents
 from .model import Model, Operation, Runner
 
 OBJECT = 4 << 20
@@ -245,14 +245,15 @@ def try_power_cuts(seed: int, length: int, share: tuple[int, int] = (0, 1)) -> i
     """Record a workload and judge every cut, or one of ``share[1]`` parts of them, the ``share[0]``-th; how many."""
     clock = trio.testing.MockClock()
     capacity_bytes = FULL_BYTES if is_full(seed) else None
-    recording: Recording = trio.run(record, random_workload(seed, length), clock, capacity_bytes, clock=clock)
+    with seeded(seed):
+        recording: Recording = trio.run(record, random_workload(seed, length), clock, capacity_bytes, clock=clock)
     count = 0
     images = CrashImages(recording.journal, recording.places.start)
     for place in recording.places[share[0] :: share[1]]:
         for cut in power_cuts(recording.journal, place, seed):
             try:
                 look = partial(judge, recording.mark_at(place), images.after(cut), once_more=count % 3 == 0)
-                with without_threads(seed):
+                with seeded(seed):
                     trio.run(look, clock=trio.testing.MockClock())
             except BaseException as error:
                 raise AssertionError(f"seed {seed}, length {length}, {describe(cut, recording)}") from error

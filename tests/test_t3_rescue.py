@@ -285,6 +285,14 @@ async def test_a_descriptor_that_is_not_the_catalogs_is_not_believed(field: str,
         assert await read_volume(pool, b"long") == NEW + OLD[BLOCK:]
 
 
+async def test_other_files_among_the_stores_are_no_matter() -> None:
+    world = await filled()
+    for name in ("0.sqlite.bak", "lost+found", ".nfs0001", "0.sqlite-journal", "copy of 1.sqlite"):
+        world.home.create(f"shards/{name}").close()
+    async with rescued(world) as pool:
+        assert not pool.lost and await read_volume(pool, b"long") == NEW + OLD[BLOCK:]
+
+
 @pytest.mark.parametrize("rows", ["DELETE FROM shards", "DELETE FROM shards WHERE processor_index = 1"])
 async def test_how_many_processors_there_are_is_not_guessed(rows: str) -> None:
     world = await filled()
