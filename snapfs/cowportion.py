@@ -390,9 +390,17 @@ class CowPortion(Portion):
         return blockmap.simplified(found)
 
     async def lasting_map(self, object_index: int, instant: int) -> BlockMap:
-        """See :meth:`Portion.lasting_map`: what a clone looks at is preserved whole."""
+        """See :meth:`Portion.lasting_map`: what a clone looks at is preserved whole, durably.
+
+        The clone's own commit has its map, and neither the rows of this volume's logs nor what lies in them.
+        """
         while True:
             found = await self.snapshot_map(object_index, instant)
+            if self.pending.get(object_index):
+                if self.failure is not None:
+                    raise SyncFailedError(self.failure.reason, self.failure.fix)
+                await self._neighbours.commit(self)
+                continue
             entries = (found,) if isinstance(found, int) else found
             if self.is_gone or self._source_id not in entries:
                 return found

@@ -413,6 +413,7 @@ class Pool:
         for processor in self.processors:
             await processor.forget_unborn(known)
         await self.reclaimer.drop_unpublished(self._published_instant)
+        await self.reclaimer.free_orphans()
         if self.after_crash:
             for processor in self.processors:
                 await processor.recover_from_crash()

@@ -1015,6 +1015,8 @@ class Portion:
         self.objects.clear()
         self.pending.clear()
         self._dirty_logs.clear()
+        for log in self._changed_logs.values():
+            log.held -= 1
         self._changed_logs.clear()
         self._dirty_objects.clear()
         self._dropped_copies.clear()

@@ -316,17 +316,21 @@ def _note_freed(changed: _Freed, log: ChangeLog, count: int) -> None:
 async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed) -> list[ChangeLog]:
     """Commit a batch that frees blocks of these logs; the logs that are empty now, whose files can go."""
     dead = []
+    # By the counts of the store: what a volume has counted out and not committed is named by maps there still.
+    rows = await processor.access.ask(processor.access.store.some_logs, list(changed))
+    stored = {row.log_id: row for row in rows}
     for log, block_count in changed.values():
         # At once, so that nothing goes into it any more.
         log.sealed = log.sealed or 1
-        row_after = log.row()._replace(block_count=log.block_count - block_count, sealed=1)
+        row = stored.get(log.log_id, log.row())
+        row_after = row._replace(block_count=row.block_count - block_count, sealed=row.sealed or 1)
         if row_after.block_count < 0:
             raise DamagedError(
-                f"processor {processor.index}: change log {log.log_id} holds more than the {log.block_count} blocks"
+                f"processor {processor.index}: change log {log.log_id} holds more than the {row.block_count} blocks"
                 " that are counted",
                 "Nothing of it was freed. Unmount and run snapfs check",
             )
-        is_dead = row_after.block_count == 0 and not log.pins
+        is_dead = row_after.block_count == 0 and log.block_count == block_count and not log.pins
         if is_dead:
             dead.append(log)
             batch.dropped_sums.append(log.log_id)

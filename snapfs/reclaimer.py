@@ -165,6 +165,9 @@ class Reclaimer:
                 # One whose change log is full must not keep the others from being freed.
                 failed = error
         await self._reserve.helped(partial(self._drop_leftovers, gently=gently))
+        # Before traits go, and not only after: from then on an origin counts its blocks out itself, and what a clone
+        # that is gone left to be looked at would be counted out once more.
+        await self._free_candidates(gently=gently)
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:
@@ -410,6 +413,13 @@ class Reclaimer:
         await self._on_each(part, gently=gently)
         await self._catalog.save([], lambda: CatalogBatch(dropped_removed=[volume_id]))
         self._volumes.removed.pop(volume_id, None)
+
+    async def free_orphans(self) -> None:
+        """After opening, before anything is written: free what 0.8.6 and earlier left of clones that are forgotten."""
+        for processor in self._processors:
+            volume_ids = await processor.access.ask(processor.access.store.candidate_volumes)
+            if any(len(self._traits.family_of(one)) == 1 for one in volume_ids):
+                await reclaim.free_candidates(processor)
 
     async def drop_unpublished(self, from_instant: int) -> None:
         """After opening: give back what was kept for a snapshot that was cut and never published."""

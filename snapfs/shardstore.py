@@ -193,6 +193,13 @@ class ShardStore:
         )
         return [(row[0], CandidateRow(*row[1:])) for row in rows]
 
+    def candidate_volumes(self) -> list[VolumeId]:
+        """The volumes in whose change logs candidates lie."""
+        rows = self.database.rows(
+            "SELECT DISTINCT volume_id FROM logs WHERE log_id IN (SELECT log_id FROM candidates) ORDER BY volume_id"
+        )
+        return [VolumeId(row[0]) for row in rows]
+
     def all_candidates(self) -> list[CandidateRow]:
         """All blocks that are still to be looked at."""
         rows = self.database.rows("SELECT log_id, object_index, block, block_count FROM candidates")
