@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -408,11 +408,14 @@ class Clones:
             if volume is None:
                 continue
             restorer = self._restorer(volume)
+            restorer.hold()
             restorer.close_now()
-            if snapshot is None:
-                restorer.give_up(SnapfsError("its snapshot is gone"))
+            attributes = None
+            if snapshot is not None and traits.get(row.volume_id).change_mode == COPY_ON_WRITE:
+                attributes = (await self._snapshots.members(snapshot)).by_id.get(row.volume_id)
+            if attributes is None:
+                restorer.give_up(SnapfsError("there is no snapshot that holds what it is to be"))
                 continue
-            attributes = (await self._snapshots.members(snapshot)).by_id[row.volume_id]
             try:
                 with self._jobs.running("rollback", show_name(volume.name), 0) as job:
                     await restorer.copy_back(row.restore_instant, attributes.size_bytes, job)
@@ -428,6 +431,7 @@ class Clones:
             volume = self._volumes.by_id.get(row.volume_id)
             if row.restore_instant and volume is not None:
                 restorer = self._restorer(volume)
+                restorer.hold()
                 restorer.close_now()
                 restorer.give_up(SnapfsError("the pool is only read"))
 
@@ -470,14 +474,18 @@ class Clones:
 
         name = self._snapshots.unused_name(utc_name(time.time_ns()).encode() + b"-before-rollback")
         note = f"before the rollback to {show_name(snapshot.name or b'')}"
-        undo = await self._snapshots.create_before(name, volumes, note, change, kept)
-        for one in restores:
-            one.restorer.close_now()
+        with _held(restores):
+            undo = await self._snapshots.create_before(name, volumes, note, change, kept)
+            for one in restores:
+                one.restorer.close_now()
         for volume in kept:
-            self._volumes.traits.put(
-                self._volumes.traits.get(volume.volume_id)._replace(restore_instant=snapshot.instant)
-            )
+            # It is durable, whatever becomes of this.
+            await until_memory(partial(self._note_restoring, volume, snapshot.instant))
         return undo
+
+    def _note_restoring(self, volume: Volume, instant: int) -> None:
+        traits = self._volumes.traits
+        traits.put(traits.get(volume.volume_id)._replace(restore_instant=instant))
 
     # -- independence ------------------------------------------------------------------------
 
@@ -503,11 +511,24 @@ class Clones:
         return job.done
 
 
+@contextmanager
+def _held(restores: Sequence[_Restore]) -> Iterator[None]:
+    """All that may fail of closing these volumes is done before; it is undone if what is done inside fails."""
+    with ExitStack() as stack:
+        for one in restores:
+            one.restorer.hold()
+            stack.callback(one.restorer.let_go)
+        yield
+        stack.pop_all()
+
+
 @asynccontextmanager
 async def _writers_held(volumes: Sequence[Volume]) -> AsyncIterator[None]:
     """Writers of these volumes wait inside."""
-    releases = [volume.hold_writers() for volume in volumes]
+    releases: list[Callable[[], None]] = []
     try:
+        for volume in volumes:
+            releases.append(volume.hold_writers())
         yield
     finally:
         for release in releases:

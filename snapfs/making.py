@@ -161,7 +161,10 @@ class VolumeMaker:
             raise BadCommandError(f"the source {path} is not an absolute path", "Write it from / on")
         # In a thread: to look at the mount is to ask the loop that this runs in.
         if await in_thread(self.is_own_path, path):
-            raise BadCommandError(f"{path} lies in the pool or its mount", "Take an image that lies outside")
+            raise BadCommandError(
+                f"{path} lies in the pool or its mount, or on a loop device over that",
+                "Take an image that lies outside",
+            )
 
         def look() -> tuple[str, int, int]:
             real = os.path.realpath(path)

@@ -15,6 +15,7 @@ from functools import partial
 import pyfuse3
 import trio
 
+from .beneath import files_beneath
 from .errors import MountError
 from .events import EventLog
 from .fuse import loop
@@ -104,11 +105,12 @@ class _Mount:
             await self._kernel_names.tell(self._session.forget_range, of_volume(volume.file_id), offset, length)
 
     def _is_own_path(self, path: str) -> bool:
-        """Whether a file lies in the mount or in the pool."""
-        real = os.path.realpath(path)
+        """Whether a file lies in the mount or in the pool, or on a loop device over what does: it waits for itself."""
+        paths = [os.path.realpath(one) for one in (path, *files_beneath(path))]
         roots = [self._mount_point, *(device.local_path("") for device in self._pool.devices.values())]
         roots.append(self._pool.home.local_path(""))
-        return any(root and (real + os.sep).startswith(os.path.realpath(root).rstrip("/") + os.sep) for root in roots)
+        folders = [os.path.realpath(root).rstrip("/") + os.sep for root in roots if root]
+        return any((real + os.sep).startswith(folder) for real in paths for folder in folders)
 
     async def _resize(self, name: bytes, size_bytes: int) -> None:
         await self._own_mount.resize(name, size_bytes)

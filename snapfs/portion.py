@@ -315,10 +315,9 @@ class Portion:
             self.unmap_now(object_index, first, last)
             return
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
+        kept = _kept_runs(state.block_map, inside, data, first, last, log.log_id)
         if log.quota is not None:
-            log.quota.check(blockmap.other_count(state.block_map, first, last, log.log_id))
-        zeros = _zero_blocks(inside, data)
-        kept = _runs_besides(zeros, state.block_map, first, last, log.log_id) if zeros else [(first, last, True)]
+            log.quota.check(_added_count(state.block_map, kept, log.log_id))
         try:
             if len(kept) == 1:
                 self._touch(log).write_new(replacement.payload, base + replacement.start)
@@ -336,7 +335,7 @@ class Portion:
         for old_log, offset, length in replacement.freed:
             self._free(old_log, object_index, offset, length)
 
-    def _write_kept(self, log: ChangeLog, replacement: _Replacement, base: int, runs: list[_KeptRun]) -> None:
+    def _write_kept(self, log: ChangeLog, replacement: _Replacement, base: int, runs: Sequence[_KeptRun]) -> None:
         """Write the runs of a payload that are kept."""
         payload = memoryview(replacement.payload)
         for low, high, is_kept in runs:
@@ -367,9 +366,14 @@ class Portion:
         if log is None or self._epoch < self._clock.epoch:
             log = self._enter_epoch()
         log.liveness.check_now()
-        self._plan(state, object_index, inside, data, log, old_blocks)
         first, last = inside >> BLOCK_SHIFT, (inside + len(data) + _BLOCK_MASK) >> BLOCK_SHIFT
-        return blockmap.other_count(state.block_map, first, last, log.log_id)
+        if _is_zero(inside, data) and not blockmap.any_in(state.block_map, first, last, log.log_id):
+            self._check_refusal()
+            self._unpinned(state, object_index, first, last, None)
+            return 0
+        self._plan(state, object_index, inside, data, log, old_blocks)
+        kept = _kept_runs(state.block_map, inside, data, first, last, log.log_id)
+        return _added_count(state.block_map, kept, log.log_id)
 
     def _touch(self, log: ChangeLog) -> DeviceFile:
         """The file of a log that is about to be written to.
@@ -1042,6 +1046,19 @@ def _zero_blocks(inside: int, data: Buffer) -> list[int]:
         if head == 0 and view[at : at + BLOCK_SIZE] == _ZEROS[:BLOCK_SIZE]:
             found.append(first + index)
     return found
+
+
+def _kept_runs(
+    block_map: BlockMap, inside: int, data: Buffer, first: int, last: int, log_id: int
+) -> Sequence[_KeptRun]:
+    """A write in runs of blocks that are to be written, and that become holes for being of zeros."""
+    zeros = _zero_blocks(inside, data)
+    return _runs_besides(zeros, block_map, first, last, log_id) if zeros else ((first, last, True),)
+
+
+def _added_count(block_map: BlockMap, kept: Sequence[_KeptRun], log_id: int) -> int:
+    """How many blocks a log gains by a write in these runs."""
+    return sum(blockmap.other_count(block_map, low, high, log_id) for low, high, is_kept in kept if is_kept)
 
 
 def _runs_besides(zeros: list[int], block_map: BlockMap, first: int, last: int, log_id: int) -> list[_KeptRun]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -24,7 +25,7 @@ from .blockmasks import objects_with_data
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
 from .errors import NoMemoryError, SnapfsError
-from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, IntermediateRow, ShardBatch
+from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
@@ -42,6 +43,15 @@ from .writeback import EarlyWriteback
 DIRTY_OBJECTS_MAX = 2048
 COMMIT_CHECK_S = 1.0
 _PUNCH_BATCH = 512
+
+
+class _Punched(NamedTuple):
+    """What came of a lot of ranges that were to be given back: how many there were, the number of the last one."""
+
+    row_count: int
+    last_row: int
+    punched_count: int
+    failure: OSError | None
 
 
 class _DataSyncError(Exception):
@@ -204,12 +214,20 @@ class Processor:
         for is_change in (False, True):
             await self.logs.liveness_for(volume_id, is_change=is_change).renew()
 
-    async def changed_block_count(self, volume_id: VolumeId, epoch: int) -> int:
-        """Blocks in the change logs of a volume's current epoch: changed since its last snapshot."""
-        portion = self.portions.get(volume_id)
-        if portion is not None and portion.current_log is not None:
-            return portion.current_log.block_count
-        return await self.access.ask(self.access.store.block_count_of, volume_id, epoch)
+    async def changed_block_counts(self, epochs: Mapping[VolumeId, int]) -> dict[VolumeId, int]:
+        """Blocks in the change logs that volumes began in these epochs or later: changed since their last snapshots."""
+        if not epochs:
+            return {}
+        stored = await self.access.ask(self.access.store.logs_since, min(epochs.values()))
+        counts = {row.log_id: (row.volume_id, row.epoch, row.block_count) for row in stored}
+        for log in self.logs.known.values():
+            if log.kind == CHANGE_LOG:
+                counts[log.log_id] = (log.volume_id, log.epoch, log.block_count)
+        found = dict.fromkeys(epochs, 0)
+        for volume_id, epoch, count in counts.values():
+            if volume_id in found and epoch >= epochs[volume_id]:
+                found[volume_id] += count
+        return found
 
     def source_block_count(self, volume_id: VolumeId) -> int:
         """Blocks that what a volume is written over takes, as far as its file is open or can be opened at once."""
@@ -478,30 +496,46 @@ class Processor:
     # -- freeing -----------------------------------------------------------------------------
 
     async def punch_freed(self) -> int:
-        """Give what nothing names back to the devices; how many ranges."""
-        done = 0
+        """Give what nothing names back to the devices; how many ranges.
+
+        What cannot be punched of one log keeps no other's from coming back; the first reason is raised at the end.
+        """
+        done = after = 0
+        failure: OSError | None = None
         while True:
             with trio.CancelScope(shield=True):
-                count = await self.access.ask(self._punch_some)
-            done += count
-            if count < _PUNCH_BATCH:
-                self._has_freed = False
-                return done
+                lot = await self.access.ask(partial(self._punch_some, after))
+            done += lot.punched_count
+            failure = failure or lot.failure
+            if lot.row_count < _PUNCH_BATCH:
+                break
+            after = lot.last_row
             await trio.lowlevel.checkpoint()
+        if failure is not None:
+            raise failure
+        self._has_freed = False
+        return done
 
-    def _punch_some(self) -> int:
+    def _punch_some(self, after_row: int) -> _Punched:
         store = self.access.store
-        rows = store.freed(_PUNCH_BATCH)
-        ranges: dict[int, list[tuple[int, int]]] = {}
-        for _, row in rows:
-            ranges.setdefault(row.log_id, []).append((row.offset, row.length))
-        for log_id, of_log in ranges.items():
+        rows = store.freed(_PUNCH_BATCH, after_row)
+        of_logs: dict[int, list[tuple[int, FreedRow]]] = {}
+        for number, row in rows:
+            of_logs.setdefault(row.log_id, []).append((number, row))
+        punched: list[int] = []
+        failure: OSError | None = None
+        for log_id, of_log in of_logs.items():
             log = store.log(log_id)
-            if log is not None:
-                self.logs.punch(log_id, log.device_id, of_log)
-        if rows:
-            store.forget_freed(number for number, _ in rows)
-        return len(rows)
+            try:
+                if log is not None:
+                    self.logs.punch(log_id, log.device_id, [(row.offset, row.length) for _, row in of_log])
+            except OSError as error:
+                failure = failure or error
+            else:
+                punched += [number for number, _ in of_log]
+        if punched:
+            store.forget_freed(punched)
+        return _Punched(len(rows), rows[-1][0] if rows else after_row, len(punched), failure)
 
     async def remove_strays(self) -> int:
         """After opening, before the first write: remove files of logs that the store does not know."""

@@ -452,9 +452,11 @@ async def _forget(processor: Processor, volume_id: VolumeId) -> None:
             logs = await processor.access.ask(store.logs_of, volume_id)
             await processor.access.ask(store.forget_volume, volume_id)
             processor.sources.pop(volume_id, None)
-            processor.logs.release_quota(logs)
-            portion = processor.portions.pop(volume_id, None)
             known = [log for log in processor.logs.known.values() if log.volume_id == volume_id]
+            listed = {row.log_id for row in logs}
+            # Of a volume whose sync failed some were never stored.
+            processor.logs.release_quota([*logs, *(log.row() for log in known if log.log_id not in listed)])
+            portion = processor.portions.pop(volume_id, None)
             if portion is not None:
                 portion.release()
             processor.tally.drop(volume_id)

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NoReturn, cast
-
-import trio
 
 from . import blockmap
 from .blockmap import HOLE
+from .closed import Closed
 from .errors import SnapfsError
 from .events import EventLog
 from .geometry import BLOCK_SHIFT, OBJECT_SHIFT
 from .jobs import Job
-from .notresident import NotResidentError, OldBlocks, when_resident
+from .notresident import when_resident
 from .portion import Portion
 from .processor import Processor
 from .snapshotindex import NEVER
@@ -32,36 +30,6 @@ from .volume import Volume
 
 _RUN_BLOCKS_MAX = 256
 _OBJECTS_A_COMMIT = 64
-
-
-class _Closed:
-    """Stands for a volume's portions while nobody may use them: whoever does waits, or is told why not."""
-
-    def __init__(self) -> None:
-        self._opened = trio.Event()
-        self._failure: SnapfsError | None = None
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if self._failure is not None:
-            raise type(self._failure)(self._failure.reason, self._failure.fix)
-        raise NotResidentError(self._wait)
-
-    @property
-    def failure(self) -> SnapfsError | None:
-        """Why it stays closed, if it does."""
-        return self._failure
-
-    async def _wait(self, old_blocks: OldBlocks) -> None:
-        await self._opened.wait()
-
-    def open(self) -> None:
-        """Have all who wait look again."""
-        self._opened.set()
-
-    def fail(self, failure: SnapfsError) -> None:
-        """Have all who use it be told."""
-        self._failure = failure
-        self._opened.set()
 
 
 class Restorer:
@@ -79,14 +47,21 @@ class Restorer:
         self._volume = volume
         self._processors = processors
         self._events = events
-        self._closed = _Closed()
+        self._closed = Closed(len(processors))
         self._portions: list[Portion] = []
 
-    def close_now(self) -> None:
-        """From now on nobody reads or writes the volume. Runs without an await."""
+    def hold(self) -> None:
+        """Have the volume open, for :meth:`close_now`, or until :meth:`let_go`. Raises whatever keeps it from that."""
         self._volume.open()
+
+    def let_go(self) -> None:
+        """Undo :meth:`hold`: there is nothing to be put back."""
+        self._volume.close()
+
+    def close_now(self) -> None:
+        """From now on nobody reads or writes the volume, which is held. Runs without an await, and does not fail."""
         self._portions = self._volume.portions
-        self._volume.portions = cast("list[Portion]", [self._closed] * len(self._portions))
+        self._volume.portions = self._closed.portions()
 
     def open_now(self) -> None:
         """Let readers and writers go on."""

@@ -463,12 +463,10 @@ class ShardStore:
         )
         return blockmap.decode(row[1]) if row is not None and row[0] <= instant else blockmap.HOLE
 
-    def block_count_of(self, volume_id: VolumeId, epoch: int) -> int:
-        """Blocks in a volume's change logs of one epoch."""
-        return self.database.number(
-            "SELECT coalesce(sum(block_count), 0) FROM logs WHERE volume_id = ? AND epoch = ? AND kind = 0",
-            (volume_id, epoch),
-        )
+    def logs_since(self, epoch: int) -> list[LogRow]:
+        """Change logs begun in an epoch or later."""
+        rows = self.database.rows("SELECT * FROM logs WHERE epoch >= ? AND kind = 0", (epoch,))
+        return [LogRow(*row) for row in rows]
 
     def copies_from(self, volume_id: VolumeId, object_index: int, instant: int) -> list[CopyRow]:
         """The copies of an object with instants from one on, in order."""
@@ -657,9 +655,11 @@ class ShardStore:
             return self.database.number("SELECT coalesce(max(epoch), 0) FROM maps")
         return self._meta("epoch")
 
-    def freed(self, limit: int) -> list[tuple[int, FreedRow]]:
-        """Ranges still to be punched, each with the number of its row."""
-        rows = self.database.rows("SELECT rowid, log_id, offset, length FROM freed LIMIT ?", (limit,))
+    def freed(self, limit: int, after_row: int = 0) -> list[tuple[int, FreedRow]]:
+        """Ranges still to be punched, each with the number of its row, in the order of these, behind one of them."""
+        rows = self.database.rows(
+            "SELECT rowid, log_id, offset, length FROM freed WHERE rowid > ? ORDER BY rowid LIMIT ?", (after_row, limit)
+        )
         return [(row[0], FreedRow(*row[1:])) for row in rows]
 
     def forget_freed(self, row_numbers: Iterable[int]) -> None:

@@ -145,15 +145,13 @@ def volume_status(pool: Pool, volume: Volume, changed: Mapping[VolumeId, int]) -
 
 async def _changed_block_counts(pool: Pool) -> dict[VolumeId, int]:
     """Blocks of each volume that changed since the last snapshot."""
-    return {
-        volume.volume_id: sum(
-            [
-                await one.changed_block_count(volume.volume_id, max(one.clock.epoch, volume.named_epoch))
-                for one in pool.processors
-            ]
-        )
-        for volume in list(pool.volumes.by_name.values())
-    }
+    volumes = list(pool.volumes.by_name.values())
+    found = {volume.volume_id: 0 for volume in volumes}
+    for processor in pool.processors:
+        epochs = {one.volume_id: max(processor.clock.epoch, one.named_epoch) for one in volumes}
+        for volume_id, count in (await processor.changed_block_counts(epochs)).items():
+            found[volume_id] += count
+    return found
 
 
 async def _stored_counts(processor: Processor) -> tuple[int, int, list[IntermediateRow]]:

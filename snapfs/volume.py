@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 import trio
@@ -13,6 +13,7 @@ import trio
 from .backends import Buffer
 from .blockmap import BlockMap
 from .catalogaccess import CatalogAccess
+from .closed import Closed
 from .errors import DamagedError, SnapfsError, SyncFailedError, TooLargeError
 from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
@@ -175,7 +176,7 @@ class Volume(VolumeView):
         self._shrink_count = 0
         self.failed_write_count = 0
         self.request_count = 0
-        self._opens_before = 0
+        self._between: Closed | None = None
         self._catalog = catalog
         self._snapshots = snapshots
         self._clock = clock
@@ -265,21 +266,29 @@ class Volume(VolumeView):
         """Have its portions in memory until :meth:`close`."""
         if not self.opens:
             # All that may find no memory comes before it counts as open.
-            portions = [processor.portion(self.volume_id) for processor in self.processors]
-            self.refuse_writes()
-            for portion in portions:
-                portion.users += 1
-            self.portions = portions
+            self.portions = self._portions_held()
         self.opens += 1
+
+    def _portions_held(self) -> list[Portion]:
+        portions = [processor.portion(self.volume_id) for processor in self.processors]
+        self.refuse_writes()
+        for portion in portions:
+            portion.users += 1
+        return portions
 
     def close(self) -> None:
         """Undo one :meth:`open`."""
         self.opens -= 1
         if self.opens == 0:
             portions, self.portions = self.portions, []
-            for processor, portion in zip(self.processors, portions, strict=True):
-                portion.users -= 1
-                processor.let_go(portion)
+            if self._between is None:
+                self._let_go(portions)
+            self._between = None
+
+    def _let_go(self, portions: Sequence[Portion]) -> None:
+        for processor, portion in zip(self.processors, portions, strict=True):
+            portion.users -= 1
+            processor.let_go(portion)
 
     @contextmanager
     def requested(self) -> Iterator[None]:
@@ -316,13 +325,14 @@ class Volume(VolumeView):
     def give_up(self) -> None:
         """Let go of the contents, to be others by :meth:`become`, until :meth:`resume`.
 
-        No await until then, so each read and write is of the one or of the other. The caller holds
+        Until then whoever uses it waits, so each read and write is of the one or of the other. The caller holds
         writers.
         """
         if self.opens:
-            self._opens_before = self.opens
-            self.opens = 1
-            self.close()
+            between = Closed(self.processor_count)
+            portions, self.portions = self.portions, between.portions()
+            self._between = between
+            self._let_go(portions)
         self.versions.clear()
         # A sync under way is of the old contents, and says nothing of these.
         self._shrink_count += 1
@@ -345,10 +355,12 @@ class Volume(VolumeView):
         self.ctime_ns = time.time_ns()
 
     def resume(self) -> None:
-        """After :meth:`become`: whoever had it open has it open."""
-        if self._opens_before:
-            self.open()
-            self.opens, self._opens_before = self._opens_before, 0
+        """After :meth:`become`: whoever has it open goes on. May be called again after it found no memory."""
+        between = self._between
+        if between is not None:
+            self.portions = self._portions_held()
+            self._between = None
+            between.open()
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -583,8 +595,8 @@ class Volume(VolumeView):
         """Set the size; what is gained reads as zeros, what is cut off is freed.
 
         A cut is durable when this returns, and in this order: the smaller size; then the maps
-        without what lay behind it. Until the maps are, the catalog's ``trim`` says so, and nobody
-        sees what is behind the size. Raises TooLargeError, NoSpaceError.
+        without what lay behind it, or they wait (:attr:`needs_trim`) for room, say. Until the maps are, the
+        catalog's ``trim`` says so, and nobody sees what is behind the size. Raises TooLargeError, NoSpaceError.
         """
         await self.wait_until_open()
         if size_bytes >= self.size_bytes:
@@ -603,14 +615,15 @@ class Volume(VolumeView):
                 self.before_change()
                 self.size_bytes = size_bytes
             return
-        self._truncated = trio.Event()
         self.open()
         try:
-            await self._shrink(size_bytes)
+            let_writers_go = self.hold_writers()
+            try:
+                await self._shrink(size_bytes)
+            finally:
+                let_writers_go()
         finally:
             self.close()
-            self._truncated.set()
-            self._truncated = None
 
     async def fit(self) -> None:
         """Clear what its source has behind its size, and give a source that is written over this size."""
@@ -631,7 +644,9 @@ class Volume(VolumeView):
         async with self._trim_turn:
             await self._save_smaller(size_bytes)
         if self.may_have_blocks:
-            await self.trim()
+            # It is cut by now, durably. What lies behind the size waits, and so does growing, until it can be cleared.
+            with suppress(SnapfsError, OSError, MemoryError):
+                await self.trim()
 
     async def _save_smaller(self, size_bytes: int) -> None:
         before = (self.size_bytes, self._synced_size_bytes, self._trim)
@@ -707,8 +722,8 @@ class Volume(VolumeView):
         async with self._trim_turn:
             if self._trim != _TRIM_DUE or self.is_unused:
                 return
-            self._trim = _TRIM_RUNNING
             self.open()
+            self._trim = _TRIM_RUNNING
             size_bytes = self.size_bytes
             try:
                 await self._zero_tail()
