@@ -380,7 +380,8 @@ class DirectoryDevice(Device):
         except KeyError:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
         return Space(
-            total_bytes=found.f_blocks * found.f_frsize,
+            # Without what is kept for root, which nobody else has or can use up: as df(1) counts what is used.
+            total_bytes=(found.f_blocks - (found.f_bfree - found.f_bavail)) * found.f_frsize,
             free_bytes=found.f_bavail * found.f_frsize,
             total_files=found.f_files,
             free_files=found.f_favail,

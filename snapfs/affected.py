@@ -96,8 +96,8 @@ class DamageTeller:
             "log_id": damaged.log_id,
             "volumes": named,
         }
-        self._ledger.tell(damaged, told)
-        self._events.note("damaged-block", logging.ERROR, **told)
+        if self._ledger.tell(damaged, told):
+            self._events.note("damaged-block", logging.ERROR, **told)
 
     async def _histories(self, blocks: Sequence[DamagedBlock]) -> dict[VolumeId, dict[Stretch, int]]:
         """By volume and from when to when: the mask of those of an object's damaged blocks that it has, or had."""

@@ -19,7 +19,7 @@ from itertools import islice
 from .backends import Device, DeviceFile
 from .blockmap import LOG_ID_MAX
 from .errors import DamagedError, IdsUsedUpError
-from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder
+from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, LogRow, log_file, log_folder, log_id_of
 from .geometry import Epoch, LogId, VolumeId
 from .liveness import DeviceWatch, Liveness
 from .placement import Placement, Quota
@@ -405,7 +405,7 @@ class ChangeLogs:
             folder = log_folder(self._processor_index)
             for name in device.names(folder):
                 try:
-                    log_id = int(name, 16)
+                    log_id = log_id_of(name)
                 except ValueError:
                     continue
                 if log_id not in known:

@@ -36,9 +36,10 @@ from .formats import (
     log_folder,
     shard_file,
 )
-from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset
+from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset, volume_size_bytes_max
 from .pool import OpenDevice, check_generations, open_devices, running_pool
 from .repair import repair_running
+from .rowchecks import impossible_kinds, impossible_snapshots, impossible_versions
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable
@@ -125,6 +126,7 @@ class _Context:
     next_instant: int
     was_clean: bool
     traits: TraitsTable
+    versioned_ids: set[VolumeId]
     has_image: HasImage
     report: Report
 
@@ -217,10 +219,21 @@ def _check_catalog(
         next_instant=catalog.meta("next_instant"),
         was_clean=bool(catalog.meta("clean")),
         traits=traits,
+        versioned_ids=catalog.version_volume_ids(),
         has_image=has_image,
         report=report,
     )
     _check_volumes(context, catalog)
+    versions = catalog.versions()
+    for words in (
+        *impossible_snapshots(catalog.snapshots(), volumes, versions),
+        *impossible_versions(volumes, versions, index),
+    ):
+        report.add(DAMAGE, CATALOG_FILE, words)
+    try:
+        catalog.epoch_max()
+    except SnapfsError as error:
+        report.add(DAMAGE, CATALOG_FILE, str(error))
     if sorted(catalog.shard_generations()) != list(range(descriptor.processor_count)):
         report.add(DAMAGE, CATALOG_FILE, f"it tells of other processors than {POOL_FILE}")
     stores = []
@@ -262,7 +275,7 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
     for row in context.volumes.values():
         where = f"volume {show_name(row.attributes.name)!r}"
         _check_name(report, row.attributes.name, where)
-        if row.attributes.size_bytes < 0:
+        if not 0 <= row.attributes.size_bytes <= volume_size_bytes_max(context.descriptor.processor_count):
             report.add(DAMAGE, where, f"its size is {row.attributes.size_bytes}")
         if row.trim:
             report.add(NOTE, where, "what lies behind its size is still to be cleared")
@@ -278,6 +291,9 @@ def _check_volumes(context: _Context, catalog: Catalog) -> None:
     for traits in context.traits.rows.values():
         if traits.restore_instant:
             report.add(NOTE, CATALOG_FILE, f"a rollback in place of volume {traits.volume_id} is still to be finished")
+            is_held = context.snapshots.holds(traits.volume_id, traits.restore_instant, traits.restore_instant)
+            if traits.change_mode != COPY_ON_WRITE or not is_held:
+                report.add(DAMAGE, CATALOG_FILE, f"and no snapshot holds what volume {traits.volume_id} is to be then")
     for volume_id in context.removed:
         report.add(NOTE, CATALOG_FILE, f"removed volume {volume_id} still has maps to take apart")
     for version in catalog.versions():
@@ -322,6 +338,7 @@ class _ShardCheck:
 
     def run(self) -> None:
         """Run all of them."""
+        self.store.epoch_max()
         if self.store.next_log_id <= max(self.logs, default=0):
             what = f"the next change log is to be {self.store.next_log_id}, which is taken"
             self.report.add(DAMAGE, self.where, what)
@@ -349,6 +366,9 @@ class _ShardCheck:
 
     def _check_sources(self) -> None:
         """Whether each volume that is written over something, or stands on an image, has a record of that here."""
+        known_ids = {*self.context.volumes, *self.context.removed, *self.context.versioned_ids}
+        for words in impossible_kinds(self.logs.values(), self.context.traits, known_ids):
+            self.report.add(DAMAGE, self.where, words)
         known = {log.volume_id for log in self.logs.values() if log.kind != CHANGE_LOG}
         for volume_id in self.context.volumes:
             traits = self.context.traits.get(volume_id)
@@ -406,7 +426,12 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"the copy of instant {copy.instant} overlaps another")
             if snapshots.holds(volume_id, covered + 1, copy.epoch - 1):
                 self.report.add(DAMAGE, where, f"no copy covers a snapshot before instant {copy.epoch}")
-            if not snapshots.holds(volume_id, copy.epoch, copy.instant):
+            if copy.instant in self.context.kept_instants and not snapshots.holds(
+                volume_id, copy.instant, copy.instant
+            ):
+                what = f"the copy of instant {copy.instant} is for a snapshot that has lost this volume"
+                self.report.add(DAMAGE, where, what)
+            elif not snapshots.holds(volume_id, copy.epoch, copy.instant):
                 is_due = copy.instant not in self.context.kept_instants and (
                     copy.instant in self.context.all_instants
                     or copy.instant >= min(self.context.next_instant, self.context.leftovers_from)
@@ -425,7 +450,7 @@ class _ShardCheck:
                 self.report.add(DAMAGE, where, f"its map of epoch {live.epoch} is older than its copies")
             self._name_blocks(where, live.block_map, object_index, volume_id, live.epoch, is_live=True)
             if volume is None and volume_id not in self.context.removed:
-                self.report.add(LEAK, where, "it has a live map, but the catalog knows no such volume")
+                self.report.add(DAMAGE, where, "it has a live map, but the catalog knows no such volume")
         elif volume is not None and copies:
             self.report.add(DAMAGE, where, "it has copies, and its live map is lost")
 

@@ -28,6 +28,7 @@ class DamageLedger:
 
     def __init__(self) -> None:
         self.known: dict[DamagedBlock, dict[str, object] | None] = {}
+        self._told_before: set[DamagedBlock] = set()
         self.found = Wakeup()
 
     def note(self, processor_index: int, log_id: int, object_index: int, block: int) -> None:
@@ -50,16 +51,21 @@ class DamageLedger:
         before = self.known
         met = [one for one in before if one not in known_before or (one.processor_index, one.log_id) in unread]
         self.known = {one: before.get(one) for one in list(dict.fromkeys([*found, *met]))[:KNOWN_MAX]}
+        # Who has them may be others by now, by other names: it is worked out anew.
+        self._told_before = {one for one, named in self.known.items() if named is not None}
         self.found.set()
 
     def untold(self) -> list[DamagedBlock]:
-        """Those of which nobody knows yet who has them."""
-        return [one for one, named in self.known.items() if named is None]
+        """Those of which nobody knows yet who has them, or only who had them before the last scrub."""
+        return [one for one, named in self.known.items() if named is None or one in self._told_before]
 
-    def tell(self, damaged: DamagedBlock, named: dict[str, object]) -> None:
-        """Who has a block is worked out."""
+    def tell(self, damaged: DamagedBlock, named: dict[str, object]) -> bool:
+        """Who has a block is worked out; whether that is news."""
+        is_news = self.known.get(damaged) != named
+        self._told_before.discard(damaged)
         if damaged in self.known:
             self.known[damaged] = named
+        return is_news
 
     def entries(self) -> list[dict[str, object]]:
         """All of which it is known who has them, for status."""

@@ -13,11 +13,15 @@ import time
 from .backends import Device, DirectoryDevice, LockHolder
 from .errors import InUseError, NotAPoolError, UnreadableError
 from .formats import LOCK_FILE, POOL_FILE, PoolDescriptor
-from .units import iso_time
+from .units import check_path, iso_time
 
 
 def open_home(where: str, *, writable: bool = True) -> DirectoryDevice:
-    """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read."""
+    """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read.
+
+    BadNameError for a path that is not text in UTF-8, which SQLite does not open.
+    """
+    check_path(where)
     try:
         return DirectoryDevice(where, writable=writable)
     except (FileNotFoundError, NotADirectoryError):

@@ -47,6 +47,11 @@ def log_folder(processor_index: int) -> str:
     return f"logs/{processor_index}"
 
 
+def log_id_of(name: str) -> int:
+    """The number of the change log that a file is of. Raises ValueError for a name that none has."""
+    return int(name.rpartition("/")[2], 16)
+
+
 def log_file(processor_index: int, log_id: int) -> str:
     """Name of a change log's file on its device."""
     return f"logs/{processor_index}/{log_id:08x}"

@@ -103,7 +103,7 @@ class _Guard:
     def _note(self, told: _Told) -> None:
         if "begun" in told:
             self._running_pid = int(str(told["pid"]))
-            if told["phase"] == "before":
+            if told["phase"] == "before" and told["begun"] not in self.begun:
                 self.begun.append(str(told["begun"]))
         elif "ended" in told:
             self._running_pid = 0

@@ -40,7 +40,9 @@ def run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float) 
     try:
         return _run(hook, phase, plan, limit_s)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other programs are still to be run
-        return f"{phase} cannot be run: {error}", ""
+        # What the program is, which an error of the system may tell, is not for everyone: it goes with what it says.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        return f"{phase} cannot be run: {reason}", str(error)
     finally:
         tell(ended=hook["name"], phase=phase)
 
@@ -49,6 +51,8 @@ def _run(hook: dict[str, Any], phase: str, plan: dict[str, Any], limit_s: float)
     command = hook[phase]
     reading, writing = os.pipe()
     try:
+        # First, for whoever kills this process right behind the start leaves it to the daemon to have it thawed.
+        tell(begun=hook["name"], phase=phase, pid=0)
         try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", command] if hook["shell"] else command,

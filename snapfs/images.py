@@ -24,6 +24,8 @@ _MAGICS = (
     (0, b"conectix", "vpc"),
     (0, b"vhdxfile", "vhdx"),
 )
+# What has qemu-img make an image of the size it is given, and not of the next one that cylinders come out even with.
+_EXACT = {"vpc": ("force_size=on",)}
 OnProgress = Callable[[int, int], None]
 Extents = list[tuple[int, int]]
 
@@ -55,7 +57,10 @@ def export_image(source: IO[bytes], extents: Extents, target: str, image_format:
         if image_format == RAW:
             _export_raw(source, extents, image, on_progress)
         else:
-            _qemu_img("convert", "-f", RAW, "-O", image_format, "--", _opened_path(source), target, file=source)
+            options = [word for one in _EXACT.get(image_format, ()) for word in ("-o", one)]
+            _qemu_img(
+                "convert", "-f", RAW, "-O", image_format, *options, "--", _opened_path(source), target, file=source
+            )
 
 
 @contextmanager
@@ -143,7 +148,9 @@ def import_image(source: str, target: str, image_format: str, on_progress: OnPro
         if image_format == RAW:
             _import_raw(source, volume, on_progress)
         else:
-            volume.truncate(json.loads(_qemu_img("info", "--output", "json", "--", source))["virtual-size"])
+            # By that format: of a fixed VHD the footer would count, if it were to be found out.
+            found = json.loads(_qemu_img("info", "-f", image_format, "--output", "json", "--", source))
+            volume.truncate(found["virtual-size"])
             # Into the file that is there: with -n it makes none.
             _qemu_img("convert", "-n", "-f", image_format, "-O", RAW, "--", source, _opened_path(volume), file=volume)
         os.fsync(volume.fileno())

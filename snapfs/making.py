@@ -31,7 +31,7 @@ from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .tasks import in_thread
-from .units import show_name
+from .units import check_path, show_name
 from .volume import Volume
 from .volumes import VolumeTable
 
@@ -159,6 +159,7 @@ class VolumeMaker:
         path = wish.source_path
         if not path.startswith("/"):
             raise BadCommandError(f"the source {path} is not an absolute path", "Write it from / on")
+        check_path(path)
         # In a thread: to look at the mount is to ask the loop that this runs in.
         if await in_thread(self.is_own_path, path):
             raise BadCommandError(

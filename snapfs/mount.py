@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 
 import pyfuse3
@@ -48,6 +48,8 @@ _CONNECTIONS = "/sys/fs/fuse/connections"
 _OPEN_FILES_MAX = 65536
 WORKERS_MIN = 8
 WORKERS_MAX = 256
+# Fewer than the workers, so that there is always one for what is not in the background.
+BACKGROUND_MAX = 192
 READ_AHEAD_KIB = 1024
 DIRTY_RATIO_MAX = 40
 
@@ -86,6 +88,7 @@ class _Mount:
             request.mount_point,
             partial(self._kernel_names.tell, _forget_pages),
         )
+        self._own_mount.note_lost = self._operations.note_lost
         self._kernel_events = KernelEvents(
             pool.events, partial(self._kernel_names.tell, _store_events), self._own_mount.cut_events
         )
@@ -125,6 +128,13 @@ class _Mount:
             raise self._session.failure
 
     async def _serve(self, ready: Callable[[], None]) -> None:
+        gc.collect()
+        gc.freeze()
+        # From before there is a mount: ended in between, it would be left without a daemon.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            await self._serve_until_told(ready, signals)
+
+    async def _serve_until_told(self, ready: Callable[[], None], signals: AsyncIterator[int]) -> None:
         try:
             pyfuse3.init(self._operations, self._mount_point, self._options)
         except RuntimeError as error:
@@ -136,11 +146,9 @@ class _Mount:
         events.on_line = self._kernel_events.note_line
         events.on_cut = self._kernel_events.note_cut
         events.note("mounted", mount_point=self._mount_point, pid=os.getpid())
-        gc.collect()
-        gc.freeze()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._stop_on_signals)
+                nursery.start_soon(self._stop_on_signals, signals)
                 nursery.start_soon(self._abort_when_cancelled)
                 nursery.start_soon(self._tell_when_ready, ready)
                 nursery.start_soon(kept_up, self._kernel_events.run, self._pool.note_no_memory)
@@ -188,11 +196,10 @@ class _Mount:
             has_mended = not self._pool.clones.stale or await self._pool.clones.mend_stale()
             rest_s = _MEND_S if has_mended else min(2 * rest_s, _MEND_S_MAX)
 
-    async def _stop_on_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                _log.info("stopping on %s", signal.Signals(number).name)
-                await self._stop()
+    async def _stop_on_signals(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            _log.info("stopping on %s", signal.Signals(number).name)
+            await self._stop()
 
     async def _stop(self) -> None:
         """Unmount, with nothing of what was written left in the kernel.
@@ -289,7 +296,14 @@ def _connections() -> Iterator[str]:
 
 
 def _tune_mount(device: int) -> None:
-    """Read further ahead and let more pages be dirty than a FUSE mount does by default (needs root)."""
+    """Read further ahead, and let more pages be dirty and more requests be under way, than by default (needs root).
+
+    By default 12 direct or buffered requests that wait for a device that hangs, say, hold up all others of the mount.
+    """
+    with contextlib.suppress(OSError), _connections() as connections:
+        for name, value in (("max_background", BACKGROUND_MAX), ("congestion_threshold", BACKGROUND_MAX * 3 // 4)):
+            with open(f"{connections}/{os.minor(device)}/{name}", "w") as setting:
+                setting.write(str(value))
     folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
     for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", 100), ("strict_limit", 0), ("min_ratio", 20)):
         try:

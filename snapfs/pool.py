@@ -59,6 +59,7 @@ from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
 from .reserve import Reserve
+from .rowchecks import impossible_kinds
 from .scheduler import Scheduler
 from .sealer import Sealer
 from .shardstate import EpochClock
@@ -118,7 +119,8 @@ def open_devices(catalog: Catalog, descriptor: PoolDescriptor, open_device: Open
             if path:
                 # The one inside the pool's directory is copied and locked with that.
                 claim_device(device, path)
-                _check_device_generation(catalog, device, path)
+                for words in wrong_generations(catalog, device, device_id, path):
+                    raise DamagedError(words, "Use the latest of both, or restore the whole pool from one copy")
     except BaseException:
         for device in devices.values():
             device.close()
@@ -165,14 +167,23 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
     return device
 
 
-def _check_device_generation(catalog: Catalog, device: Device, path: str) -> None:
+def wrong_generations(catalog: Catalog, device: Device, device_id: int, path: str) -> list[str]:
+    """That the pool's directory or a device is an older copy than the other knows of, in words. Raises DamagedError."""
     generation = DeviceDescriptor.from_json(device.read_file(DEVICE_FILE), path).generation
+    told = catalog.meta(_told_key(device_id), 0)
     if generation > catalog.generation:
-        raise DamagedError(
+        return [
             f"the pool's directory is an old copy: its catalog is at {catalog.generation}, device {path} was last used"
-            f" at {generation}",
-            "Use the pool's latest directory, or restore the whole pool from one copy",
-        )
+            f" at {generation}"
+        ]
+    if generation < told:
+        return [f"device {path} is an old copy: it was last used at {generation}, the catalog knows of {told}"]
+    return []
+
+
+def _told_key(device_id: int) -> str:
+    """Where the catalog keeps how new it told a device to be, once that is durable there."""
+    return f"told_device_{device_id}"
 
 
 def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissingError:
@@ -180,6 +191,21 @@ def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissing
         f"device {device_id} of the pool is not at {shown}: {error.strerror}",
         "Mount or attach it there, then try again; nothing was changed",
     )
+
+
+def _check_sources(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
+    """Raises DamagedError for a change log that is taken for a source: it would be removed with what lies in it."""
+    rows = [store.source_rows() for store in stores]
+    if not any(rows):
+        return
+    traits = TraitsTable(catalog.traits())
+    known_ids = {*(row.volume_id for row in catalog.volumes()), *catalog.removed(), *catalog.version_volume_ids()}
+    for store, of_store in zip(stores, rows, strict=True):
+        for words in impossible_kinds(of_store, traits, known_ids):
+            raise DamagedError(
+                f"the shard store of processor {store.processor_index} is damaged: {words}",
+                "Restore the pool from a copy; snapfs check tells more",
+            )
 
 
 def check_generations(catalog: Catalog, stores: Sequence[ShardStore]) -> None:
@@ -371,6 +397,7 @@ class Pool:
             for index in range(descriptor.processor_count):
                 stores.append(ShardStore.open(home, index, descriptor.pool_id))
             check_generations(catalog, stores)
+            _check_sources(catalog, stores)
             return cls(home, descriptor, catalog, stores, devices, open_device, open_image)
         except BaseException:
             for store in stores:
@@ -385,7 +412,10 @@ class Pool:
 
         From here until :meth:`close` the catalog says that the pool was not stopped cleanly."""
         await self.reserve.helped(self._recover_rows)
-        await self._note_generation()
+        told = await self._note_generation()
+        if told:
+            # Now that it is there: a copy of the device from before is not to be taken for it.
+            await self.catalog.save([], lambda: CatalogBatch(meta=dict(told)))
         await self.changelogs.load()
         await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
@@ -419,26 +449,29 @@ class Pool:
                 await processor.recover_from_crash()
         self._is_recovered = True
 
-    async def _note_generation(self) -> None:
-        """Have each device tell how new the pool's directory must be at least.
+    async def _note_generation(self) -> dict[str, int]:
+        """Have each device tell how new the pool's directory must be at least; what those that do were told.
 
         One that does not answer soon, or has no room, tells what it told before.
         """
         paths = await self.catalog.ask(self.catalog.catalog.device_paths)
         generation = self.catalog.catalog.generation
         # The one inside the pool's directory is copied with that.
-        told = [one for one, path in paths.items() if path and one in self.devices and one not in self._told]
-        await side_by_side([partial(self._tell_generation_soon, device_id, generation) for device_id in told])
+        asked = [one for one, path in paths.items() if path and one in self.devices and one not in self._told]
+        told: dict[str, int] = {}
+        await side_by_side([partial(self._tell_generation_soon, one, generation, told) for one in asked])
+        return told
 
-    async def _tell_generation_soon(self, device_id: int, generation: int) -> None:
-        call = partial(self._tell_generation, device_id, generation)
+    async def _tell_generation_soon(self, device_id: int, generation: int, told: dict[str, int]) -> None:
+        call = partial(self._tell_generation, device_id, generation, told)
         await (within(_NOTE_S, call) if self.devices[device_id].may_hang else call())
 
-    async def _tell_generation(self, device_id: int, generation: int) -> None:
+    async def _tell_generation(self, device_id: int, generation: int, told: dict[str, int]) -> None:
         device, descriptor = self.devices[device_id], DeviceDescriptor(self.descriptor.pool_id, device_id, generation)
         self._told.add(device_id)
         with contextlib.suppress(OSError, NoMemoryError):
             await in_thread(device.write_file, DEVICE_FILE, descriptor.to_json())
+            told[_told_key(device_id)] = generation
         self._told.discard(device_id)
 
     async def run(self) -> None:

@@ -25,7 +25,7 @@ from .blockmasks import objects_with_data
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
 from .errors import NoMemoryError, SnapfsError
-from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, ShardBatch
+from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, ShardBatch, log_id_of
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
@@ -542,8 +542,13 @@ class Processor:
         return await self.access.ask(self._remove_strays)
 
     def _remove_strays(self) -> int:
-        known = self.access.store.log_ids_with_blocks()
+        store = self.access.store
+        known = store.log_ids_with_blocks()
         strays = self.logs.stray_files(known)
+        # A log of which nothing is counted should have no file. It is looked whether that is true, not just counted.
+        empty = {row.log_id for row in store.some_logs([log_id_of(name) for _, name in strays])}
+        named = store.named_among(empty)
+        strays = [(device_id, name) for device_id, name in strays if log_id_of(name) not in named]
         for device_id, name in strays:
             self.logs.remove_stray(device_id, name)
         return len(strays)

@@ -40,6 +40,7 @@ from .pool import (
     check_store_generation,
     embedded_device_opener,
     open_device_of,
+    wrong_generations,
 )
 from .shardstore import ShardStore
 from .tasks import in_thread
@@ -207,6 +208,10 @@ class _Opening:
             except (DeviceMissingError, NotAPoolError, DamagedError) as error:
                 self._note_lost(f"{error.reason}; what lies there cannot be read")
                 device = AbsentDevice()
+            else:
+                for words in wrong_generations(catalog, device, device_id, path) if path else ():
+                    # What was freed there since reads as zeros, and what was written over as what it is now.
+                    self._note_lost(f"{words}; what lies there may read as it was or is at another time")
             devices[device_id] = ReadOnlyDevice(device)
             self._stack.callback(device.close)
         return devices

@@ -65,7 +65,10 @@ class Schedule:
 
     def next_ns(self, last_run_ns: int, now_ns: int) -> int:
         """When one is due again."""
-        return now_ns if self.is_due(last_run_ns, now_ns) else self.due_ns(now_ns) + self.every_s * SECOND_NS
+        if self.is_due(last_run_ns, now_ns):
+            return now_ns
+        # A last run that lies ahead, of a clock that was set back since, is waited for.
+        return max(self.due_ns(now_ns), last_run_ns) + self.every_s * SECOND_NS
 
     def to_json(self) -> str:
         """The rule as the catalog keeps it."""

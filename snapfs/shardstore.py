@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
 from xxhash import xxh3_64_digest
@@ -415,8 +415,11 @@ class ShardStore:
 
     def sources(self) -> dict[VolumeId, LogRow]:
         """By volume: the log that stands for what it is written over."""
-        rows = [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE kind != 0")]
-        return {row.volume_id: row for row in rows}
+        return {row.volume_id: row for row in self.source_rows()}
+
+    def source_rows(self) -> list[LogRow]:
+        """All logs that stand for what a volume is written over."""
+        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE kind != 0")]
 
     def block_counts_by_device(self) -> dict[int, int]:
         """Blocks in change logs that anything names, by device."""
@@ -500,6 +503,14 @@ class ShardStore:
     def log_ids_with_blocks(self) -> set[int]:
         """Logs that have a file."""
         return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0 OR kind = 1")}
+
+    def named_among(self, log_ids: Collection[int]) -> set[int]:
+        """Those of these logs that any map names. Looks through all of them."""
+        found: set[int] = set()
+        for table in ("maps", "copies"):
+            for (text,) in self.database.rows(f"SELECT map FROM {table}") if log_ids else ():
+                found.update(log_id for _, _, log_id in blockmap.all_runs(blockmap.decode(text)) if log_id in log_ids)
+        return found
 
     def object_count(self) -> int:
         """How many objects have a live map."""

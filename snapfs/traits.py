@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .errors import DamagedError
 from .formats import VolumeTraits
 from .geometry import SnapshotId, VolumeId
 
@@ -39,6 +40,13 @@ class TraitsTable:
 
     def __init__(self, rows: Iterable[VolumeTraits]) -> None:
         self.rows = {row.volume_id: row for row in rows}
+        for row in self.rows.values():
+            # A clone is made after what it is made of. Else its line of descent might have no end.
+            if row.origin_id >= row.volume_id:
+                raise DamagedError(
+                    f"the catalog is damaged: volume {row.volume_id} is said to be a clone of {row.origin_id}",
+                    "Restore it from a copy",
+                )
         self._families: dict[VolumeId, _Family] = {}
         self._shared_until: dict[VolumeId, int] = {}
         self._is_worked_out = False

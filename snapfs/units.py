@@ -97,6 +97,13 @@ def show_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def check_path(path: str) -> str:
+    """A path that a database can keep and open, or BadNameError."""
+    if not is_text(path):
+        raise BadNameError(f"the path {path!r} is not text in UTF-8", "Rename what it leads through; nothing was done")
+    return path
+
+
 def is_text(text: str) -> bool:
     """Whether it can be written as UTF-8, and so kept as text: no bytes that came as lone surrogates."""
     try:

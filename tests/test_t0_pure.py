@@ -296,7 +296,7 @@ LAYERS = [
     ["formats", "events", "damage", "sealedfile", "pace"],
     ["freeze", "pending", "descriptor"],
     ["database", "traits", "image"],
-    ["placement", "liveness"],
+    ["placement", "liveness", "rowchecks"],
     ["catalog", "shardstore", "changelog", "reserve"],
     ["folder", "catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
     ["writeback", "namedblocks", "prefetch"],

@@ -251,7 +251,7 @@ async def test_a_volume_of_an_earlier_version_with_the_name_of_the_manifest() ->
 
         tree = Namespace(pool, "/", never, never)
         folder = (await tree.lookup(names.SNAPSHOTS, b"s", Caller(1, 0, 0))).inode
-        found = [await tree.entry(inode) for inode in await tree.listing(folder)]
+        found = [await tree.entry(inode) for _, inode in await tree.listing(folder)]
         assert sorted(one[0] for one in found if one is not None) == [MANIFEST_NAME, b"v"]
         node = await tree.lookup(folder, MANIFEST_NAME, Caller(1, 0, 0))
         assert names.is_manifest(node.inode)

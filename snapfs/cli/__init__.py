@@ -12,7 +12,7 @@ from typing import cast
 import click
 
 from ..errors import SnapfsError
-from .output import open_closed_streams, print_any_name
+from .output import open_closed_streams, print_any_name, say
 
 # The module a command is in, and what it is called there.
 _COMMANDS = {
@@ -73,7 +73,7 @@ def main() -> None:
         print_any_name()
         cli.main(standalone_mode=False)
     except SnapfsError as error:
-        click.echo(f"snapfs: {error}", err=True)
+        say(f"snapfs: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
@@ -82,5 +82,5 @@ def main() -> None:
         click.echo("snapfs: stopped", err=True)
         sys.exit(1)
     except OSError as error:
-        click.echo(f"snapfs: {error}", err=True)
+        say(f"snapfs: {error}", err=True)
         sys.exit(1)

@@ -13,7 +13,7 @@ from ..backends import DirectoryDevice
 from ..check import Report, check_pool, repair
 from ..descriptor import open_home
 from ..pool import embedded_device_opener
-from .output import print_json
+from .output import print_json, say
 
 _EXIT_DAMAGE = 4
 T = TypeVar("T")
@@ -29,16 +29,19 @@ def check(pool: str, with_repair: bool, as_json: bool) -> None:
     Changes nothing without --repair. Exits with 4 when data or snapshots are damaged or space has leaked.
     """
     done: list[str] = []
-    if with_repair and not _with_home(pool, _check).is_damaged:
-        done = _with_home(pool, _repair)
-    report = _with_home(pool, _check)
+    report = _with_home(pool, _check, writable=False)
+    if with_repair and report.is_damaged:
+        click.echo("nothing was repaired: repairing a damaged pool would be guessing", err=True)
+    elif with_repair:
+        done = _with_home(pool, _repair, writable=True)
+        report = _with_home(pool, _check, writable=False)
     if as_json:
         print_json({**report.to_json(), "repaired": done})
     else:
         for sentence in done:
-            click.echo(f"repaired: {sentence}")
+            say(f"repaired: {sentence}")
         for finding in report.findings:
-            click.echo(f"{finding.severity}: {finding.where}: {finding.what}")
+            say(f"{finding.severity}: {finding.where}: {finding.what}")
         click.echo(
             f"{report.volume_count} volumes, {report.snapshot_count} snapshots, {report.object_count} objects,"
             f" {report.copy_count} point-in-time copies, {report.log_count} change logs:"
@@ -48,15 +51,15 @@ def check(pool: str, with_repair: bool, as_json: bool) -> None:
 
 
 def _check(home: DirectoryDevice, where: str) -> Report:
-    return check_pool(home, where, embedded_device_opener(home))
+    return check_pool(home, where, embedded_device_opener(home, writable=False))
 
 
 def _repair(home: DirectoryDevice, where: str) -> list[str]:
     return trio.run(repair, home, where, embedded_device_opener(home))
 
 
-def _with_home(pool: str, call: Callable[[DirectoryDevice, str], T]) -> T:
-    home = open_home(pool)
+def _with_home(pool: str, call: Callable[[DirectoryDevice, str], T], *, writable: bool) -> T:
+    home = open_home(pool, writable=writable)
     try:
         return call(home, pool)
     finally:

@@ -6,7 +6,7 @@ import click
 
 from ..units import format_size
 from .control import ask
-from .output import print_json
+from .output import print_json, say
 
 
 @click.command()
@@ -31,7 +31,7 @@ def delete(mount_point: str, names: tuple[str, ...], dry_run: bool, as_json: boo
         return
     for one in answer["would_delete"]:
         held = f"; held by {', '.join(one['holds'])}" if one["holds"] else ""
-        click.echo(f"would delete {one['name']}, which alone holds {format_size(one['would_free_bytes'])}{held}")
+        say(f"would delete {one['name']}, which alone holds {format_size(one['would_free_bytes'])}{held}")
     click.echo(f"together they would free {format_size(answer['would_free_bytes'])}")
 
 
@@ -52,7 +52,7 @@ def reclaim(mount_point: str, need: str, dry_run: bool, as_json: bool) -> None:
         print_json(answer)
         return
     for name in answer["would_delete" if dry_run else "deleted"]:
-        click.echo(f"would delete {name}" if dry_run else f"deleted {name}")
+        say(f"would delete {name}" if dry_run else f"deleted {name}")
     freed = format_size(answer["would_free_bytes" if dry_run else "freed_bytes"])
     click.echo(f"would free {freed}" if dry_run else f"freed {freed}")
     if not answer.get("is_freed", True):

@@ -8,7 +8,7 @@ import click
 
 from ..units import format_size
 from .control import ask
-from .output import print_json, print_table
+from .output import print_json, print_table, say
 
 
 @click.command()
@@ -31,7 +31,7 @@ def diff(mount_point: str, first: str, second: str | None, as_json: bool) -> Non
     for one in changes:
         renamed = f", was {one['renamed_from']}" if one["renamed_from"] else ""
         sizes = "" if one["size_bytes"] == one["size_bytes_before"] else f", now {one['size_bytes']} bytes"
-        click.echo(f"{one['change']} {one['name']}: {format_size(one['changed_bytes'])}{sizes}{renamed}")
+        say(f"{one['change']} {one['name']}: {format_size(one['changed_bytes'])}{sizes}{renamed}")
         for extent in one["extents"]:
             click.echo(f"  {extent['offset']}\t{extent['length']}\t{extent['kind']}")
 

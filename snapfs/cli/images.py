@@ -13,6 +13,7 @@ from ..errors import NotFoundError
 from ..images import FORMATS, RAW, Extents, export_image, image_format_of, import_image
 from ..transfer import open_in_snapshot, snapshot_folder
 from .control import ask, control_path
+from .ending import end_on_signals
 from .output import progress_bar
 
 
@@ -24,10 +25,11 @@ def export_volume(volume: str, target: str, image_format: str) -> None:
     """Copy a volume, or what a snapshot holds of it, to the new disk image TARGET.
 
     A raw image of a snapshot's volume is sparse: only what holds data is read and written. Other
-    formats are made with qemu-img, which must be installed (qemu-utils).
+    formats are made with qemu-img, which must be installed (qemu-utils); there sizes are multiples of 512.
     """
+    end_on_signals()
     path = os.path.abspath(volume)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or f"{os.sep}.snapfs{os.sep}" in path:
         raise _no_volume(volume)
     with progress_bar(f"export {os.path.basename(path)}") as on_progress, _opened(path) as (source, extents):
         export_image(source, extents, target, image_format, on_progress)
@@ -68,6 +70,7 @@ def import_volume(image: str, volume: str, image_format: str | None) -> None:
     The holes of a raw image stay holes. Other formats are read with qemu-img, which must be installed
     (qemu-utils). To use a raw image where it lies, without copying: snapfs create --source.
     """
+    end_on_signals()
     control_path(os.path.dirname(os.path.abspath(volume)))
     with progress_bar(f"import {os.path.basename(volume)}") as on_progress:
         import_image(image, volume, image_format or image_format_of(image), on_progress)

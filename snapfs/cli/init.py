@@ -11,6 +11,7 @@ from ..errors import ExistsError, InUseError, NotFoundError
 from ..formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE, RESERVE_FILE
 from ..geometry import PROCESSOR_COUNT_MAX
 from ..pool import PROCESSOR_COUNT_DEFAULT, create_pool
+from ..units import check_path
 
 _OWN_LEFTOVERS = {"init.started", "init.started.new", CATALOG_FILE, CATALOG_FILE + "-wal", CATALOG_FILE + "-shm"}
 _OWN_LEFTOVERS |= {RESERVE_FILE, "shards", EMBEDDED_DEVICE_FOLDER, POOL_FILE + ".new"}
@@ -37,6 +38,8 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
     paths = [os.path.abspath(path) for path in devices]
     if len(set(paths)) != len(paths):
         raise click.UsageError("the same --device is given twice")
+    for path in (os.path.abspath(pool), *paths):
+        check_path(path)
     for path in paths:
         if not os.path.isdir(path):
             raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir")

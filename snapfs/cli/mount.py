@@ -19,6 +19,7 @@ from ..descriptor import open_home, read_descriptor
 from ..errors import MountError, SnapfsError
 from ..formats import DAEMON_LOG_FILE
 from ..mountpoint import MountRequest, check_mount_point, check_options, offering_rescue
+from .output import say
 
 _LOG_BYTES_MAX = 1 << 20
 
@@ -81,7 +82,7 @@ def _tell_mounted(mount_point: str, lost: Sequence[str]) -> None:
 
 def _tell_lost(lost: Sequence[str]) -> None:
     for words in lost:
-        click.echo(f"lost: {words}", err=True)
+        say(f"lost: {words}", err=True)
 
 
 def _start(request: MountRequest) -> None:
@@ -92,7 +93,7 @@ def _start(request: MountRequest) -> None:
         with contextlib.closing(open_home(request.pool_path)) as home, offering_rescue(request):
             read_descriptor(home, request.pool_path)
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "snapfs", "mount", request.pool_path, request.mount_point]
+    command = [sys.executable, "-P", "-m", "snapfs", "mount", request.pool_path, request.mount_point]
     if request.options:
         command += ["-o", ",".join(sorted(request.options))]
     os.umask(0o077)
@@ -108,7 +109,14 @@ def _start(request: MountRequest) -> None:
         )
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        told = pipe.read()
+        try:
+            told = pipe.read()
+        except KeyboardInterrupt:
+            click.echo(
+                f"the daemon, {daemon.pid}, goes on: it mounts when the pool is recovered; snapfs umount ends it",
+                err=True,
+            )
+            raise
     if not told:
         daemon.wait()
         raise MountError(
@@ -134,7 +142,9 @@ def _serve_for_parent(request: MountRequest, ready_fd: int) -> None:
     is_ready = False
 
     def tell(answer: dict[str, object]) -> None:
-        os.write(ready_fd, json.dumps(answer).encode())
+        # Who started this may have been ended; the mount is there all the same.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_fd, json.dumps(answer).encode())
         os.close(ready_fd)
 
     def ready(lost: Sequence[str]) -> None:

@@ -82,6 +82,11 @@ def printable(text: str) -> str:
     return "".join(f"\\x{ord(one):02x}" if category(one) == "Cc" else one for one in text)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """A sentence that has names in it, which tell a terminal nothing. Names alone, for scripts, go out as they are."""
+    click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout; numbers are to the right where a heading begins with a space."""
     from rich.console import Console

@@ -11,7 +11,7 @@ import click
 
 from ..units import format_size
 from .control import control_path, meta_folder
-from .output import print_json, print_table
+from .output import print_json, print_table, say
 from .silence import answered_soon
 
 
@@ -26,20 +26,21 @@ def status(mount_point: str, as_json: bool) -> None:
         return
     space = pool["space"]
     click.echo(f"pool {pool['pool_id']}: {pool['health']}, daemon {pool['pid']}")
-    click.echo(f"{pool['volume_count']} volumes, {pool['snapshot_count']} snapshots, last commit {pool['last_commit']}")
+    last_commit = pool["last_commit"] or "none yet"
+    click.echo(f"{pool['volume_count']} volumes, {pool['snapshot_count']} snapshots, last commit {last_commit}")
     click.echo(
         f"{format_size(space['mapped_bytes'])} mapped, {format_size(space['free_bytes'])}"
         f" free of {format_size(space['total_bytes'])}"
     )
     for stuck in pool["stuck_calls"]:
-        click.echo(f"stuck: {stuck['what']} of the {stuck['where']}, for {stuck['age_s']:.0f} s")
+        say(f"stuck: {stuck['what']} of the {stuck['where']}, for {stuck['age_s']:.0f} s")
     for job in pool["jobs"]:
-        click.echo(f"job {job['name']}: {job['kind']} of {job['what']}, {_share(job)}, since {job['started']}")
+        say(f"job {job['name']}: {job['kind']} of {job['what']}, {_share(job)}, since {job['started']}")
     for failed in pool["failed_volumes"]:
-        click.echo(f"volume {failed['volume']}: {failed['reason']}")
+        say(f"volume {failed['volume']}: {failed['reason']}")
     for schedule in pool["schedules"]:
         if schedule["failure"]:
-            click.echo(f"schedule {schedule['name']}: {schedule['failure']}")
+            say(f"schedule {schedule['name']}: {schedule['failure']}")
     print_table(
         [" DEVICE", "PATH", "STATE", " FREE", " OF"],
         [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from ..transfer import ResumePoint
 from ..transfer import send as send_stream
 from .anywhere import is_pool
 from .control import ask
-from .output import print_json, progress_bar
+from .ending import end_on_signals
+from .output import print_json, progress_bar, say
 from .umount import take_away
 
 
@@ -57,7 +57,8 @@ def _is_mounted_on(folder: str) -> bool:
 
 def _mount(pool: str, folder: str) -> None:
     """Mount with a command of its own, so that the daemon is no child of this one. Raises MountError in its words."""
-    command = [sys.executable, "-m", "snapfs", "mount", "--", pool, folder]
+    # Not with what happens to lie in the current directory in place of its modules (-P).
+    command = [sys.executable, "-P", "-m", "snapfs", "mount", "--", pool, folder]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="surrogateescape", check=False)
     if done.returncode:
         failed = MountError(done.stderr.strip().removeprefix("snapfs: "))
@@ -71,11 +72,7 @@ def _take_away_after_failure(folder: str) -> None:
     try:
         take_away(folder)
     except SnapfsError as error:
-        click.echo(f"snapfs: {error}", err=True)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+        say(f"snapfs: {error}", err=True)
 
 
 @click.command()
@@ -130,9 +127,8 @@ def receive(
     """
     if sys.stdin is None and not tokens and given_up is None:
         raise BadCommandError("standard input is closed", "Read the stream from a file or a pipe")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # So that what it brought is taken back, and what it mounted is unmounted.
-        signal.signal(number, _stop)
+    # So that what it brought is taken back, and what it mounted is unmounted.
+    end_on_signals()
     with _mounted(where) as mount_point:
         if tokens:
             for token in resume_tokens(ask, mount_point):

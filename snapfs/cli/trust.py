@@ -9,7 +9,7 @@ import click
 from ..errors import DamagedError
 from ..units import format_size
 from .control import ask_for_job
-from .output import print_json, print_table
+from .output import print_json, print_table, say
 
 _DAMAGED = DamagedError.exit_code
 
@@ -38,7 +38,7 @@ def scrub(mount_point: str, rate: str | None, as_json: bool) -> None:
             click.echo(f"not sealed yet, and not checked: {format_size(answer['unsealed_bytes'])}")
         _print_damaged(answer["damaged_blocks"])
         for line in answer["unreadable_logs"]:
-            click.echo(f"cannot be read: {line}")
+            say(f"cannot be read: {line}")
         if answer["damaged_block_count"] > len(answer["damaged_blocks"]):
             click.echo(f"damaged blocks in all: {answer['damaged_block_count']}")
     if answer["damaged_block_count"] or answer["unreadable_logs"]:
@@ -86,9 +86,9 @@ def verify(mount_point: str, name: str, root: str | None, as_json: bool) -> None
     else:
         click.echo(f"root {answer['root']}")
         for one in answer["damaged"]:
-            click.echo(f"damaged: {one['volume']} at offset {one['offset']}")
+            say(f"damaged: {one['volume']} at offset {one['offset']}")
         for volume in answer["unsealed_volumes"]:
-            click.echo(f"not covered: {volume}, which lies in a source outside of the change logs")
+            say(f"not covered: {volume}, which lies in a source outside of the change logs")
         if proven:
             click.echo(f"proven: {format_size(answer['checked_bytes'])} are what was sealed")
         elif root is not None and root.lower() != answer["root"]:

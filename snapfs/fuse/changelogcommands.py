@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import BadCommandError
-from ..units import parse_size, show_name
+from ..tasks import in_thread
+from ..units import check_path, parse_size, show_name
 from .command import Answer, Command, CommandContext, CommandFunction, run_action
 
 
@@ -25,6 +26,13 @@ async def _changelog_create(context: CommandContext, command: Command) -> Answer
     for path in paths:
         if not path.startswith("/"):
             raise BadCommandError(f"the device {path} is not an absolute path", "Write it from / on")
+        check_path(path)
+        # In a thread: to look at the mount is to ask the loop that this runs in.
+        if await in_thread(context.pool.maker.is_own_path, path):
+            raise BadCommandError(
+                f"{path} lies in the pool or its mount, or on a loop device over that",
+                "Take a folder that lies outside",
+            )
     capacity_bytes = parse_size(capacity)
     frees_oldest = command.flag("free-oldest")
     await context.pool.changelogs.create(command.words[0], paths, capacity_bytes, frees_oldest=frees_oldest)

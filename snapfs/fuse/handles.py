@@ -66,18 +66,24 @@ class ViewHandle(Handle):
 class VolumeHandle(ViewHandle):
     """A live volume. ``is_writer``: it can leave dirty pages in the kernel.
 
-    ``is_flusher``: the daemon's own, opened only to have the kernel write its pages back.
+    ``is_flusher``: the daemon's own, opened only to have the kernel write its pages back. ``is_synced``: each write is
+    to be durable when it is answered (O_DSYNC, O_SYNC); after asynchronous direct ones the kernel asks for no sync.
+    ``lost_by`` is what the kernel told the flusher in this one's place, and its user must still hear of.
     """
 
-    def __init__(self, volume: Volume, *, is_writer: bool, is_flusher: bool) -> None:
+    def __init__(self, volume: Volume, *, is_writer: bool, is_flusher: bool, is_synced: bool) -> None:
         super().__init__(volume)
         self.volume = volume
         self.told_block_count = volume.block_count
         self.is_writer = is_writer
         self.is_flusher = is_flusher
+        self.is_synced = is_synced
+        self.lost_by: Exception | None = None
 
     def write_now(self, offset: int, data: bytes) -> int:
         """See :meth:`Handle.write_now`."""
+        if self.is_synced:
+            raise NotResidentError(_nothing)
         self.volume.write_now(offset, data, _NOTHING_FETCHED)
         return len(data)
 
@@ -85,6 +91,8 @@ class VolumeHandle(ViewHandle):
         """See :meth:`Handle.write`."""
         with self.volume.requested():
             await self.volume.write(offset, data)
+            if self.is_synced:
+                await self.volume.sync(data_only=True)
         return len(data)
 
     def note_failed_write(self) -> None:
@@ -104,6 +112,9 @@ class VolumeHandle(ViewHandle):
 
     def flush(self) -> None:
         """See :meth:`Handle.flush`."""
+        lost_by, self.lost_by = self.lost_by, None
+        if lost_by is not None:
+            raise lost_by
         failure = self.volume.failure
         if failure is not None and self.is_writer:
             raise failure

@@ -16,6 +16,7 @@ import json
 import os
 import stat
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from ..counting import stands_on_cow
 from ..errors import (
     BadNameError,
     BusyVolumeError,
+    NameTooLongError,
     NotFoundError,
     NotPermittedError,
     ReadOnlyError,
@@ -36,7 +38,7 @@ from ..geometry import BLOCK_SIZE, VolumeId
 from ..pool import Pool, space_in
 from ..snapshot import Snapshot
 from ..status import pool_status, processor_status
-from ..units import MANIFEST_NAME, parse_moment, show_name
+from ..units import MANIFEST_NAME, NAME_MAX_BYTES, parse_moment, show_name
 from ..volume import Volume
 from . import names
 from .command import CommandContext, ForgetPages, ResizeFile
@@ -57,11 +59,26 @@ _FOLDER_MODES = {
     names.OWNER: 0o700,
 }
 _SECTOR = 512
+# For how long whoever could not delete a file in a snapshot is not to delete the snapshot; of so many of them.
+_EMPTYING_S = 10.0
+_EMPTYING_MAX = 64
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 
 
 class NoEntryError(NotFoundError):
     """There is no such name in the tree."""
+
+
+class GoneError(NoEntryError):
+    """The inode is of nothing any more. The kernel looks the name up again, and tells its user what it finds then."""
+
+    errno = errno.ESTALE
+
+
+class NotEmptyError(SnapfsError):
+    """What was in a folder could not be deleted, and so the folder is not."""
+
+    errno = errno.ENOTEMPTY
 
 
 class IsFolderError(SnapfsError):
@@ -124,6 +141,7 @@ class Namespace:
         self._control_numbers = names.ControlNumbers()
         self._manifests = Manifests(pool)
         self._open_snapshot_files: dict[int, list[SnapshotHandle]] = {}
+        self._emptying: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._files: dict[int, tuple[bytes, int]] = {
             names.CONTROL: (b"control", 0o600 if control_gid is None else 0o660),
             names.STATUS: (b"status.json", 0o444),
@@ -134,6 +152,8 @@ class Namespace:
 
     async def lookup(self, parent: int, name: bytes, caller: Caller) -> Node:
         """The node of a name in a folder. Raises NoEntryError."""
+        if len(name) > NAME_MAX_BYTES:
+            raise NameTooLongError("no name is so long", f"Names have at most {NAME_MAX_BYTES} bytes")
         if name == b".":
             # Of any inode: that is how whoever has a handle of a file (open_by_handle_at(2), an NFS server) finds it.
             return self.as_seen_by(caller, await self.node(parent))
@@ -284,7 +304,7 @@ class Namespace:
         if volume_id is not None:
             volume = self.pool.volumes.by_file_id.get(volume_id)
             if volume is None:
-                raise NoEntryError("the volume is removed")
+                raise GoneError("the volume is removed")
             return self.volume_node(volume)
         if names.is_control(inode):
             return self._control_node(inode)
@@ -432,24 +452,33 @@ class Namespace:
 
     # -- folders -----------------------------------------------------------------------------
 
-    async def listing(self, inode: int) -> list[int]:
-        """Inodes of a folder's entries, in the order in which they are told."""
+    async def listing(self, inode: int) -> list[tuple[int, int]]:
+        """A folder's entries, as offset and inode, in the order of the offsets, in which they are told.
+
+        An entry keeps its offset whatever comes and goes beside it: who lists in pieces, opening the folder anew for
+        each as an NFS server does, misses none that is there.
+        """
         if inode == names.ROOT:
-            return [names.SNAPSHOTS, names.META, *sorted(self.pool.volumes.by_file_id)]
+            volumes = [(one, int(one)) for one in sorted(self.pool.volumes.by_file_id)]
+            return [(1, names.SNAPSHOTS), (2, names.META), *volumes]
         if inode == names.SNAPSHOTS:
-            return [names.of_snapshot(one) for one in sorted(self.pool.snapshots.by_id)]
+            return [(one, names.of_snapshot(one)) for one in sorted(self.pool.snapshots.by_id)]
         if inode == names.META:
-            return [*self._files, names.PROCESSORS, names.OWNER]
+            return list(enumerate([*self._files, names.PROCESSORS, names.OWNER], 1))
         if inode == names.OWNER:
-            return [names.CONTROL, names.EVENTS]
+            return [(1, names.CONTROL), (2, names.EVENTS)]
         if inode == names.PROCESSORS:
-            return [names.of_processor(one.index) for one in self.pool.processors]
+            return [(one.index + 1, names.of_processor(one.index)) for one in self.pool.processors]
         snapshot = self._snapshot(inode)
         members = await self.pool.snapshots.members(snapshot)
         # A pool of an earlier version may have a volume with the manifest's name: that stands for the manifest.
         hidden_id = members.by_name.get(MANIFEST_NAME)
-        found = [names.of_snapshot_volume(snapshot.snapshot_id, one) for one in members.ordered_ids if one != hidden_id]
-        return [names.of_manifest(snapshot.snapshot_id), *found]
+        found = [
+            (int(one), names.of_snapshot_volume(snapshot.snapshot_id, one))
+            for one in members.ordered_ids
+            if one != hidden_id
+        ]
+        return [(1, names.of_manifest(snapshot.snapshot_id)), *found]
 
     async def entry(self, inode: int) -> tuple[bytes, Node] | None:
         """Name and attributes of an inode in a listing; None if it has gone meanwhile."""
@@ -498,7 +527,7 @@ class Namespace:
         if volume_id is not None:
             volume = self.pool.volumes.by_file_id.get(volume_id)
             if volume is None:
-                raise NoEntryError("the volume is removed")
+                raise GoneError("the volume is removed")
             if not self._is_helper(caller):
                 self._refuse_in_rollback(volume)
             if flags & os.O_TRUNC:
@@ -540,7 +569,8 @@ class Namespace:
         self.pool.volumes.open(volume)
         if is_writer:
             self.writer_counts[volume.file_id] = self.writer_counts.get(volume.file_id, 0) + 1
-        return VolumeHandle(volume, is_writer=is_writer, is_flusher=self._is_helper(caller))
+        is_synced = is_writer and bool(flags & os.O_DSYNC)
+        return VolumeHandle(volume, is_writer=is_writer, is_flusher=self._is_helper(caller), is_synced=is_synced)
 
     async def _open_in_snapshot(self, inode: int, caller: Caller) -> Handle:
         snapshot = self._snapshot(inode)
@@ -577,8 +607,10 @@ class Namespace:
         self._only_in_root(parent)
         return await self.pool.volumes.create(name, mode & 0o777, caller.uid, caller.gid)
 
-    async def remove_file(self, parent: int, name: bytes) -> None:
+    async def remove_file(self, parent: int, name: bytes, caller: Caller) -> None:
         """Remove a volume."""
+        if names.snapshot_id_of(parent):
+            self._note_emptying(parent, caller)
         self._only_in_root(parent)
         if name in (names.SNAPSHOTS_NAME, names.META_NAME):
             raise IsFolderError("it is a folder")
@@ -591,11 +623,33 @@ class Namespace:
             raise NotPermittedError("volumes lie in one folder", "To make a snapshot: mkdir .snapshots/NAME")
         return self._snapshot_node(await self.pool.snapshots.create(name))
 
-    async def remove_folder(self, parent: int, name: bytes) -> None:
+    def _note_emptying(self, parent: int, caller: Caller) -> None:
+        """Somebody tries to delete what a snapshot holds, and would delete the snapshot next."""
+        self._emptying[caller.pid] = (names.snapshot_id_of(parent), time.monotonic())
+        self._emptying.move_to_end(caller.pid)
+        while len(self._emptying) > _EMPTYING_MAX:
+            self._emptying.popitem(last=False)
+
+    def _refuse_emptied(self, name: bytes, caller: Caller) -> None:
+        """Who deletes a tree, as ``rsync --delete`` does, goes on to the folder when its files could not be deleted.
+
+        All snapshots would go with the volumes by that. A folder of which not all could be deleted is not empty.
+        """
+        snapshot_id, since_s = self._emptying.get(caller.pid, (0, 0.0))
+        snapshot = self.pool.snapshots.by_name.get(name)
+        if snapshot is None or snapshot.snapshot_id != snapshot_id or time.monotonic() - since_s > _EMPTYING_S:
+            return
+        raise NotEmptyError(
+            "what the snapshot holds could not be deleted by whoever deletes it now",
+            "To delete the snapshot: rmdir, or snapfs delete",
+        )
+
+    async def remove_folder(self, parent: int, name: bytes, caller: Caller) -> None:
         """Delete a snapshot."""
         if parent != names.SNAPSHOTS:
             self._refuse_in_snapshot(parent)
             raise NotPermittedError("this folder is snapfs' own")
+        self._refuse_emptied(name, caller)
         await self.pool.snapshots.delete(name, by_kernel=True)
 
     async def rename(
@@ -635,7 +689,7 @@ class Namespace:
                 # Of a file that was removed and that nobody has open the kernel still hands the times over. It would
                 # keep an error, and tell it to whoever opens the file after a rollback has brought it back.
                 return Node(inode, stat.S_IFREG, self._uid, self._gid, link_count=0)
-            raise NoEntryError("the volume is removed")
+            raise GoneError("the volume is removed")
         changes_more_than_times = size_bytes is not None or not change.only_times
         if changes_more_than_times and not self._is_helper(caller):
             self._refuse_in_rollback(volume)

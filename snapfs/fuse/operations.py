@@ -12,7 +12,9 @@ import functools
 import logging
 import mmap
 import os
-from collections.abc import Callable, Coroutine, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from ..errors import SnapfsError
 from ..folder import MODE_MASK
 from ..formats import AttributeChange
+from ..geometry import VolumeId
 from ..notresident import NotResidentError
 from ..units import NAME_MAX_BYTES
 from . import names
@@ -68,11 +71,11 @@ def _caller(ctx: RequestContext) -> Caller:
 
 
 class _Folder:
-    """An open folder: the inodes it had when it was opened."""
+    """An open folder: the entries it had when the reading of it began, see :meth:`Namespace.listing`."""
 
     def __init__(self, inode: int) -> None:
         self.inode = inode
-        self.inodes: list[int] | None = None
+        self.entries: list[tuple[int, int]] | None = None
 
 
 class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
@@ -224,7 +227,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """See pyfuse3."""
-        await self._namespace.remove_file(parent_inode, name)
+        await self._namespace.remove_file(parent_inode, name, _caller(ctx))
 
     @_translated
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -238,7 +241,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """See pyfuse3."""
         self._namespace.pool.hooks.refuse_inside(ctx.pid)
         with self._folder_request(parent_inode):
-            await self._namespace.remove_folder(parent_inode, name)
+            await self._namespace.remove_folder(parent_inode, name, _caller(ctx))
 
     @_translated
     async def rename(
@@ -290,17 +293,18 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_translated
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """See pyfuse3. An entry's place is its place in the listing taken when the reading began."""
+        """See pyfuse3."""
         folder = self._folders[fh]
         with self._folder_request(folder.inode):
-            if folder.inodes is None or start_id == 0:
-                folder.inodes = await self._namespace.listing(folder.inode)
-            for place in range(start_id, len(folder.inodes)):
-                found = await self._namespace.entry(folder.inodes[place])
+            if folder.entries is None or start_id == 0:
+                folder.entries = await self._namespace.listing(folder.inode)
+            for place in range(bisect_right(folder.entries, (start_id, sys.maxsize)), len(folder.entries)):
+                offset, inode = folder.entries[place]
+                found = await self._namespace.entry(inode)
                 if found is None:
                     continue
                 name, node = found
-                if not pyfuse3.readdir_reply(token, name, _attributes(node), place + 1):
+                if not pyfuse3.readdir_reply(token, name, _attributes(node), offset):
                     return
 
     @_translated
@@ -324,6 +328,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         data.f_ffree = data.f_favail = space.free_files
         data.f_namemax = NAME_MAX_BYTES
         return data
+
+    def note_lost(self, file_ids: Collection[VolumeId], error: Exception) -> None:
+        """What was written to these is lost, and the kernel has told the daemon, in place of those who wrote it."""
+        for handle in self._handles.values():
+            if isinstance(handle, VolumeHandle) and handle.is_writer and handle.volume.file_id in file_ids:
+                handle.lost_by = error
 
     def close_all(self) -> None:
         """After the mount is gone: close what its users left open."""

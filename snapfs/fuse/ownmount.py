@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 
 import trio
@@ -39,6 +39,13 @@ _TRIES, _RETRY_S = 200, 0.005
 _KEPT_BY = {errno.ETXTBSY: "is a program that runs", errno.EAGAIN: "is open in a program that has a lease on it"}
 
 
+NoteLost = Callable[[Collection[VolumeId], Exception], None]
+
+
+def nothing_lost(file_ids: Collection[VolumeId], error: Exception) -> None:
+    """Where nobody has a file open there is nobody to be told."""
+
+
 class FlushError(SnapfsError):
     """The kernel could not write a volume's pages back: there is no snapshot. The pages may be lost.
 
@@ -59,10 +66,13 @@ class _GoneError(Exception):
 class OwnMount:
     """Calls on the daemon's own mount. To be started before the mount is made.
 
+    ``note_lost`` hears of volumes whose pages the kernel could not write back: it tells that once, to who asks first.
+
     ``invalidate`` has the kernel forget the pages and attributes of an inode, what is dirty of them written back first.
     """
 
     def __init__(self, namespace: Namespace, mount_point: str, invalidate: Callable[[int], Awaitable[None]]) -> None:
+        self.note_lost: NoteLost = nothing_lost
         self._invalidate = invalidate
         self._namespace = namespace
         self._mount_point = mount_point
@@ -100,6 +110,7 @@ class OwnMount:
         except OSError as error:
             volume = wanted.get(str(error.filename))
             named = list(wanted.values()) if volume is None else [volume]
+            self.note_lost({one.file_id for one in named}, error)
             raise _flush_error(named, error.errno or errno.EIO, error.strerror or str(error)) from error
         assert isinstance(unopened, list)
         await self._write_back([wanted[path] for path in unopened])

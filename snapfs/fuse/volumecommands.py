@@ -67,8 +67,11 @@ async def _discard(context: CommandContext, command: Command) -> Answer:
     offset, length = (parse_size(show_name(word)) for word in command.words[1:])
     volume = context.pool.volumes.get(command.words[0])
     await context.pool.snapshots.before_cut([volume])
-    freed_bytes = await context.pool.volumes.discard(volume, offset, length)
-    await context.forget_pages(volume, offset, length)
+    try:
+        freed_bytes = await context.pool.volumes.discard(volume, offset, length)
+    finally:
+        # Also when it stopped halfway.
+        await context.forget_pages(volume, offset, length)
     if command.flag("sync", default=True):
         await volume.sync()
     return {"volume": show_name(command.words[0]), "freed_bytes": freed_bytes}

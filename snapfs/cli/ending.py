@@ -1,0 +1,15 @@
+"""Commands that tidy up behind themselves, whichever way they are told to end."""
+
+from __future__ import annotations
+
+import signal
+
+
+def end_on_signals() -> None:
+    """Have SIGTERM and SIGHUP (a service manager, a lost connection) end the command as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
