@@ -99,6 +99,7 @@ class _Mount:
         pool.clones.after_rollback = self._own_mount.refresh
         self._device = 0
         self._has_ended = False
+        self._failure: MountError | None = None
         self._session = loop.enable(pool.pending.is_quiet)
         pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
@@ -124,8 +125,9 @@ class _Mount:
             await self._serve(ready)
         finally:
             await self._own_mount.stop()
-        if self._session.failure is not None:
-            raise self._session.failure
+        failure = self._session.failure or self._failure
+        if failure is not None:
+            raise failure
 
     async def _serve(self, ready: Callable[[], None]) -> None:
         gc.collect()
@@ -172,7 +174,15 @@ class _Mount:
             events.note("unmounted", mount_point=self._mount_point)
 
     async def _tell_when_ready(self, ready: Callable[[], None]) -> None:
-        device = self._device = await self._own_mount.device_number()
+        try:
+            device = self._device = await self._own_mount.device_number()
+        except OSError as error:
+            # Somebody unmounted it before it had answered, say. It ends in order.
+            self._failure = MountError(
+                f"the mount on {self._mount_point} did not answer ({error.strerror})", "Try again"
+            )
+            pyfuse3.terminate()
+            return
         if os.geteuid() == 0:
             _tune_mount(device)
         ready()

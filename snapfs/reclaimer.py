@@ -421,6 +421,13 @@ class Reclaimer:
             if any(len(self._traits.family_of(one)) == 1 for one in volume_ids):
                 await reclaim.free_candidates(processor)
 
+    async def drop_idle_versions(self) -> int:
+        """Forget kept attributes that no snapshot needs; how many."""
+        idle = await self._idle_versions([(0, NEVER)])
+        if idle:
+            await self._catalog.save([], lambda: CatalogBatch(dropped_versions=idle))
+        return len(idle)
+
     async def drop_unpublished(self, from_instant: int) -> None:
         """After opening: give back what was kept for a snapshot that was cut and never published."""
         lowest = from_instant

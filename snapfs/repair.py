@@ -17,6 +17,7 @@ from .processor import Processor
 from .shardstore import ShardStore
 from .snapshotindex import NEVER
 from .unnamed import free_unnamed
+from .volume import Volume
 
 _MAPS_A_STEP = 1024
 
@@ -24,19 +25,15 @@ _MAPS_A_STEP = 1024
 async def repair_running(pool: Pool) -> list[str]:
     """Repair; what was done, as sentences."""
     done: list[str] = []
-    for volume in pool.volumes.to_trim():
-        try:
-            await pool.reserve.helped(volume.trim)
-            await pool.reserve.helped(volume.sync)
-        except (SnapfsError, OSError) as error:
-            # One whose change log is full, say, keeps nothing else from being repaired.
-            done.append(f"could not clear what lies behind the size of volume {volume.volume_id}: {error}")
-        else:
-            done.append(f"cleared what lay behind the size of volume {volume.volume_id}")
+    for volume in [one for one in pool.volumes.by_name.values() if not pool.volumes.is_restoring(one)]:
+        done += await _clear_behind(pool, volume)
     try:
         await pool.reclaimer.reclaim_all()
     except (SnapfsError, OSError) as error:
         done.append(f"could not give back all that deleted snapshots and removed volumes held: {error}")
+    idle = await pool.reclaimer.drop_idle_versions()
+    if idle:
+        done.append(f"forgot attributes that were kept for no snapshot, {idle} times")
     for processor in pool.processors:
         await reclaim.drop_unneeded_copies(processor, [(0, NEVER)])
         await processor.punch_freed()
@@ -50,6 +47,19 @@ async def repair_running(pool: Pool) -> list[str]:
         if freed:
             done.append(f"processor {processor.index}: freed {freed} blocks that no map named")
     return done
+
+
+async def _clear_behind(pool: Pool, volume: Volume) -> list[str]:
+    """Clear what lies behind the size of a volume, also where nothing says that there is something."""
+    is_due, before = volume.needs_trim, volume.block_count
+    try:
+        await pool.reserve.helped(volume.fit)
+        await pool.reserve.helped(volume.sync)
+    except (SnapfsError, OSError) as error:
+        # One whose change log is full, say, keeps nothing else from being repaired.
+        return [f"could not clear what lies behind the size of volume {volume.volume_id}: {error}"]
+    has_cleared = is_due or volume.block_count != before
+    return [f"cleared what lay behind the size of volume {volume.volume_id}"] if has_cleared else []
 
 
 async def _recount(processor: Processor, live_ids: set[VolumeId]) -> list[str]:

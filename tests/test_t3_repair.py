@@ -128,3 +128,30 @@ async def test_no_log_is_counted_below_nothing() -> None:
             await running.pool.reclaimer.reclaim_all()
         assert await read_volume(running.pool, b"v") == contents
         await running.close()
+
+
+async def test_what_is_kept_for_nothing_is_given_back() -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, noise(4, 1))
+        await pool.sync()
+    catalog = Database(world.home, "catalog.sqlite", "the catalog")
+    catalog.execute("UPDATE volumes SET size_bytes = 100, trim = 0")
+    catalog.execute(
+        "INSERT INTO versions SELECT volume_id, 1, 1, name, size_bytes, mode, uid, gid, atime_ns, mtime_ns, ctime_ns"
+        " FROM volumes"
+    )
+    catalog.execute("UPDATE volumes SET epoch = 2")
+    catalog.execute("UPDATE meta SET value = 3 WHERE key IN ('epoch', 'next_instant')")
+    catalog.close()
+    report = world.check()
+    assert {one.what for one in report.findings if one.severity == "leak"} == {
+        "attributes of volume 256 are kept for no snapshot",
+        "blocks are mapped behind the volume's size",
+    }
+    done = await repair(world.home, "memory", world.open_device)
+    assert any("kept for no snapshot" in one for one in done) and any("behind the size" in one for one in done)
+    world.check_clean()
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"v") == noise(4, 1)[:100]

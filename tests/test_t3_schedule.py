@@ -239,6 +239,17 @@ async def test_weeks_begin_on_mondays(autojump_clock: None) -> None:
         assert {(one.weekday(), one.hour) for one in found} == {(0, hour)}
 
 
+def test_the_next_moment_is_told_right_after_the_clock_was_set_back() -> None:
+    schedule = make_schedule("d", "1d")
+    noon = ns(datetime(2026, 5, 10, 12, tzinfo=UTC))
+    last_run_ns = ns(datetime(2026, 5, 11, tzinfo=UTC))
+    # It ran at what was midnight by a clock that was twelve hours ahead.
+    assert not schedule.is_due(last_run_ns, noon)
+    told = schedule.next_ns(last_run_ns, noon)
+    assert told == ns(datetime(2026, 5, 12, tzinfo=UTC))
+    assert not schedule.is_due(last_run_ns, told - 1) and schedule.is_due(last_run_ns, told)
+
+
 async def test_held_and_hand_made_snapshots_are_never_deleted(autojump_clock: None) -> None:
     simulation = Simulation()
     await simulation.snapshots.create(b"by hand", None)
