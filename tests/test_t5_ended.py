@@ -99,6 +99,25 @@ def test_a_mount_that_is_ended_while_it_begins_is_not_left_behind(tmp_path: Path
 
 
 @pytest.mark.mount
+def test_a_mount_that_is_unmounted_before_it_answered_ends_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    mounted = Mounted(folder)
+    try:
+        mounted.unmount()
+        for _ in range(4):
+            command = [*SNAPFS, "mount", "--foreground", str(mounted.pool), str(mounted.path)]
+            daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            wait_until(lambda: f" {mounted.path} " in Path("/proc/mounts").read_text(), "there is a mount")
+            run("umount", "--lazy", mounted.path)
+            _, said = daemon.communicate(timeout=60)
+            assert "Traceback" not in said
+        mounted.check()
+    finally:
+        clear_away(mounted)
+
+
+@pytest.mark.mount
 def test_paths_that_are_no_text_are_refused_in_words(mounted: Mounted, tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     os.mkdir(odd)
