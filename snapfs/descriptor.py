@@ -5,6 +5,7 @@ Imports little: a command that looks whether there is a pool, and whose, takes n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -37,6 +38,11 @@ def read_descriptor(home: Device, where: str) -> PoolDescriptor:
     except FileNotFoundError:
         raise NotAPoolError(f"{where} holds no pool", "Make one with snapfs init") from None
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise UnreadableError(
+                f"{where} lies on a filesystem that takes no writes",
+                "Mount that for writing; or look at the pool with mount -o rescue, or check",
+            ) from error
         raise UnreadableError(f"{where}/{POOL_FILE} cannot be read: {error}") from error
     return PoolDescriptor.from_json(contents, where)
 

@@ -76,7 +76,9 @@ def _new_file(path: str, reason: str, like: os.stat_result) -> Iterator[IO[bytes
     with os.fdopen(fd, "r+b", buffering=0) as file:
         try:
             yield file
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = path
             # Not what somebody else put in its place.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.lstat(path), os.fstat(fd)):

@@ -130,7 +130,9 @@ class VolumeMaker:
                 try:
                     await self._volumes.fit(volume)
                 except BaseException as error:
-                    await self._volumes.remove(volume.name)
+                    # Not another, to which the name was given meanwhile.
+                    if self._volumes.by_name.get(volume.name) is volume:
+                        await self._volumes.remove(volume.name)
                     if isinstance(error, OSError) and error.errno == errno.EFBIG:
                         raise TooLargeError(
                             f"{wish.source_path} cannot be {size_bytes} bytes long", "Give a smaller size"

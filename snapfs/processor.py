@@ -545,6 +545,8 @@ class Processor:
         store = self.access.store
         known = store.log_ids_with_blocks()
         strays = self.logs.stray_files(known)
+        if not strays:
+            return 0
         # A log of which nothing is counted should have no file. It is looked whether that is true, not just counted.
         empty = {row.log_id for row in store.some_logs([log_id_of(name) for _, name in strays])}
         named = store.named_among(empty)

@@ -334,7 +334,9 @@ class Receiver:
             os.close(fd)
         self._digests[place] = (digest.hexdigest(), extents)
         self._state.volume_place, self._state.offset = place + 1, 0
-        self._note()
+        if self._unnoted_bytes >= _NOTE_EVERY_BYTES:
+            # Of many small volumes not each: one that was killed receives some of them once more.
+            self._note()
         return done_bytes
 
     def _note_position(self, fd: int, place: int, offset: int) -> None:

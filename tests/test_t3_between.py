@@ -318,8 +318,8 @@ async def test_room_is_made_although_a_cut_volume_cannot_be_cleared_for_want_of_
         await put(pool, b"a", 0, noise(100, 2))
         await pool.snapshots.create(b"new", hold_tags=["keep"])
         await put(pool, b"a", 0, noise(100, 3))
-        with pytest.raises(NoSpaceError):
-            await pool.volumes.truncate(pool.volumes.get(b"b"), 100)
+        await pool.volumes.truncate(pool.volumes.get(b"b"), 100)
+        assert pool.volumes.get(b"b").needs_trim
         await pool.snapshots.release(b"new", "keep")
         quota = pool.changelogs.get(b"x")
         (changelog_id,) = pool.placement.quotas

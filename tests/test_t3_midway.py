@@ -20,6 +20,8 @@ from snapfs.placement import Quota
 from snapfs.pool import Pool
 from snapfs.portion import Portion
 from snapfs.processor import Processor
+from snapfs.volume import Volume
+from snapfs.volumes import VolumeTable
 
 from .harness import Running, World, in_memory, open_world, read_snapshot, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
@@ -275,6 +277,23 @@ async def test_a_mark_of_a_rollback_that_cannot_be_true_closes_its_volume_alone(
         with pytest.raises(SnapfsError, match="could not be finished"):
             await read_volume(running.pool, b"c")
         await running.close()
+
+
+async def test_what_cannot_be_made_as_wished_takes_no_others_volume_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a volume is cut to its size somebody removes it, and makes another one of its name."""
+    world = World(processor_count=1)
+    world.make_image("/image", b"i" * 4 * BLOCK)
+    async with open_world(world) as pool:
+
+        async def fit(table: VolumeTable, volume: Volume) -> None:
+            await table.remove(volume.name)
+            await table.create(b"v")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(VolumeTable, "fit", fit)
+        with pytest.raises(OSError, match="Input/output"):
+            await pool.maker.create(VolumeWish(b"v", 8 * BLOCK, COPY_ON_WRITE, "/image"))
+        assert set(pool.volumes.by_name) == {b"v"} and not pool.volumes.get(b"v").size_bytes
 
 
 # -- giving back --------------------------------------------------------------------------------

@@ -147,6 +147,9 @@ def test_a_pool_on_a_disk_that_takes_no_writes_is_checked(tmp_path: Path) -> Non
         snapfs("init", disk / "pool")
         run("mount", "-o", "remount,ro", disk)
         assert "clean" in snapfs("check", disk / "pool").stdout
+        (tmp_path / "mount").mkdir()
+        said = snapfs("mount", disk / "pool", tmp_path / "mount", expect=1).stderr
+        assert "takes no writes" in said and "rescue" in said
     finally:
         run("umount", disk)
 
