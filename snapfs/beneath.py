@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 
@@ -28,11 +29,45 @@ def _collect(path: str, sys_folder: str, found: set[str]) -> None:
     # A block device itself; or the one that the file's filesystem lies on.
     device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
     folder = os.path.join(sys_folder, f"{os.major(device)}:{os.minor(device)}")
-    for backing in _backing_files(os.path.realpath(folder), set()):
-        if backing not in found:
-            found.add(backing)
+    if os.path.isdir(folder):
+        beneath = list(_backing_files(os.path.realpath(folder), set()))
+    else:
+        # A filesystem of several devices, or over others, as btrfs and overlay.
+        beneath = _under_mount(os.path.realpath(path))
+    for one in beneath:
+        if one not in found:
+            found.add(one)
             with contextlib.suppress(OSError):
-                _collect(backing, sys_folder, found)
+                _collect(one, sys_folder, found)
+
+
+def _under_mount(path: str) -> list[str]:
+    """What the mount that a file is on was made of: a device, or the folders that lie over each other (proc(5))."""
+    best: list[str] = []
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            mount_point = _unescaped(fields[4])
+            if (path + os.sep).startswith(mount_point.rstrip("/") + os.sep) and (
+                not best or len(mount_point) >= len(_unescaped(best[4]))
+            ):
+                # The last of several on one folder is the one that is seen.
+                best = fields
+    if not best:
+        return []
+    source, options = best[best.index("-") + 2 :][:2]
+    folders = [
+        folder
+        for option in options.split(",")
+        if option.startswith(("lowerdir=", "upperdir="))
+        for folder in option.partition("=")[2].split(":")
+    ]
+    return [one for one in map(_unescaped, [source, *folders]) if one.startswith("/")]
+
+
+def _unescaped(text: str) -> str:
+    """A path as the kernel wrote it there: blanks and the like as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _backing_files(folder: str, seen: set[str]) -> Iterator[str]:

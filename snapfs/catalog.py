@@ -7,7 +7,7 @@ there from the commit that puts its row here, whole or not at all. Every call bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 from .backends import Device
 from .database import Database, Row
@@ -75,7 +75,7 @@ class Catalog:
             raise
 
     @classmethod
-    def over(cls, database: Database, pool_id: str) -> Catalog:
+    def over(cls, database: Database, pool_id: str) -> Self:
         """A catalog over an open database, once it is known to be the right one."""
         if database.row("SELECT value FROM meta WHERE key = 'pool_id'") != (pool_id,):
             raise DamagedError(f"{_WHAT} belongs to another pool", "Put the right one back")

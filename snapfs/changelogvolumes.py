@@ -19,7 +19,7 @@ from .catalogaccess import CatalogAccess
 from .descriptor import claim_device
 from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, UnreadableError
 from .events import EventLog
-from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor
+from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor, told_key
 from .geometry import BLOCK_SHIFT
 from .placement import Placement, Quota
 from .processor import Processor
@@ -130,7 +130,9 @@ class ChangeLogVolumes:
                         (device_id, path, changelog_id)
                         for device_id, path in zip(opened, dict.fromkeys(paths), strict=True)
                     ]
-                    await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows))
+                    # A device of before may have had the number, and have been told more.
+                    meta = {told_key(device_id): 0 for device_id in opened}
+                    await self._catalog.save([], lambda: CatalogBatch(changelogs=[row], devices=rows, meta=dict(meta)))
                 except BaseException:
                     for device in opened.values():
                         if self._catalog.is_settled:

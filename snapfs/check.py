@@ -42,7 +42,7 @@ from .repair import repair_running
 from .rowchecks import impossible_kinds, impossible_snapshots, impossible_versions
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
-from .traits import TraitsTable
+from .traits import TraitsTable, impossible_descent
 from .units import MANIFEST_NAME, check_name, format_size, show_name
 
 DAMAGE, LEAK, NOTE = "damage", "leak", "note"
@@ -193,7 +193,11 @@ def _check_catalog(
     index = SnapshotIndex()
     instants: dict[int, int] = {}
     kept: set[int] = set()
-    traits = TraitsTable(catalog.traits())
+    rows = catalog.traits()
+    impossible = impossible_descent(rows)
+    for words in impossible.values():
+        report.add(DAMAGE, CATALOG_FILE, words)
+    traits = TraitsTable(row for row in rows if row.volume_id not in impossible)
     for row in catalog.snapshots():
         instants[row.snapshot_id] = row.instant
         if row.name is None and traits.inheritors(row.snapshot_id):

@@ -399,6 +399,9 @@ class CowPortion(Portion):
             if self.pending.get(object_index):
                 if self.failure is not None:
                     raise SyncFailedError(self.failure.reason, self.failure.fix)
+                # Also where what noted them found no memory: what is pending goes with its object.
+                if object_index in self.objects:
+                    self._dirty_objects.add(object_index)
                 await self._neighbours.commit(self)
                 continue
             entries = (found,) if isinstance(found, int) else found

@@ -47,6 +47,11 @@ def log_folder(processor_index: int) -> str:
     return f"logs/{processor_index}"
 
 
+def told_key(device_id: int) -> str:
+    """Where the catalog keeps how new it told a device to be, once that is durable there."""
+    return f"told_device_{device_id}"
+
+
 def log_id_of(name: str) -> int:
     """The number of the change log that a file is of. Raises ValueError for a name that none has."""
     return int(name.rpartition("/")[2], 16)

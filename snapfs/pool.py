@@ -30,6 +30,7 @@ from .errors import (
     DeviceMissingError,
     ExistsError,
     NoMemoryError,
+    NoSpaceError,
     SnapfsError,
 )
 from .events import EventLog
@@ -45,6 +46,7 @@ from .formats import (
     CatalogBatch,
     DeviceDescriptor,
     PoolDescriptor,
+    told_key,
 )
 from .freeing import OldestFreer
 from .geometry import PROCESSOR_COUNT_MAX
@@ -170,7 +172,7 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
 def wrong_generations(catalog: Catalog, device: Device, device_id: int, path: str) -> list[str]:
     """That the pool's directory or a device is an older copy than the other knows of, in words. Raises DamagedError."""
     generation = DeviceDescriptor.from_json(device.read_file(DEVICE_FILE), path).generation
-    told = catalog.meta(_told_key(device_id), 0)
+    told = catalog.meta(told_key(device_id), 0)
     if generation > catalog.generation:
         return [
             f"the pool's directory is an old copy: its catalog is at {catalog.generation}, device {path} was last used"
@@ -179,11 +181,6 @@ def wrong_generations(catalog: Catalog, device: Device, device_id: int, path: st
     if generation < told:
         return [f"device {path} is an old copy: it was last used at {generation}, the catalog knows of {told}"]
     return []
-
-
-def _told_key(device_id: int) -> str:
-    """Where the catalog keeps how new it told a device to be, once that is durable there."""
-    return f"told_device_{device_id}"
 
 
 def _device_missing(device_id: int, shown: str, error: OSError) -> DeviceMissingError:
@@ -415,7 +412,9 @@ class Pool:
         told = await self._note_generation()
         if told:
             # Now that it is there: a copy of the device from before is not to be taken for it.
-            await self.catalog.save([], lambda: CatalogBatch(meta=dict(told)))
+            # For want of room for it nothing else is to wait: it is a note.
+            with contextlib.suppress(NoSpaceError):
+                await self.reserve.helped(partial(self.catalog.save, [], lambda: CatalogBatch(meta=dict(told))))
         await self.changelogs.load()
         await self.images.look(after_crash=self.after_crash)
         await self.clones.finish_restores()
@@ -471,7 +470,7 @@ class Pool:
         self._told.add(device_id)
         with contextlib.suppress(OSError, NoMemoryError):
             await in_thread(device.write_file, DEVICE_FILE, descriptor.to_json())
-            told[_told_key(device_id)] = generation
+            told[told_key(device_id)] = generation
         self._told.discard(device_id)
 
     async def run(self) -> None:

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import trio
 
 from .backends import Device
-from .blockmasks import objects_with_data
+from .blockmasks import named_masks, objects_with_data
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
-from .errors import NoMemoryError, SnapfsError
-from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, ShardBatch, log_id_of
+from .errors import DamagedError, NoMemoryError, SnapfsError
+from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, LogRow, ShardBatch, log_id_of
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
 from .pending import PendingCalls
@@ -46,10 +46,10 @@ _PUNCH_BATCH = 512
 
 
 class _Punched(NamedTuple):
-    """What came of a lot of ranges that were to be given back: how many there were, the number of the last one."""
+    """What came of a lot of ranges that were to be given back: how many, and the number of the last that failed."""
 
     row_count: int
-    last_row: int
+    last_failed: int
     punched_count: int
     failure: OSError | None
 
@@ -216,9 +216,7 @@ class Processor:
 
     async def changed_block_counts(self, epochs: Mapping[VolumeId, int]) -> dict[VolumeId, int]:
         """Blocks in the change logs that volumes began in these epochs or later: changed since their last snapshots."""
-        if not epochs:
-            return {}
-        stored = await self.access.ask(self.access.store.logs_since, min(epochs.values()))
+        stored = await self.access.ask(self.access.store.logs_since, epochs)
         counts = {row.log_id: (row.volume_id, row.epoch, row.block_count) for row in stored}
         for log in self.logs.known.values():
             if log.kind == CHANGE_LOG:
@@ -502,18 +500,21 @@ class Processor:
         """
         done = after = 0
         failure: OSError | None = None
+        # First: what is freed from here on is looked at here, or the next time.
+        self._has_freed = False
         while True:
             with trio.CancelScope(shield=True):
-                lot = await self.access.ask(partial(self._punch_some, after))
+                lot = await self.access.ask(self._punch_some, after)
             done += lot.punched_count
             failure = failure or lot.failure
             if lot.row_count < _PUNCH_BATCH:
                 break
-            after = lot.last_row
+            # Behind those that failed. The others are gone, and new ones may have got their numbers.
+            after = lot.last_failed or after
             await trio.lowlevel.checkpoint()
         if failure is not None:
+            self._has_freed = True
             raise failure
-        self._has_freed = False
         return done
 
     def _punch_some(self, after_row: int) -> _Punched:
@@ -523,6 +524,7 @@ class Processor:
         for number, row in rows:
             of_logs.setdefault(row.log_id, []).append((number, row))
         punched: list[int] = []
+        last_failed = 0
         failure: OSError | None = None
         for log_id, of_log in of_logs.items():
             log = store.log(log_id)
@@ -531,11 +533,12 @@ class Processor:
                     self.logs.punch(log_id, log.device_id, [(row.offset, row.length) for _, row in of_log])
             except OSError as error:
                 failure = failure or error
+                last_failed = max(last_failed, of_log[-1][0])
             else:
                 punched += [number for number, _ in of_log]
         if punched:
             store.forget_freed(punched)
-        return _Punched(len(rows), rows[-1][0] if rows else after_row, len(punched), failure)
+        return _Punched(len(rows), last_failed, len(punched), failure)
 
     async def remove_strays(self) -> int:
         """After opening, before the first write: remove files of logs that the store does not know."""
@@ -547,13 +550,27 @@ class Processor:
         strays = self.logs.stray_files(known)
         if not strays:
             return 0
-        # A log of which nothing is counted should have no file. It is looked whether that is true, not just counted.
-        empty = {row.log_id for row in store.some_logs([log_id_of(name) for _, name in strays])}
-        named = store.named_among(empty)
-        strays = [(device_id, name) for device_id, name in strays if log_id_of(name) not in named]
+        rows: dict[int, LogRow] = {row.log_id: row for row in store.some_logs([log_id_of(name) for _, name in strays])}
+        count = 0
         for device_id, name in strays:
-            self.logs.remove_stray(device_id, name)
-        return len(strays)
+            row = rows.get(log_id_of(name))
+            if row is None or not self._is_named(row):
+                self.logs.remove_stray(device_id, name)
+                count += 1
+        return count
+
+    def _is_named(self, log: LogRow) -> bool:
+        """Whether anything names what lies in a log of which nothing is counted: the count may be what is damaged."""
+        extents = self.logs.data_extents(log.log_id, log.device_id)
+        family = self.traits.family_of(log.volume_id)
+        try:
+            return any(
+                named_masks(self.access.store, family, object_index, {log.log_id}).get(log.log_id, 0) & mask
+                for object_index, mask in objects_with_data(extents, self.index, self.processor_count)
+            )
+        except DamagedError:
+            # It cannot be told, so its file stays.
+            return True
 
     async def forget_unborn(self, known_ids: Collection[VolumeId]) -> None:
         """After opening: drop what was counted for volumes whose making failed or was cut off, and their sources."""

@@ -26,6 +26,7 @@ from .changelog import ChangeLog, in_use
 from .errors import DamagedError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, MapRow, ShardBatch
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
+from .namedblocks import NamedBlocks
 from .notresident import when_resident
 from .portion import Portion
 from .processor import Processor
@@ -317,7 +318,7 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     """Commit a batch that frees blocks of these logs; the logs that are empty now, whose files can go."""
     dead = []
     # By the counts of the store: what a volume has counted out and not committed is named by maps there still.
-    rows = await processor.access.ask(processor.access.store.some_logs, list(changed))
+    rows = await processor.access.ask(processor.access.store.some_logs, list(changed)) if changed else []
     stored = {row.log_id: row for row in rows}
     for log, block_count in changed.values():
         # At once, so that nothing goes into it any more.
@@ -344,6 +345,20 @@ async def _commit_freed(processor: Processor, batch: ShardBatch, changed: _Freed
     for log, block_count in changed.values():
         log.add_blocks(-block_count)
     return dead
+
+
+async def count_anew(processor: Processor, volume_id: VolumeId) -> None:
+    """Count what a volume, which has no family, names in its logs with candidates, and look at none of these any more.
+
+    What nothing names there is given back as after a crash. Nothing is written to the volume meanwhile.
+    """
+    counts: dict[int, int] = {}
+    walk = NamedBlocks(processor.access, lambda: (volume_id,))
+    while (named := await walk.step()) is not None:
+        for masks in named.values():
+            for log_id, mask in masks.items():
+                counts[log_id] = counts.get(log_id, 0) + mask.bit_count()
+    await processor.access.ask(processor.access.store.settle_candidates, volume_id, counts)
 
 
 async def free_candidates(processor: Processor, rest: Rest = trio.lowlevel.checkpoint) -> int:

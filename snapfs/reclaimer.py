@@ -31,6 +31,7 @@ from .volumes import VolumeTable
 T = TypeVar("T")
 
 RETRY_S = 5.0
+RETRY_S_MAX = 80.0
 # So many are released in one commit of the catalog.
 _RELEASED_AT_ONCE = 64
 _ROOM_SHORT_PERCENT = 90
@@ -78,17 +79,22 @@ class Reclaimer:
     async def run(self) -> None:
         """Free whenever there is something to free; until cancelled."""
         self._kept_up_s = trio.current_time()
+        retry_s = RETRY_S
         while True:
             self._note_keeping_up()
             try:
                 await self.reclaim_all(gently=True)
                 self._has_failed = False
+                retry_s = RETRY_S
                 # Deletions that come meanwhile are worked through together.
                 await self._rest()
             except (SnapfsError, OSError) as error:
                 self._has_failed = True
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
-                await trio.sleep(RETRY_S)
+                with trio.move_on_after(retry_s):
+                    await self._wakeup.wait()
+                # What cannot be given back for long is tried less and less often.
+                retry_s = min(2 * retry_s, RETRY_S_MAX)
             else:
                 await self._wakeup.wait()
 
@@ -415,11 +421,18 @@ class Reclaimer:
         self._volumes.removed.pop(volume_id, None)
 
     async def free_orphans(self) -> None:
-        """After opening, before anything is written: free what 0.8.6 and earlier left of clones that are forgotten."""
+        """After opening, before anything is written: settle what 0.8.6 and earlier left of clones that are forgotten.
+
+        What is still to be looked at may have been counted out already by who was their origin. So it is counted anew.
+        """
         for processor in self._processors:
-            volume_ids = await processor.access.ask(processor.access.store.candidate_volumes)
-            if any(len(self._traits.family_of(one)) == 1 for one in volume_ids):
-                await reclaim.free_candidates(processor)
+            try:
+                for volume_id in await processor.access.ask(processor.access.store.candidate_volumes):
+                    if len(self._traits.family_of(volume_id)) == 1:
+                        await reclaim.count_anew(processor, volume_id)
+            except (SnapfsError, OSError) as error:
+                # Some of its maps are damaged, say: that keeps no pool from being opened.
+                self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
 
     async def drop_idle_versions(self) -> int:
         """Forget kept attributes that no snapshot needs; how many."""

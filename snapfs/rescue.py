@@ -12,8 +12,9 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import cast
 
 from .backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice, open_local_image
@@ -29,6 +30,9 @@ from .formats import (
     LogRow,
     PoolDescriptor,
     ScheduleRow,
+    VersionRow,
+    VolumeRow,
+    VolumeTraits,
     shard_file,
 )
 from .geometry import LogId, VolumeId
@@ -44,6 +48,7 @@ from .pool import (
 )
 from .shardstore import ShardStore
 from .tasks import in_thread
+from .traits import impossible_descent
 
 _CATALOG_TABLES = (
     "meta", "devices", "shards", "volumes", "versions", "removed", "snapshots", "members", "holds", "traits",
@@ -54,6 +59,22 @@ _SHARD_TABLES = ("meta", "maps", "copies", "logs", "portions", "intermediates")
 
 class _Catalog(Catalog):
     """A catalog of which only names, sizes and what reading needs is asked."""
+
+    @cached_property
+    def left_out(self) -> dict[VolumeId, str]:
+        """Volumes that cannot be read, for it is not known whose clones they are: what they inherit would be zeros."""
+        return impossible_descent(super().traits())
+
+    def traits(self) -> list[VolumeTraits]:
+        """See :meth:`Catalog.traits`."""
+        return [row for row in super().traits() if row.volume_id not in self.left_out]
+
+    def volumes(self) -> list[VolumeRow]:
+        """See :meth:`Catalog.volumes`."""
+        return [row for row in super().volumes() if row.volume_id not in self.left_out]
+
+    def _versions(self, where: str, bindings: Sequence[int]) -> list[VersionRow]:
+        return [row for row in super()._versions(where, bindings) if row.volume_id not in self.left_out]
 
     def schedules(self) -> list[ScheduleRow]:
         """None: nothing runs."""
@@ -143,6 +164,8 @@ class _Opening:
         database = self.database(CATALOG_FILE, "the catalog", _CATALOG_TABLES, self._stack)
         descriptor = self._descriptor(where, database)
         catalog = _Catalog.over(database, descriptor.pool_id)
+        for words in catalog.left_out.values():
+            self._note_lost(f"the catalog is damaged: {words}, which is left out")
         stores = [self._store(catalog, index, descriptor.pool_id) for index in range(descriptor.processor_count)]
         return Pool(
             self._home,

@@ -68,7 +68,7 @@ class Schedule:
         if self.is_due(last_run_ns, now_ns):
             return now_ns
         # A last run that lies ahead, of a clock that was set back since, is waited for.
-        return max(self.due_ns(now_ns), last_run_ns) + self.every_s * SECOND_NS
+        return self.due_ns(max(now_ns, last_run_ns)) + self.every_s * SECOND_NS
 
     def to_json(self) -> str:
         """The rule as the catalog keeps it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from xxhash import xxh3_64_digest
@@ -199,6 +199,17 @@ class ShardStore:
             "SELECT DISTINCT volume_id FROM logs WHERE log_id IN (SELECT log_id FROM candidates) ORDER BY volume_id"
         )
         return [VolumeId(row[0]) for row in rows]
+
+    def settle_candidates(self, volume_id: VolumeId, counts: Mapping[int, int]) -> None:
+        """Have logs of a volume that have candidates count so many blocks, take no writes, and have none of these."""
+        with self.database.transaction():
+            for log in self.logs_of(volume_id):
+                bindings = (log.log_id,)
+                if self.database.row("SELECT 1 FROM candidates WHERE log_id = ? LIMIT 1", bindings) is None:
+                    continue
+                self.set_log_count(log.log_id, counts.get(log.log_id, 0))
+                self.database.execute("UPDATE logs SET sealed = 2 WHERE log_id = ?", bindings)
+                self.database.execute("DELETE FROM candidates WHERE log_id = ?", bindings)
 
     def all_candidates(self) -> list[CandidateRow]:
         """All blocks that are still to be looked at."""
@@ -466,10 +477,10 @@ class ShardStore:
         )
         return blockmap.decode(row[1]) if row is not None and row[0] <= instant else blockmap.HOLE
 
-    def logs_since(self, epoch: int) -> list[LogRow]:
-        """Change logs begun in an epoch or later."""
-        rows = self.database.rows("SELECT * FROM logs WHERE epoch >= ? AND kind = 0", (epoch,))
-        return [LogRow(*row) for row in rows]
+    def logs_since(self, epochs: Mapping[VolumeId, int]) -> list[LogRow]:
+        """Change logs that volumes began in these epochs or later."""
+        sql = "SELECT * FROM logs WHERE volume_id = ? AND epoch >= ? AND kind = 0"
+        return [LogRow(*row) for one in epochs.items() for row in self.database.rows(sql, one)]
 
     def copies_from(self, volume_id: VolumeId, object_index: int, instant: int) -> list[CopyRow]:
         """The copies of an object with instants from one on, in order."""
@@ -503,14 +514,6 @@ class ShardStore:
     def log_ids_with_blocks(self) -> set[int]:
         """Logs that have a file."""
         return {row[0] for row in self.database.rows("SELECT log_id FROM logs WHERE block_count > 0 OR kind = 1")}
-
-    def named_among(self, log_ids: Collection[int]) -> set[int]:
-        """Those of these logs that any map names. Looks through all of them."""
-        found: set[int] = set()
-        for table in ("maps", "copies"):
-            for (text,) in self.database.rows(f"SELECT map FROM {table}") if log_ids else ():
-                found.update(log_id for _, _, log_id in blockmap.all_runs(blockmap.decode(text)) if log_id in log_ids)
-        return found
 
     def object_count(self) -> int:
         """How many objects have a live map."""

@@ -21,6 +21,15 @@ class Ancestor(NamedTuple):
     instant: int
 
 
+def impossible_descent(rows: Iterable[VolumeTraits]) -> dict[VolumeId, str]:
+    """Clones of what was made after them, in words: their lines of descent might have no end."""
+    return {
+        row.volume_id: f"volume {row.volume_id} is said to be a clone of {row.origin_id}"
+        for row in rows
+        if row.origin_id >= row.volume_id
+    }
+
+
 class _Family:
     """Volumes that belong together, and the same in order once that was asked for."""
 
@@ -40,13 +49,8 @@ class TraitsTable:
 
     def __init__(self, rows: Iterable[VolumeTraits]) -> None:
         self.rows = {row.volume_id: row for row in rows}
-        for row in self.rows.values():
-            # A clone is made after what it is made of. Else its line of descent might have no end.
-            if row.origin_id >= row.volume_id:
-                raise DamagedError(
-                    f"the catalog is damaged: volume {row.volume_id} is said to be a clone of {row.origin_id}",
-                    "Restore it from a copy",
-                )
+        for words in impossible_descent(self.rows.values()).values():
+            raise DamagedError(f"the catalog is damaged: {words}", "Restore it from a copy")
         self._families: dict[VolumeId, _Family] = {}
         self._shared_until: dict[VolumeId, int] = {}
         self._is_worked_out = False

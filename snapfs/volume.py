@@ -281,14 +281,13 @@ class Volume(VolumeView):
         self.opens -= 1
         if self.opens == 0:
             portions, self.portions = self.portions, []
-            if self._between is None:
-                self._let_go(portions)
-            self._between = None
-
-    def _let_go(self, portions: Sequence[Portion]) -> None:
-        for processor, portion in zip(self.processors, portions, strict=True):
-            portion.users -= 1
-            processor.let_go(portion)
+            between, self._between = self._between, None
+            if between is not None:
+                between.open()
+                return
+            for processor, portion in zip(self.processors, portions, strict=True):
+                portion.users -= 1
+                processor.let_go(portion)
 
     @contextmanager
     def requested(self) -> Iterator[None]:
@@ -328,11 +327,15 @@ class Volume(VolumeView):
         Until then whoever uses it waits, so each read and write is of the one or of the other. The caller holds
         writers.
         """
-        if self.opens:
+        if self.opens and self._between is None:
             between = Closed(self.processor_count)
             portions, self.portions = self.portions, between.portions()
             self._between = between
-            self._let_go(portions)
+            # May be called again, and is not to count down again: what finds no memory here is kept a little longer.
+            for processor, portion in zip(self.processors, portions, strict=True):
+                portion.users -= 1
+                with suppress(MemoryError):
+                    processor.let_go(portion)
         self.versions.clear()
         # A sync under way is of the old contents, and says nothing of these.
         self._shrink_count += 1

@@ -96,8 +96,12 @@ async def test_a_block_that_a_clone_left_is_not_counted_out_twice(monkeypatch: p
     await assert_blocks_live(world, b"nnnnnnn\x08")
 
 
-async def test_what_an_earlier_version_left_to_be_looked_at_is_before_anything_is_written() -> None:
-    """As it was stopped between dropping a clone's traits and looking at what the clone had left."""
+@pytest.mark.parametrize("is_counted_out", [False, True])
+async def test_what_an_earlier_version_left_to_be_looked_at_is_before_anything_is_written(is_counted_out: bool) -> None:
+    """As it was stopped between dropping a clone's traits and looking at what the clone had left.
+
+    Some of it the clone's origin may have counted out in between.
+    """
     world = World(processor_count=1)
     async with open_until_power_is_lost(world) as pool:
         await pool.volumes.create(b"v")
@@ -106,6 +110,11 @@ async def test_what_an_earlier_version_left_to_be_looked_at_is_before_anything_i
             await volume.sync()
         await pool.sync()
         (log_id,) = counted_and_named(pool)
+        if is_counted_out:
+            await write_one(pool, 7)
+            await pool.volumes.discard(pool.volumes.get(b"v"), 0, 7 * BLOCK)
+            await write_one(pool, 7)
+            await pool.sync()
         pool.processors[0].access.store.database.execute("INSERT INTO candidates VALUES (?, 0, 0, 8)", (log_id,))
         world.lose_power(CrashPlan(1, 1.0, 0.0))
     # Without the pool's tasks, which would look at it sooner or later.
@@ -119,6 +128,9 @@ async def test_what_an_earlier_version_left_to_be_looked_at_is_before_anything_i
     assert_counted(pool)
     await pool.close()
     world.home.close()
+    if is_counted_out:
+        await assert_blocks_live(world, b"nnnnnnnn")
+        return
     await assert_blocks_live(world, b"nnnnnnn\x08")
 
 

@@ -200,6 +200,31 @@ async def test_a_rollback_that_finds_no_memory_is_waited_for(monkeypatch: pytest
         await pool.clones.rollback(b"s", [b"v"])
 
 
+async def test_a_rollback_goes_on_where_letting_go_found_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_world(World(processor_count=2)) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await volume.write(0, b"o" * BLOCK)
+        await pool.snapshots.create(b"s")
+        await volume.write(0, b"n" * BLOCK)
+        let_go = Processor.let_go
+        struck: list[bool] = []
+
+        def none(processor: Processor, portion: Portion) -> None:
+            if not struck and not portion.users:
+                struck.append(True)
+                raise MemoryError
+            let_go(processor, portion)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Processor, "let_go", none)
+            with trio.fail_after(60):
+                await pool.clones.rollback(b"s", [b"v"], force=True)
+        assert struck and bytes(await volume.read(0, 1)) == b"o"
+        pool.volumes.close(volume)
+        assert not volume.opens
+
+
 @pytest.mark.parametrize("how", ["no memory", "its record is lost"])
 async def test_a_rollback_in_place_fails_before_it_is_durable_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, how: str
@@ -336,6 +361,33 @@ async def test_a_log_that_cannot_be_punched_keeps_no_others_room(monkeypatch: py
         await pool.reclaimer.reclaim_all()
         assert memory.space().free_bytes >= before + 800 * BLOCK and not store.freed(100)
         await running.stop()
+
+
+async def test_what_is_freed_while_all_is_given_back_is_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that say so are numbered anew once there were none."""
+    monkeypatch.setattr("snapfs.processor._PUNCH_BATCH", 2)
+    async with open_world(World(processor_count=1)) as pool:
+        (processor,) = pool.processors
+        store = processor.access.store
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"1" * 8 * BLOCK)
+        await pool.sync()
+        (log,) = store.logs_of(pool.volumes.get(b"v").volume_id)
+        add = "INSERT INTO freed VALUES (?, ?, ?)"
+        for block in (100, 102):
+            store.database.execute(add, (log.log_id, block * BLOCK, BLOCK))
+        punch = processor._punch_some
+        added: list[bool] = []
+
+        def punched(after_row: int) -> object:
+            found = punch(after_row)
+            if not added:
+                added.append(True)
+                store.database.execute(add, (log.log_id, 104 * BLOCK, BLOCK))
+            return found
+
+        monkeypatch.setattr(processor, "_punch_some", punched)
+        assert await processor.punch_freed() == 3 and not store.freed(9)
 
 
 async def test_a_change_log_volume_is_empty_when_a_failed_volume_is_gone() -> None:

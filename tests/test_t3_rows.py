@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import trio
 
 from snapfs.backends import CrashPlan, Device, MemoryDevice
+from snapfs.catalogaccess import CatalogAccess
 from snapfs.check import check_pool
 from snapfs.damage import DamagedBlock, DamageLedger
 from snapfs.database import Database
-from snapfs.errors import DamagedError, SnapfsError
-from snapfs.formats import COPY_ON_WRITE
+from snapfs.errors import DamagedError, NoSpaceError, SnapfsError
+from snapfs.formats import COPY_ON_WRITE, CatalogBatch
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
 from snapfs.rescue import rescued_pool
+from snapfs.volume import Volume
 
 from .harness import WHERE, World, in_memory, open_until_power_is_lost, open_world, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
@@ -172,6 +175,73 @@ async def test_rescue_tells_that_the_pools_directory_is_older_than_its_devices()
     async with rescued_pool(early.home, WHERE, early.open_device, early.open_image) as pool:
         (lost,) = pool.lost
         assert "the pool's directory is an old copy" in lost and "another time" in lost
+
+
+async def test_a_device_that_gets_the_number_of_another_may_be_told_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change log volume that had it before was told more, and the new one's note finds no room."""
+    world = World(processor_count=1)
+    world.devices["a"], world.devices["b"] = MemoryDevice(), MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"one", ["a"], 1 << 20)
+    async with open_world(world) as pool:
+        await pool.changelogs.remove(b"one")
+
+        def full(*arguments: object) -> None:
+            raise NoSpaceError("full")
+
+        monkeypatch.setattr(pool.changelogs, "_note_generation", full)
+        await pool.changelogs.create(b"two", ["b"], 1 << 20)
+        monkeypatch.setattr(pool, "_note_generation", lambda: no_notes())
+    async with open_world(world) as pool:
+        assert [one["name"] for one in pool.changelogs.entries()] == ["two"]
+
+
+async def no_notes() -> dict[str, int]:
+    return {}
+
+
+async def test_no_room_to_note_what_a_device_was_told_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+    save = CatalogAccess.save
+    refused: list[bool] = []
+
+    async def no_room(access: CatalogAccess, volumes: list[Volume], make_batch: Callable[[], CatalogBatch]) -> None:
+        if any(key.startswith("told_device") for key in make_batch().meta):
+            refused.append(True)
+            raise NoSpaceError("full")
+        await save(access, volumes, make_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogAccess, "save", no_room)
+        pool = Pool.open(world.home, WHERE, world.open_device, "test", world.open_image)
+        await pool.recover()
+        assert refused and set(pool.volumes.by_name) == {b"v"}
+    await pool.close()
+    world.home.close()
+
+
+async def test_a_damaged_map_beside_an_empty_log_with_a_file_keeps_no_pool_from_opening() -> None:
+    world = await filled()
+    change(world, SHARD, f"UPDATE logs SET block_count = 0 WHERE log_id = {L}")
+    change(world, SHARD, "UPDATE maps SET map = X'00' WHERE volume_id = 256 AND object_index = 0")
+    before = log_names(world)
+    pool = Pool.open(world.home, WHERE, world.open_device, "test", world.open_image)
+    await pool.recover()
+    assert log_names(world) >= before
+    await pool.close()
+    world.home.close()
+
+
+async def test_rescue_leaves_out_what_has_no_line_of_descent_and_shows_the_rest() -> None:
+    world = await filled()
+    change(world, CATALOG, f"UPDATE traits SET origin_id = volume_id WHERE volume_id = {C}")
+    async with rescued_pool(world.home, WHERE, world.open_device, world.open_image) as pool:
+        assert set(pool.volumes.by_name) == {b"V", b"w"} and "which is left out" in "".join(pool.lost)
+        assert (await read_volume(pool, b"V"))[::BLOCK] == b"2451"
+        members = await pool.snapshots.members(pool.snapshots.get(b"t"))
+        assert set(members.by_name) == {b"V", b"w"}
 
 
 async def test_power_loss_between_telling_a_device_and_noting_it_is_no_matter() -> None:

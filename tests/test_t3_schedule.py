@@ -248,6 +248,9 @@ def test_the_next_moment_is_told_right_after_the_clock_was_set_back() -> None:
     told = schedule.next_ns(last_run_ns, noon)
     assert told == ns(datetime(2026, 5, 12, tzinfo=UTC))
     assert not schedule.is_due(last_run_ns, told - 1) and schedule.is_due(last_run_ns, told)
+    # By an earlier version, on a Thursday.
+    weekly, friday = make_schedule("w", "1w"), ns(datetime(2026, 11, 27, tzinfo=UTC))
+    assert weekly.next_ns(ns(datetime(2026, 11, 26, tzinfo=UTC)), friday) == ns(datetime(2026, 11, 30, tzinfo=UTC))
 
 
 async def test_held_and_hand_made_snapshots_are_never_deleted(autojump_clock: None) -> None:

@@ -245,6 +245,15 @@ def test_an_image_on_a_loop_device_over_the_mount_is_refused(mounted: Mounted, t
         try:
             (folder / "image").write_bytes(bytes(4096))
             snapfs("create", mounted.path / "w", "--mode", "cow", "--source", folder / "image", expect=2)
+            for name in ("lower", "upper", "work", "over"):
+                (folder / name).mkdir()
+            (folder / "lower" / "image").write_bytes(bytes(4096))
+            layers = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
+            run("mount", "-t", "overlay", "overlay", "-o", layers, folder / "over")
+            try:
+                snapfs("create", mounted.path / "w", "--mode", "cow", "--source", folder / "over" / "image", expect=2)
+            finally:
+                run("umount", folder / "over")
             (folder / "logs").mkdir()
             words = ("changelog", "create", mounted.path, "logs", "--device", folder / "logs", "--capacity", "1M")
             assert "on a loop device over that" in snapfs(*words, expect=2).stderr
