@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,32 @@ import pytest
 from .conftest import SNAPFS, Mounted, clear_away, run, snapfs, wait_until
 
 MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def a_pool(tmp_path: Path) -> Iterator[Mounted]:
+    """One that is not mounted; what a test leaves mounted is cleared away, and the pool verified."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    mounted = Mounted(folder)
+    try:
+        mounted.unmount()
+        yield mounted
+        mounted.check()
+    finally:
+        clear_away(mounted)
+
+
+def in_foreground(mounted: Mounted) -> subprocess.Popen[str]:
+    """A daemon, at the very moment at which there is a mount, and nothing else is yet."""
+    command = [*SNAPFS, "mount", "--foreground", str(mounted.pool), str(mounted.path)]
+    daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: is_mounted(mounted), "there is a mount")
+    return daemon
+
+
+def is_mounted(mounted: Mounted) -> bool:
+    return f" {mounted.path} " in Path("/proc/mounts").read_text()
 
 
 @pytest.mark.mount
@@ -55,66 +82,39 @@ def test_nothing_that_lies_in_the_current_folder_is_run(mounted: Mounted, tmp_pa
 
 @pytest.mark.mount
 def test_a_mount_whose_command_was_killed_is_there(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    mounted = Mounted(folder)
-    try:
-        mounted.unmount()
+    with a_pool(tmp_path) as mounted:
         command = subprocess.Popen([*SNAPFS, "mount", mounted.pool, mounted.path], stderr=subprocess.DEVNULL)
         children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
         wait_until(lambda: bool(children.read_text().split()), "the daemon is started")
         command.kill()
         command.wait()
-        wait_until(lambda: os.path.ismount(mounted.path), "it is mounted")
+        wait_until(lambda: is_mounted(mounted), "it is mounted")
         wait_until(lambda: (mounted.path / ".snapfs" / "status.json").exists(), "it answers")
         (mounted.path / "v").write_bytes(b"1")
         mounted.unmount()
         log = (mounted.pool / "daemon.log").read_text()
         assert "unforeseen" not in log and "Traceback" not in log
-        mounted.check()
-    finally:
-        clear_away(mounted)
 
 
 @pytest.mark.mount
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_mount_that_is_ended_while_it_begins_is_not_left_behind(tmp_path: Path, number: signal.Signals) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    mounted = Mounted(folder)
-    try:
-        mounted.unmount()
+    with a_pool(tmp_path) as mounted:
         for _ in range(4):
-            command = [*SNAPFS, "mount", "--foreground", str(mounted.pool), str(mounted.path)]
-            daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            # The very moment at which there is a mount, and nothing else is yet.
-            wait_until(lambda: f" {mounted.path} " in Path("/proc/mounts").read_text(), "there is a mount")
+            daemon = in_foreground(mounted)
             daemon.send_signal(number)
             _, said = daemon.communicate(timeout=60)
-            assert "Traceback" not in said
-            assert f" {mounted.path} " not in Path("/proc/mounts").read_text()
-        mounted.check()
-    finally:
-        clear_away(mounted)
+            assert "Traceback" not in said and not is_mounted(mounted)
 
 
 @pytest.mark.mount
 def test_a_mount_that_is_unmounted_before_it_answered_ends_in_order(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    mounted = Mounted(folder)
-    try:
-        mounted.unmount()
+    with a_pool(tmp_path) as mounted:
         for _ in range(4):
-            command = [*SNAPFS, "mount", "--foreground", str(mounted.pool), str(mounted.path)]
-            daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            wait_until(lambda: f" {mounted.path} " in Path("/proc/mounts").read_text(), "there is a mount")
+            daemon = in_foreground(mounted)
             run("umount", "--lazy", mounted.path)
             _, said = daemon.communicate(timeout=60)
             assert "Traceback" not in said
-        mounted.check()
-    finally:
-        clear_away(mounted)
 
 
 @pytest.mark.mount

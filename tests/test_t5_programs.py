@@ -30,6 +30,19 @@ def with_little_room(mounted: Mounted, folder: Path, room: str = "4M") -> Path:
     return mounted.path / "v"
 
 
+def with_no_room(mounted: Mounted, folder: Path) -> Path:
+    """A volume of 1,000,000 times ``A``, all of it in a snapshot, in whose change logs there is no room any more."""
+    path, filler = with_little_room(mounted, folder), mounted.path / "filler"
+    snapfs("create", filler, "--size", "6M", "--change-log", "logs")
+    path.write_bytes(b"A" * 1_000_000)
+    filler.write_bytes(os.urandom(6 * MIB))
+    run("sync", path, filler)
+    mounted.snapshot("s")
+    run("dd", "if=/dev/urandom", f"of={path}", "bs=4k", "count=1", "seek=200", *DIRECT)
+    subprocess.run(["dd", "if=/dev/urandom", f"of={filler}", "bs=4k", "count=1536", *DIRECT], check=False)
+    return path
+
+
 def read_both(path: Path) -> tuple[bytes, bytes]:
     """Through the page cache, and past it."""
     through = path.read_bytes()
@@ -39,15 +52,7 @@ def read_both(path: Path) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("how", ["truncate", "open"])
 def test_a_cut_for_whose_tail_there_is_no_room_is_done_for_all(mounted: Mounted, tmp_path: Path, how: str) -> None:
-    path = with_little_room(mounted, tmp_path / "logs")
-    filler = mounted.path / "filler"
-    snapfs("create", filler, "--size", "6M", "--change-log", "logs")
-    path.write_bytes(b"A" * 1_000_000)
-    filler.write_bytes(os.urandom(6 * MIB))
-    run("sync", path, filler)
-    mounted.snapshot("s")
-    run("dd", "if=/dev/urandom", f"of={path}", "bs=4k", "count=1", "seek=200", *DIRECT)
-    subprocess.run(["dd", "if=/dev/urandom", f"of={filler}", "bs=4k", "count=1536", *DIRECT], check=False)
+    path = with_no_room(mounted, tmp_path / "logs")
     if how == "truncate":
         os.truncate(path, 500_001)
     else:
@@ -80,15 +85,7 @@ def test_close_tells_what_could_not_be_written_also_with_a_snapshot_meanwhile(
 
 
 def test_a_discard_that_stops_halfway_leaves_no_pages_of_what_is_gone(mounted: Mounted, tmp_path: Path) -> None:
-    path = with_little_room(mounted, tmp_path / "logs")
-    filler = mounted.path / "filler"
-    snapfs("create", filler, "--size", "6M", "--change-log", "logs")
-    path.write_bytes(b"A" * 1_000_000)
-    filler.write_bytes(os.urandom(6 * MIB))
-    run("sync", path, filler)
-    mounted.snapshot("s")
-    run("dd", "if=/dev/urandom", f"of={path}", "bs=4k", "count=1", "seek=200", *DIRECT)
-    subprocess.run(["dd", "if=/dev/urandom", f"of={filler}", "bs=4k", "count=1536", *DIRECT], check=False)
+    path = with_no_room(mounted, tmp_path / "logs")
     assert path.read_bytes()[:8] == b"A" * 8
     assert mounted.ask("discard v 0 500001")["errno"] == errno.ENOSPC
     through, past = read_both(path)
