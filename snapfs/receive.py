@@ -30,7 +30,7 @@ from .geometry import BLOCK_SIZE
 from .receivestate import MOVING_IN, MOVING_OUT, ReceiveState, states_in
 from .stream import BEGIN, DATA, END, END_VOLUME, VOLUME, ZERO, Frame, read_stream
 from .streamhead import SEND_AGAIN, StreamHead, StreamVolume, parse_head
-from .takeback import Target, clear_away, take_back, taken
+from .takeback import Target, base_of, changed_since, check_made, claimed, clear_away, take_back, taken
 from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_nothing
 from .units import check_name
 
@@ -78,14 +78,20 @@ class Receiver:
         # By place: what the stream has put into a volume, bytes and zeros; and the offset from which on that is all.
         self._written: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         self._keeps_undo = False
+        # What fails from then on cannot be gone on with: nothing would be sent, and so nothing read back.
+        self._is_all_here = False
         self._unnoted_bytes = 0
 
     def receive(self, file: IO[bytes], name: str | None = None, on_progress: OnProgress = say_nothing) -> Answer:
         """Receive; the snapshot that was made.
 
-        Raises DamagedError for a broken stream, MissingBaseError, ChangedTargetError, ExistsError.
+        Raises DamagedError for a broken stream, MissingBaseError, ChangedTargetError, ExistsError, InUseError.
         ``SnapfsError.fix`` has the resume token where there is one.
         """
+        with claimed(self._mount_point, alone=False):
+            return self._receive(file, name, on_progress)
+
+    def _receive(self, file: IO[bytes], name: str | None, on_progress: OnProgress) -> Answer:
         frames = read_stream(file)
         begin = next(frames)
         if begin.kind != BEGIN:
@@ -110,19 +116,15 @@ class Receiver:
 
     def _give_up(self, error: BaseException) -> None:
         """Keep what came, and tell how to go on; or take it back."""
-        if self._is_resumable and not self._keeps_undo:
+        if self._is_resumable and not self._keeps_undo and not self._is_all_here:
             self._note_times()
             point = ResumePoint(self._head.guid, self._state.volume_place, self._state.offset)
             if isinstance(error, SnapfsError):
                 error.fix = f"Go on with: snapfs send --resume-token {point.to_token()}"
             return
-        failures = self._take_back()
+        failures = take_back(self._target, self._state, self._base_here, keeps_undo=self._keeps_undo).failures
         if failures and isinstance(error, SnapfsError):
             error.fix = f"Not all could be taken back ({'; '.join(failures)}): roll the volumes back by hand"
-
-    def _take_back(self) -> list[str]:
-        """Leave the target as it was; what failed, in words."""
-        return take_back(self._target, self._state, self._base_here, keeps_undo=self._keeps_undo)
 
     def _found(self, fields: object) -> ReceiveState:
         """How far the stream had come before. Raises DamagedError."""
@@ -178,7 +180,10 @@ class Receiver:
         if fields is not None:
             # One that was killed before it could take back what it had brought.
             self._state = self._found(fields)
-            failures = self._take_back()
+            base = base_of(self._state, {str(one["guid"]): str(one["name"]) for one in listed})
+            check_made(self._target, self._state)
+            keeps_undo = changed_since(self._target, self._state)
+            failures = take_back(self._target, self._state, base, keeps_undo=keeps_undo).failures
             if failures:
                 raise ExistsError(
                     f"not all that an earlier try left could be taken back ({'; '.join(failures)})",
@@ -270,6 +275,8 @@ class Receiver:
         if not moves:
             return
         if not self._state.stage:
+            moves = [move._replace(inode=self._target.inode(move.before)) for move in moves]
+            self._state.moves = moves
             self._note_stage(MOVING_OUT)
         if self._state.stage == MOVING_OUT:
             for move in moves:
@@ -429,6 +436,7 @@ class Receiver:
         options = [("volume", one.name) for one in self._head.volumes]
         options += [("guid", self._head.guid), ("note", self._head.note)]
         made = self._ask(self._mount_point, "snapshot", name, options=options)
+        self._is_all_here = True
         try:
             self._check_nothing_else(name)
             for place, (digest, extents) in self._digests.items():

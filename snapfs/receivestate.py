@@ -19,11 +19,19 @@ MOVING_OUT, MOVING_IN = 1, 2
 
 
 class Move(NamedTuple):
-    """A volume that leaves its name: where it is in between, and its new name, None where the snapshot lacks it."""
+    """A volume that leaves its name: where it is in between, and its new name, None where the snapshot lacks it.
+
+    ``inode`` is the volume's, 0 as long as it is not known: who has one of the names may be another by now.
+    """
 
     before: str
     aside: str
     after: str | None
+    inode: int = 0
+
+    def is_of(self, inode: int) -> bool:
+        """Whether that volume is the one."""
+        return self.inode in (0, inode)
 
 
 @dataclass(slots=True)
@@ -107,8 +115,9 @@ class ReceiveState:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error
 
 
-def _move(before: object, aside: object, after: object) -> Move:
-    return Move(volume_name(before), volume_name(aside), None if after is None else volume_name(after))
+def _move(before: object, aside: object, after: object, inode: object) -> Move:
+    new_name = None if after is None else volume_name(after)
+    return Move(volume_name(before), volume_name(aside), new_name, number_of(inode))
 
 
 def states_in(answer: Mapping[str, object]) -> dict[str, ReceiveState]:

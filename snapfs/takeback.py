@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
-from .errors import ExistsError, MissingBaseError, NotFoundError, SnapfsError, UnsupportedError
+from .errors import ChangedTargetError, ExistsError, InUseError, NotFoundError, SnapfsError, UnsupportedError
 from .receivestate import MOVING_IN, MOVING_OUT, ReceiveState, states_in
 from .transfer import Ask, ResumePoint
 
@@ -37,6 +40,10 @@ class Target:
     def inode(self, name: str) -> int:
         """What tells a volume from all others."""
         return os.lstat(self.path(name)).st_ino
+
+    def mtime_ns(self, name: str) -> int:
+        """When a volume was written to."""
+        return os.stat(self.path(name)).st_mtime_ns
 
     def rename(self, before: str, after: str) -> None:
         """Rename a volume, in no one's place. Raises ExistsError."""
@@ -76,19 +83,46 @@ def clear_away(target: Target, state: ReceiveState) -> None:
     target.forget()
 
 
-def take_back(target: Target, state: ReceiveState, base: str, *, keeps_undo: bool = False) -> list[str]:
+@contextlib.contextmanager
+def claimed(mount_point: str, *, alone: bool) -> Iterator[None]:
+    """Streams come to a mount meanwhile, or are given up: several may come at a time, but none while one is given up.
+
+    Raises InUseError. The lock (flock(2)) is on a folder to which only the mount's owner comes, and ends with this.
+    """
+    folder = os.path.join(mount_point, ".snapfs", "owner")
+    fd = os.open(folder if os.path.isdir(folder) else mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "a stream is being received" if alone else "a stream is being given up"
+            raise InUseError(f"{what} on {mount_point}", "Wait until that has ended, or end it") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass(slots=True)
+class Taken:
+    """What came of taking back: what failed, in words, and the volumes that stay as the stream left them."""
+
+    failures: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def take_back(target: Target, state: ReceiveState, base: str | None, *, keeps_undo: bool = False) -> Taken:
     """Leave the target as it was: volumes that were made go, names go back, and so do those of the base.
 
-    ``keeps_undo``: somebody else's writes are among what is rolled back. Each step is tried, whatever becomes of the
-    others; what failed, in words.
+    ``base`` is None where that snapshot is gone: what was written stays then. ``keeps_undo``: somebody else's writes
+    are among what is rolled back. Each step is tried that does not need one which failed.
     """
-    failures: list[str] = []
+    taken_back = Taken()
 
     def attempt(step: Step) -> None:
         try:
             step()
         except (SnapfsError, OSError) as error:
-            failures.append(str(error))
+            taken_back.failures.append(str(error))
 
     if target.exists(state.name_of_new):
         attempt(partial(os.unlink, target.path(state.name_of_new)))
@@ -96,12 +130,24 @@ def take_back(target: Target, state: ReceiveState, base: str, *, keeps_undo: boo
         # Not one that somebody else gave the name.
         if target.exists(name) and state.is_made(name, target.inode(name)):
             attempt(partial(os.unlink, target.path(name)))
+    failure_count = len(taken_back.failures)
     attempt(partial(_move_names_back, target, state, attempt))
-    if state.touched:
+    are_back = len(taken_back.failures) == failure_count
+    if state.touched and base is None:
+        taken_back.left += state.touched
+    elif state.touched and base is not None and are_back:
+        # By the names of the base, which might stand for others.
         attempt(partial(target.roll_back, base, state.touched, keeps_undo=keeps_undo))
-    if not failures:
+    if not taken_back.failures:
         attempt(target.forget)
-    return failures
+    return taken_back
+
+
+def changed_since(target: Target, state: ReceiveState) -> bool:
+    """Whether somebody may have written, since the stream was cut off, to what it wrote to: then that is kept."""
+    names_now = {move.before: move.after for move in state.moves or [] if move.after is not None}
+    names = [names_now.get(name, name) for name in state.touched]
+    return any(not target.exists(one) or target.mtime_ns(one) != state.times.get(one) for one in names)
 
 
 def _move_names_back(target: Target, state: ReceiveState, attempt: Callable[[Step], None]) -> None:
@@ -109,6 +155,8 @@ def _move_names_back(target: Target, state: ReceiveState, attempt: Callable[[Ste
     if state.stage == MOVING_IN:
         for move in moves:
             if move.after is not None and not target.exists(move.aside) and target.exists(move.after):
+                if not move.is_of(target.inode(move.after)):
+                    raise taken(move.after)
                 target.rename(move.after, move.aside)
         # From here on what is under a new name may be what always was.
         state.stage = MOVING_OUT
@@ -119,42 +167,56 @@ def _move_names_back(target: Target, state: ReceiveState, attempt: Callable[[Ste
                 attempt(partial(target.rename, move.aside, move.before))
 
 
-def abandon(ask: Ask, mount_point: str, token: str) -> None:
+def abandon(ask: Ask, mount_point: str, token: str) -> list[str]:
     """Give up a stream that was cut off, and take back what it brought; ``token`` is what receive told.
 
-    Raises BadCommandError, NotFoundError, MissingBaseError, UnsupportedError, and ExistsError when not all could be
-    taken back, in which case it can be tried again.
+    Gives the volumes that stay as the stream left them, for its base is gone. Raises BadCommandError, NotFoundError,
+    InUseError, ChangedTargetError, UnsupportedError, and ExistsError when not all could be taken back, in which case it
+    can be tried again.
     """
     guid = ResumePoint.from_token(token).guid
-    state = states_in(ask(mount_point, "receive-state", "list")).get(guid)
-    if state is None:
-        raise NotFoundError("nothing of that stream is here", "See the tokens with snapfs receive --tokens")
-    if state.stage and state.moves is None:
-        raise UnsupportedError(
-            "an earlier version began to receive it, and only the stream tells which volumes it renamed",
-            "Send it from its beginning: what is here is taken back first",
-        )
-    target = Target(ask, mount_point, guid)
-    listed = ask(mount_point, "list", options=[("space", "no")])["snapshots"]
-    names = {one["guid"]: str(one["name"]) for one in listed}
-    if guid in names:
-        clear_away(target, state)
-        raise ExistsError(f"the snapshot {names[guid]!r} was received already", "There is nothing to give up")
-    failures = take_back(target, state, _base_of(state, names))
-    if failures:
+    with claimed(mount_point, alone=True):
+        state = states_in(ask(mount_point, "receive-state", "list")).get(guid)
+        if state is None:
+            raise NotFoundError("nothing of that stream is here", "See the tokens with snapfs receive --tokens")
+        if state.stage and state.moves is None:
+            raise UnsupportedError(
+                "an earlier version began to receive it, and only the stream tells which volumes it renamed",
+                "Send it from its beginning: what is here is taken back first",
+            )
+        target = Target(ask, mount_point, guid)
+        names = names_by_guid(ask, mount_point)
+        if guid in names:
+            clear_away(target, state)
+            raise ExistsError(f"the snapshot {names[guid]!r} was received already", "There is nothing to give up")
+        check_made(target, state)
+        keeps_undo = changed_since(target, state)
+        taken_back = take_back(target, state, base_of(state, names), keeps_undo=keeps_undo)
+    if taken_back.failures:
         raise ExistsError(
-            f"not all that the stream brought could be taken back ({'; '.join(failures)})", "Mend that, then try again"
+            f"not all that the stream brought could be taken back ({'; '.join(taken_back.failures)})",
+            "Mend that, then try again",
         )
+    return taken_back.left
 
 
-def _base_of(state: ReceiveState, names: Mapping[str, str]) -> str:
-    """What the base of a stream is called here; empty where nothing is to be rolled back to it."""
-    if not state.touched:
-        return ""
-    base = names.get(state.base_guid or "")
-    if base is None:
-        raise MissingBaseError(
-            "the base of the stream is not here any more, so what it wrote cannot be taken back",
-            f"Roll its volumes back by hand: {', '.join(state.touched)}",
-        )
-    return base
+def names_by_guid(ask: Ask, mount_point: str) -> dict[str, str]:
+    """What snapshots are called here."""
+    listed = ask(mount_point, "list", options=[("space", "no")])["snapshots"]
+    return {str(one["guid"]): str(one["name"]) for one in listed}
+
+
+def base_of(state: ReceiveState, names: Mapping[str, str]) -> str | None:
+    """What the base of a stream is called here; None where it is gone, and there is nothing to roll back to."""
+    return names.get(state.base_guid or "")
+
+
+def check_made(target: Target, state: ReceiveState) -> None:
+    """Raises ChangedTargetError for a volume of the stream's that somebody wrote to: it would be removed with that."""
+    for name in state.made:
+        is_known = name in state.times and target.exists(name) and state.is_made(name, target.inode(name))
+        if is_known and target.mtime_ns(name) != state.times[name]:
+            raise ChangedTargetError(
+                f"volume {name!r}, which the stream made, was written to since",
+                "Rename it, if it is to be kept, or remove it; then try again",
+            )

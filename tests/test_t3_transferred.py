@@ -25,9 +25,10 @@ from snapfs import freeing, takeback
 from snapfs.backends import MemoryDevice
 from snapfs.errors import (
     BadCommandError,
+    ChangedTargetError,
     DamagedError,
     ExistsError,
-    MissingBaseError,
+    InUseError,
     MissingToolError,
     NoSpaceError,
     NotFoundError,
@@ -432,14 +433,99 @@ def test_what_cannot_be_given_up_is_said(tmp_path: Path) -> None:
     target.states[GUID] = json.dumps([0, 0, 1, {}, [], ".receiving-1-", "base", {}])
     with pytest.raises(UnsupportedError, match="an earlier version"):
         takeback.abandon(target.ask, str(target.folder), token)
-    target.states[GUID] = json.dumps([0, 0, 0, {}, ["a"], ".receiving-1-", "another", {}, []])
-    with pytest.raises(MissingBaseError, match="base of the stream"):
-        takeback.abandon(target.ask, str(target.folder), token)
     assert GUID in target.states
     for damaged in ([["a", "../b", "c"]], [["a", "b"]], [7], 7):
         target.states[GUID] = json.dumps([0, 0, 0, {}, [], ".receiving-1-", "base", {}, damaged])
         with pytest.raises(DamagedError):
             takeback.abandon(target.ask, str(target.folder), token)
+
+
+def cut_off(target: Target, stream: bytes) -> str:
+    """Receive a part of a stream; the token to go on with."""
+    with pytest.raises(DamagedError):
+        target.receive(stream[:-1], is_resumable=True)
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    return token
+
+
+BOTH = (a_volume("b", "a"), a_volume("a", "b"), a_volume("c", "c"))
+
+
+def test_of_a_stream_whose_base_is_gone_what_it_wrote_stays_and_is_told(tmp_path: Path) -> None:
+    target = Target(tmp_path / "mount", {name: name.encode() * SIZE for name in "abc"})
+    token = cut_off(target, a_stream(*BOTH, base="base"))
+    target.base = None
+    assert sorted(takeback.abandon(target.ask, str(target.folder), token)) == ["a", "b", "c"]
+    assert not target.states and target.names() == {"a", "b", "c"}
+    # The names are back.
+    assert (target.folder / "a").read_bytes()[BLOCK:] == b"a" * BLOCK
+
+
+def test_what_users_wrote_since_a_stream_was_cut_off_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(tmp_path / "mount", {name: name.encode() * SIZE for name in "abc"})
+    token = cut_off(target, a_stream(*BOTH, base="base"))
+    (target.folder / "c").write_bytes(b"mine")
+    deleted: list[str] = []
+    monkeypatch.setattr(target, "_delete", lambda name, options: deleted.append(name))
+    takeback.abandon(target.ask, str(target.folder), token)
+    assert deleted == [] and (target.folder / "c").read_bytes() == b"c" * SIZE
+    # A volume that the stream made has no snapshot of before.
+    token = cut_off(target, a_stream(a_volume("n"), *BOTH, base="base"))
+    (target.folder / "n").write_bytes(b"mine")
+    with pytest.raises(ChangedTargetError, match="'n', which the stream made"):
+        takeback.abandon(target.ask, str(target.folder), token)
+    with pytest.raises(ChangedTargetError, match="'n', which the stream made"):
+        target.receive(a_stream(a_volume("n"), *BOTH, base="base"))
+    assert (target.folder / "n").read_bytes() == b"mine"
+    (target.folder / "n").rename(target.folder / "kept")
+    takeback.abandon(target.ask, str(target.folder), token)
+    assert target.names() == {"a", "b", "c", "kept"}
+
+
+def test_a_volume_of_a_users_own_is_not_taken_for_one_that_a_stream_renamed(tmp_path: Path) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+    token = cut_off(target, a_stream(a_volume("b", "a"), base="base"))
+    (target.folder / "b").rename(target.folder / "mine")
+    (target.folder / "b").write_bytes(b"new")
+    with pytest.raises(ExistsError, match="there is a volume 'b'"):
+        takeback.abandon(target.ask, str(target.folder), token)
+    assert target.names() == {"mine", "b"} and (target.folder / "b").read_bytes() == b"new"
+    (target.folder / "b").unlink()
+    (target.folder / "mine").rename(target.folder / "b")
+    takeback.abandon(target.ask, str(target.folder), token)
+    assert target.names() == {"a"}
+
+
+def test_no_stream_is_given_up_while_one_is_received_and_no_two_at_a_time(tmp_path: Path) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+    folder = str(target.folder)
+    token = cut_off(target, a_stream(a_volume("a", "a"), base="base"))
+    with takeback.claimed(folder, alone=False):
+        with pytest.raises(InUseError, match="is being received"):
+            takeback.abandon(target.ask, folder, token)
+        # Several may come at a time.
+        with takeback.claimed(folder, alone=False):
+            pass
+    with takeback.claimed(folder, alone=True):
+        with pytest.raises(InUseError, match="is being given up"):
+            target.receive(a_stream(a_volume("a", "a"), base="base"))
+        with pytest.raises(InUseError):
+            takeback.abandon(target.ask, folder, token)
+    takeback.abandon(target.ask, folder, token)
+
+
+def test_what_was_not_read_back_right_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be sent any more, and so nothing looked at."""
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+
+    def wrong(*arguments: object) -> None:
+        raise DamagedError("volume 'a' is not what was sent", "Check the devices")
+
+    monkeypatch.setattr(Receiver, "_read_back", wrong)
+    with pytest.raises(DamagedError, match="not what was sent") as refused:
+        target.receive(a_stream(a_volume("a", "a"), base="base"), is_resumable=True)
+    assert "resume-token" not in str(refused.value.fix)
+    assert not target.states and (target.folder / "a").read_bytes() == b"a" * SIZE
 
 
 @pytest.mark.parametrize("how", ["goes on", "again", "taken back"])

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,46 @@ def test_close_tells_what_could_not_be_written_also_with_a_snapshot_meanwhile(
             mounted.snapshot("second")
     with pytest.raises(OSError, match="No space left"):
         os.close(fd)
-    # Once.
+    # Who did not have it open then is told nothing.
     os.close(os.open(path, os.O_WRONLY))
+
+
+def test_a_child_does_not_take_what_close_tells_and_a_sync_that_told_it_ends_it(
+    mounted: Mounted, tmp_path: Path
+) -> None:
+    path = with_little_room(mounted, tmp_path / "logs")
+    mounted.snapshot("first")
+    fd = os.open(path, os.O_WRONLY)
+    os.set_inheritable(fd, True)
+    for _ in range(8):
+        os.write(fd, b"x" * MIB)
+    with pytest.raises(OSError, match="No space left"):
+        mounted.snapshot("second")
+    subprocess.run(["true"], close_fds=False, check=True)
+    copy = os.dup(fd)
+    with pytest.raises(OSError, match="No space left"):
+        os.close(copy)
+    with pytest.raises(OSError, match="No space left"):
+        os.fsync(fd)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, b"y" * 4096, 0)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def test_a_file_that_is_open_for_synced_writes_makes_others_no_slower_than_a_sync_for_many(mounted: Mounted) -> None:
+    """The kernel writes back by any writer's file: one sync does for all requests that come together."""
+    path = mounted.path / "v"
+    path.write_bytes(bytes(16 * MIB))
+    mounted.snapshot("s")
+    before = int(mounted.status()["commit_count"])
+    synced = os.open(path, os.O_RDWR | os.O_DSYNC)
+    with open(path, "r+b", buffering=0) as file:
+        for block in range(0, 4096, 2):
+            os.pwrite(file.fileno(), b"x" * 4096, block * 4096)
+        os.fsync(file.fileno())
+    os.close(synced)
+    assert int(mounted.status()["commit_count"]) - before < 4 * 2048 / 4
 
 
 def test_a_discard_that_stops_halfway_leaves_no_pages_of_what_is_gone(mounted: Mounted, tmp_path: Path) -> None:
@@ -105,6 +144,30 @@ def test_a_tree_that_is_deleted_leaves_snapshots_and_rmdir_deletes_them(mounted:
     with pytest.raises(OSError, match="not empty") as refused:
         os.rmdir(mounted.snapshots / "two")
     assert refused.value.errno == errno.ENOTEMPTY
+    # Files of all first, then the folders; by two threads; and by the name of a moment.
+    names = ["one", "two"]
+    for name in names:
+        with pytest.raises(OSError, match="Read-only"):
+            os.unlink(mounted.snapshots / name / "a")
+    for name in names:
+        with pytest.raises(OSError, match="not empty"):
+            os.rmdir(mounted.snapshots / name)
+    failures: list[OSError] = []
+
+    def remove() -> None:
+        try:
+            os.rmdir(mounted.snapshots / "one")
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    thread.join()
+    assert len(failures) == 1
+    code = "import os, sys\ntry: os.unlink(sys.argv[1])\nexcept OSError: os.rmdir(sys.argv[2])"
+    command = [sys.executable, "-c", code, str(mounted.snapshots / "@latest" / "a"), str(mounted.snapshots / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "not empty" in done.stderr
     # Who tried nothing of the sort deletes them.
     run("rmdir", mounted.snapshots / "one")
     snapfs("delete", mounted.path, "two")

@@ -78,6 +78,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BaseExceptionGroup as group:
+        # Ctrl-C within tasks, of a daemon that begins, say.
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        click.echo("snapfs: stopped", err=True)
+        sys.exit(1)
     except click.Abort:
         click.echo("snapfs: stopped", err=True)
         sys.exit(1)

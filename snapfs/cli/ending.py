@@ -8,7 +8,9 @@ import signal
 def end_on_signals() -> None:
     """Have SIGTERM and SIGHUP (a service manager, a lost connection) end the command as Ctrl-C does."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        # nohup(1) has it ignored, and means that.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -29,10 +29,19 @@ def export_volume(volume: str, target: str, image_format: str) -> None:
     """
     end_on_signals()
     path = os.path.abspath(volume)
-    if not os.path.isfile(path) or f"{os.sep}.snapfs{os.sep}" in path:
+    if not os.path.isfile(path) or _is_of_snapfs(path):
         raise _no_volume(volume)
     with progress_bar(f"export {os.path.basename(path)}") as on_progress, _opened(path) as (source, extents):
         export_image(source, extents, target, image_format, on_progress)
+
+
+def _is_of_snapfs(path: str) -> bool:
+    """Whether a file is one of those in which a mount tells of itself."""
+    folder, inside = os.path.split(path)
+    while not os.path.ismount(folder) and folder != os.sep:
+        folder, last = os.path.split(folder)
+        inside = os.path.join(last, inside)
+    return inside.startswith(f".snapfs{os.sep}")
 
 
 def _no_volume(path: str) -> NotFoundError:

@@ -125,6 +125,8 @@ def receive(
     told: give it to snapfs send --resume-token, and receive that stream with --resumable as well. With --abandon
     and the token it is given up, and what it brought is taken back.
     """
+    if given_up is not None and (tokens or force or resumable or as_json or name is not None):
+        raise click.UsageError("--abandon goes with no other option")
     if sys.stdin is None and not tokens and given_up is None:
         raise BadCommandError("standard input is closed", "Read the stream from a file or a pipe")
     # So that what it brought is taken back, and what it mounted is unmounted.
@@ -135,7 +137,8 @@ def receive(
                 click.echo(token)
             return
         if given_up is not None:
-            abandon(ask, mount_point, given_up)
+            for left in abandon(ask, mount_point, given_up):
+                say(f"volume {left!r} stays as the stream left it: its base is gone", err=True)
             return
         with progress_bar("receive") as on_progress:
             receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import trio
+
 from ..errors import ReadOnlyError
 from ..events import EventLog
 from ..notresident import NotResidentError, OldBlocks
@@ -63,6 +65,18 @@ class ViewHandle(Handle):
         return await self.view.read(offset, length)
 
 
+class _Sync:
+    """A sync that several wait for, and what became of it."""
+
+    def __init__(self) -> None:
+        self.is_over = trio.Event()
+        self.failure: Exception | None = None
+
+    async def wait(self) -> None:
+        """Until it is over."""
+        await self.is_over.wait()
+
+
 class VolumeHandle(ViewHandle):
     """A live volume. ``is_writer``: it can leave dirty pages in the kernel.
 
@@ -79,6 +93,8 @@ class VolumeHandle(ViewHandle):
         self.is_flusher = is_flusher
         self.is_synced = is_synced
         self.lost_by: Exception | None = None
+        self._next_sync: _Sync | None = None
+        self._sync_turn = trio.Lock()
 
     def write_now(self, offset: int, data: bytes) -> int:
         """See :meth:`Handle.write_now`."""
@@ -92,7 +108,7 @@ class VolumeHandle(ViewHandle):
         with self.volume.requested():
             await self.volume.write(offset, data)
             if self.is_synced:
-                await self.volume.sync(data_only=True)
+                await self._sync_together()
         return len(data)
 
     def note_failed_write(self) -> None:
@@ -102,8 +118,35 @@ class VolumeHandle(ViewHandle):
     async def fsync(self, *, data_only: bool) -> None:
         """See :meth:`Handle.fsync`."""
         if not self.is_flusher:
+            # The kernel tells whoever asks for a sync what was lost before.
+            self.lost_by = None
             with self.volume.requested():
                 await self.volume.sync(data_only=data_only)
+
+    async def _sync_together(self) -> None:
+        """Have what was written to the volume by now durable, in one sync with all who come before that begins.
+
+        The kernel's own write-back may come by this file too, in many requests at a time.
+        """
+        following = self._next_sync
+        if following is not None:
+            await following.wait()
+            if following.failure is not None:
+                raise following.failure
+            return
+        mine = self._next_sync = _Sync()
+        try:
+            async with self._sync_turn:
+                # Who comes from here on may have written what this one misses.
+                self._next_sync = None
+                await self.volume.sync(data_only=True)
+        except Exception as error:
+            mine.failure = error
+            raise
+        finally:
+            if self._next_sync is mine:
+                self._next_sync = None
+            mine.is_over.set()
 
     def has_new_block_count(self) -> bool:
         """Whether the blocks that ``du`` is told have changed since this was last asked."""
@@ -112,9 +155,9 @@ class VolumeHandle(ViewHandle):
 
     def flush(self) -> None:
         """See :meth:`Handle.flush`."""
-        lost_by, self.lost_by = self.lost_by, None
-        if lost_by is not None:
-            raise lost_by
+        # To each copy of the descriptor that is closed, for one of them may be a child's that does not look.
+        if self.lost_by is not None:
+            raise self.lost_by
         failure = self.volume.failure
         if failure is not None and self.is_writer:
             raise failure
