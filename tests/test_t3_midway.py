@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs.backends import FaultyDevice, MemoryDevice
 from snapfs.beneath import files_beneath
 from snapfs.errors import NoSpaceError, SnapfsError, SyncFailedError
 from snapfs.formats import COPY_ON_WRITE
+from snapfs.fuse.handles import VolumeHandle
 from snapfs.geometry import VolumeId
 from snapfs.making import VolumeWish
 from snapfs.placement import Quota
@@ -461,3 +463,62 @@ def test_files_beneath_a_device_are_found_through_loops_partitions_and_stacks(tm
     assert files_beneath(str(image), str(sys_folder)) == {str(image), str(deeper)}
     assert files_beneath(str(tmp_path / "not there"), str(sys_folder)) == set()
     assert files_beneath("/dev/null", str(sys_folder)) == set()
+
+
+# -- synced files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["done", "failed", "cancelled"])
+async def test_requests_to_a_synced_file_share_a_sync_and_what_becomes_of_it(how: str) -> None:
+    async with open_world(World(processor_count=1)) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        handle = VolumeHandle(volume, is_writer=True, is_flusher=False, is_synced=True)
+        goes_on, began = trio.Event(), trio.Event()
+        sync_count = 0
+
+        async def sync(*, data_only: bool) -> None:
+            nonlocal sync_count
+            sync_count += 1
+            if sync_count == 1:
+                began.set()
+                await goes_on.wait()
+            elif how == "failed":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            elif how == "cancelled":
+                await trio.sleep_forever()
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(volume, "sync", sync)
+        told: list[str] = []
+        leader = trio.CancelScope()
+
+        async def write(block: int) -> None:
+            try:
+                await handle.write(block * BLOCK, b"x" * BLOCK)
+                told.append("done")
+            except OSError as error:
+                told.append(os.strerror(error.errno or 0))
+
+        async def write_first_of_the_next() -> None:
+            with leader:
+                await write(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, 0)
+            await began.wait()
+            # These come while the first is synced, which misses them.
+            nursery.start_soon(write_first_of_the_next)
+            await trio.testing.wait_all_tasks_blocked()
+            for block in range(2, 6):
+                nursery.start_soon(write, block)
+            await trio.testing.wait_all_tasks_blocked()
+            goes_on.set()
+            if how == "cancelled":
+                await trio.testing.wait_all_tasks_blocked()
+                leader.cancel()
+        patch.undo()
+        assert sync_count == 2 and told[0] == "done"
+        words = {"done": "done", "failed": "Input/output error", "cancelled": "Interrupted system call"}[how]
+        assert told[1:] == [words] * (4 if how == "cancelled" else 5)
+        pool.volumes.close(volume)

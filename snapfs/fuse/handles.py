@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from abc import ABC, abstractmethod
 
 import trio
@@ -70,11 +72,14 @@ class _Sync:
 
     def __init__(self) -> None:
         self.is_over = trio.Event()
+        self.is_done = False
         self.failure: Exception | None = None
 
     async def wait(self) -> None:
-        """Until it is over."""
+        """Until it is over. Raises what it met, or OSError when whoever made it was cancelled."""
         await self.is_over.wait()
+        if not self.is_done:
+            raise self.failure or OSError(errno.EINTR, os.strerror(errno.EINTR))
 
 
 class VolumeHandle(ViewHandle):
@@ -131,8 +136,6 @@ class VolumeHandle(ViewHandle):
         following = self._next_sync
         if following is not None:
             await following.wait()
-            if following.failure is not None:
-                raise following.failure
             return
         mine = self._next_sync = _Sync()
         try:
@@ -140,6 +143,7 @@ class VolumeHandle(ViewHandle):
                 # Who comes from here on may have written what this one misses.
                 self._next_sync = None
                 await self.volume.sync(data_only=True)
+            mine.is_done = True
         except Exception as error:
             mine.failure = error
             raise
