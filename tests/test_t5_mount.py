@@ -577,6 +577,9 @@ def test_a_program_that_writes_behind_the_largest_size_is_named(mounted: Mounted
         assert mounted.ask("snapshot s")["ok"]
         # Its own user is told as well, by the next close; the kernel has told it once, to the snapshot.
         failing(errno.EFBIG, os.close, os.dup(file.fileno()))
+        # Until a sync has gone through.
+        failing(errno.EFBIG, os.fsync, file.fileno())
+        os.fsync(file.fileno())
 
 
 def test_in_the_foreground(mounted: Mounted) -> None:
