@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -514,12 +514,16 @@ class Clones:
 @contextmanager
 def _held(restores: Sequence[_Restore]) -> Iterator[None]:
     """All that may fail of closing these volumes is done before; it is undone if what is done inside fails."""
-    with ExitStack() as stack:
+    held_count = 0
+    try:
         for one in restores:
             one.restorer.hold()
-            stack.callback(one.restorer.let_go)
+            held_count += 1
         yield
-        stack.pop_all()
+    except BaseException:
+        for one in restores[:held_count]:
+            one.restorer.let_go()
+        raise
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from .portion import Portion
 class Closed:
     """Stands for a volume's portions while it is between two contents: whoever uses one waits, or is told why not."""
 
-    def __init__(self, portion_count: int = 0) -> None:
+    def __init__(self, portion_count: int) -> None:
         self._opened = trio.Event()
         self._failure: SnapfsError | None = None
         self._portions = [self] * portion_count

@@ -91,9 +91,10 @@ class Reclaimer:
             except (SnapfsError, OSError) as error:
                 self._has_failed = True
                 self._events.note("reclaim-failed", logging.WARNING, reason=str(error))
-                with trio.move_on_after(retry_s):
+                await trio.sleep(RETRY_S)
+                # What cannot be given back for long is tried less and less often, unless there is something new.
+                with trio.move_on_after(retry_s - RETRY_S):
                     await self._wakeup.wait()
-                # What cannot be given back for long is tried less and less often.
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
             else:
                 await self._wakeup.wait()
@@ -178,7 +179,11 @@ class Reclaimer:
         await self._free_candidates(gently=gently)
         for processor in self._processors:
             await free_suspect_logs(processor)
-            await processor.punch_freed()
+            try:
+                await processor.punch_freed()
+            except OSError as error:
+                # A log of this one must not keep the others' room.
+                failed = error
         await self._reserve.refill()
         if failed is not None:
             raise failed

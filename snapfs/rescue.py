@@ -223,6 +223,18 @@ class _Opening:
     def _note_lost(self, words: str) -> None:
         self.lost.append(" ".join(words.split()))
 
+    def _note_time(self, catalog: Catalog, device: Device, device_id: int, path: str) -> None:
+        """Tell of a device that is not of the catalog's time.
+
+        What was freed there since reads as zeros, and what was written over as what it is now.
+        """
+        try:
+            found = wrong_generations(catalog, device, device_id, path)
+        except (SnapfsError, OSError) as error:
+            found = [f"it is not known of which time device {path} is ({error})"]
+        for words in found:
+            self._note_lost(f"{words}; what lies there may read as it was or is at another time")
+
     def _devices(self, catalog: Catalog, descriptor: PoolDescriptor) -> dict[int, Device]:
         devices = _Devices()
         for device_id, path in catalog.device_paths().items():
@@ -232,9 +244,8 @@ class _Opening:
                 self._note_lost(f"{error.reason}; what lies there cannot be read")
                 device = AbsentDevice()
             else:
-                for words in wrong_generations(catalog, device, device_id, path) if path else ():
-                    # What was freed there since reads as zeros, and what was written over as what it is now.
-                    self._note_lost(f"{words}; what lies there may read as it was or is at another time")
+                if path:
+                    self._note_time(catalog, device, device_id, path)
             devices[device_id] = ReadOnlyDevice(device)
             self._stack.callback(device.close)
         return devices

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from .errors import ChangedTargetError, ExistsError, InUseError, NotFoundError, SnapfsError, UnsupportedError
+from .errors import (
+    ChangedTargetError,
+    ExistsError,
+    InUseError,
+    NotFoundError,
+    NotPermittedError,
+    SnapfsError,
+    UnsupportedError,
+)
 from .receivestate import MOVING_IN, MOVING_OUT, ReceiveState, states_in
 from .transfer import Ask, ResumePoint
 
@@ -87,10 +95,14 @@ def clear_away(target: Target, state: ReceiveState) -> None:
 def claimed(mount_point: str, *, alone: bool) -> Iterator[None]:
     """Streams come to a mount meanwhile, or are given up: several may come at a time, but none while one is given up.
 
-    Raises InUseError. The lock (flock(2)) is on a folder to which only the mount's owner comes, and ends with this.
+    Raises InUseError, NotPermittedError. The lock (flock(2)) is on a folder to which only the mount's owner comes, and
+    ends with this.
     """
     folder = os.path.join(mount_point, ".snapfs", "owner")
-    fd = os.open(folder if os.path.isdir(folder) else mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(folder if os.path.isdir(folder) else mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        raise NotPermittedError("receiving is for the daemon's own user", "Ask whoever mounted it") from None
     try:
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)

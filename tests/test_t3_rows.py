@@ -244,6 +244,14 @@ async def test_rescue_leaves_out_what_has_no_line_of_descent_and_shows_the_rest(
         assert set(members.by_name) == {b"V", b"w"}
 
 
+async def test_rescue_goes_on_where_it_is_not_known_of_which_time_a_device_is() -> None:
+    _, late = await world_of_two_times()
+    change(late, CATALOG, "UPDATE meta SET value = 'x' WHERE key = 'told_device_0'")
+    async with rescued_pool(late.home, WHERE, late.open_device, late.open_image) as pool:
+        (lost,) = pool.lost
+        assert "not known of which time" in lost and (await read_volume(pool, b"v"))[:1] == b"2"
+
+
 async def test_power_loss_between_telling_a_device_and_noting_it_is_no_matter() -> None:
     world = World(processor_count=1)
     async with open_world(world) as pool:

@@ -6,6 +6,7 @@ The target is a folder of the local filesystem, which answers as a mount does. A
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ from snapfs.errors import (
     MissingToolError,
     NoSpaceError,
     NotFoundError,
+    NotPermittedError,
     SnapfsError,
     UnsupportedError,
 )
@@ -512,6 +514,17 @@ def test_no_stream_is_given_up_while_one_is_received_and_no_two_at_a_time(tmp_pa
         with pytest.raises(InUseError):
             takeback.abandon(target.ask, folder, token)
     takeback.abandon(target.ask, folder, token)
+
+
+def test_who_is_not_the_mounts_owner_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
+
+    def refused(*arguments: object, **options: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(NotPermittedError, match="the daemon's own user"):
+        target.receive(a_stream(a_volume("a", "a"), base="base"))
 
 
 def test_what_was_not_read_back_right_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
