@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .pool import Pool, create_pool, open_pool
 
-__version__ = "0.8.7"
+__version__ = "0.8.8"
 __all__ = ["Pool", "__version__", "create_pool", "open_pool"]
 
 

@@ -102,6 +102,7 @@ class Receiver:
         # Before anything is read of what may be large.
         check_name(os.fsencode(snapshot_name), "snapshot")
         self._check(snapshot_name)
+        self._know_inodes()
         self._note()
         try:
             self._move_names()
@@ -264,6 +265,14 @@ class Receiver:
                     "Send the stream from its beginning, and receive it with --force, which rolls it back",
                 )
 
+    def _know_inodes(self) -> None:
+        """Which volumes are those of the base: who has a name of theirs may be another later."""
+        moves = {move.before: move for move in self._state.moves or []}
+        for name in (one.base_name for one in self._head.volumes if one.base_name is not None):
+            inode = moves[name].inode if name in moves else 0
+            if name not in self._state.inodes and (inode or self._target.exists(name)):
+                self._state.inodes[name] = inode or self._target.inode(name)
+
     # -- names -------------------------------------------------------------------------------
 
     def _move_names(self) -> None:
@@ -356,8 +365,7 @@ class Receiver:
             self._make(volume.name)
         fd = self._opened(volume)
         try:
-            if volume.base_name is None and not self._state.is_made(volume.name, os.fstat(fd).st_ino):
-                raise ChangedTargetError(f"volume {volume.name!r} is another than the stream made", _FROM_BEGINNING)
+            self._check_same(volume, os.fstat(fd).st_ino)
             if os.fstat(fd).st_size != volume.size_bytes:
                 self._touch(volume)
                 if os.fstat(fd).st_size < volume.size_bytes:
@@ -366,6 +374,15 @@ class Receiver:
             os.close(fd)
             raise
         return fd
+
+    def _check_same(self, volume: StreamVolume, inode: int) -> None:
+        """What has a volume's name is what the stream means by it. Raises ChangedTargetError."""
+        if volume.base_name is None:
+            is_same, meant = self._state.is_made(volume.name, inode), "the stream made"
+        else:
+            is_same, meant = self._state.is_of_base(volume.base_name, inode), "the stream began with"
+        if not is_same:
+            raise ChangedTargetError(f"volume {volume.name!r} is another than {meant}", _FROM_BEGINNING)
 
     def _opened(self, volume: StreamVolume) -> int:
         path, flags = self._target.path(volume.name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -410,7 +427,8 @@ class Receiver:
         if frame.kind == ZERO:
             where = (str(frame.offset), str(frame.length))
             # Durable with all else, when the volume is whole.
-            self._ask(self._mount_point, "discard", volume.name, *where, options=[("sync", "no")])
+            options = [("sync", "no"), ("inode", str(os.fstat(fd).st_ino))]
+            self._ask(self._mount_point, "discard", volume.name, *where, options=options)
             return
         view, offset = memoryview(frame.data), frame.offset
         while view:
@@ -421,6 +439,7 @@ class Receiver:
         for volume in self._head.volumes:
             path = self._target.path(volume.name)
             found = os.stat(path)
+            self._check_same(volume, found.st_ino)
             if (found.st_mode & 0o777, found.st_uid, found.st_gid) != (volume.mode, volume.uid, volume.gid):
                 self._touch(volume)
                 os.chmod(path, volume.mode)

@@ -42,7 +42,8 @@ class ReceiveState:
     ``made`` has the inode of each volume that the stream made, 0 where that was not noted (before 0.8.0): who has
     the name may be another by now. ``aside`` begins the names that are this stream's alone. ``base_guid`` is that of
     its base, empty for a whole stream; None: not noted. ``times`` has when what came was written, by name.
-    ``moves``: None where they were not noted (before 0.8.7), and only the stream's head tells.
+    ``moves``: None where they were not noted (before 0.8.7), and only the stream's head tells. ``inodes`` are those of
+    the volumes of the base, by their names there; before 0.8.8 they were not noted.
     """
 
     volume_place: int = 0
@@ -54,6 +55,7 @@ class ReceiveState:
     base_guid: str | None = None
     times: dict[str, int] = field(default_factory=dict)
     moves: list[Move] | None = None
+    inodes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_stream(cls, head: StreamHead) -> ReceiveState:
@@ -85,19 +87,23 @@ class ReceiveState:
         """Whether a volume is the one that the stream made under a name."""
         return self.made[name] in (0, inode)
 
+    def is_of_base(self, name: str, inode: int) -> bool:
+        """Whether a volume may be the one that the base calls so."""
+        return self.inodes.get(name, inode) == inode
+
     def to_json(self) -> str:
         """For the target to keep."""
         fields = [self.volume_place, self.offset, self.stage, self.made, self.touched, self.aside, self.base_guid]
-        return json.dumps([*fields, self.times, self.moves])
+        return json.dumps([*fields, self.times, self.moves, self.inodes])
 
     @classmethod
     def from_fields(cls, fields: object) -> ReceiveState:
         """Read it. Raises DamagedError."""
-        if not isinstance(fields, list) or len(fields) not in (5, 7, 8, 9):
+        if not isinstance(fields, list) or len(fields) not in (5, 7, 8, 9, 10):
             raise DamagedError(_BAD_STATE, "Send the stream again")
         # What earlier versions did not note.
-        known: list[Any] = [*fields, *(_ASIDE, None, {}, None)[len(fields) - 5 :]]
-        place, offset, stage, made, touched, aside, base_guid, times, moves = known
+        known: list[Any] = [*fields, *(_ASIDE, None, {}, None, {})[len(fields) - 5 :]]
+        place, offset, stage, made, touched, aside, base_guid, times, moves, of_base = known
         try:
             inodes = made if isinstance(made, dict) else dict.fromkeys(made, 0)
             return cls(
@@ -110,6 +116,7 @@ class ReceiveState:
                 None if base_guid is None else text_of(base_guid, empty=True),
                 {volume_name(name): moment_of(when) for name, when in times.items()},
                 None if moves is None else [_move(*one) for one in moves],
+                {volume_name(name): number_of(inode) for name, inode in of_base.items()},
             )
         except (AttributeError, TypeError, ValueError, SnapfsError) as error:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error

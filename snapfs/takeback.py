@@ -149,10 +149,22 @@ def take_back(target: Target, state: ReceiveState, base: str | None, *, keeps_un
         taken_back.left += state.touched
     elif state.touched and base is not None and are_back:
         # By the names of the base, which might stand for others.
-        attempt(partial(target.roll_back, base, state.touched, keeps_undo=keeps_undo))
+        attempt(partial(_roll_back, target, state, base, keeps_undo=keeps_undo))
     if not taken_back.failures:
         attempt(target.forget)
     return taken_back
+
+
+def _roll_back(target: Target, state: ReceiveState, base: str, *, keeps_undo: bool) -> None:
+    for name in state.touched:
+        if target.exists(name) and not state.is_of_base(name, target.inode(name)):
+            raise ChangedTargetError(
+                f"volume {name!r} is another than the stream wrote to", "Rename it, and the one it wrote to back"
+            )
+    # Rolled back they are others. Killed just then, it is done once more.
+    state.inodes = {}
+    target.note(state)
+    target.roll_back(base, state.touched, keeps_undo=keeps_undo)
 
 
 def changed_since(target: Target, state: ReceiveState) -> bool:

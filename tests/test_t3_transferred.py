@@ -220,6 +220,30 @@ def test_a_volume_in_the_place_of_one_that_a_stream_made_is_left_alone(tmp_path:
     assert (target.folder / "b").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("is_written_by_then", [False, True])
+@pytest.mark.parametrize("new_name", ["b", "c"])
+def test_a_volume_that_takes_the_name_of_one_of_the_base_is_left_alone(
+    tmp_path: Path, new_name: str, is_written_by_then: bool
+) -> None:
+    target = Target(tmp_path / "mount", {"a": b"a" * SIZE, "b": b"b" * SIZE})
+    mine, theirs = target.folder / new_name, tmp_path / "theirs"
+
+    def make_mine(done: int, total: int) -> None:
+        if mine.exists() and not theirs.exists() and done >= BLOCK * (1 + is_written_by_then):
+            mine.rename(theirs)
+            mine.write_bytes(b"precious")
+
+    stream = a_stream(a_volume("a", "a"), a_volume(new_name, "b"), base="base")
+    with pytest.raises(ChangedTargetError, match=f"volume '{new_name}' is another than the stream began with"):
+        target.receive(stream, on_progress=make_mine)
+    assert mine.read_bytes() == b"precious"
+    # What the stream wrote can be taken back once it is found again.
+    mine.rename(tmp_path / "kept")
+    theirs.rename(mine)
+    target.receive(stream)
+    assert target.kept() == {"a": b"0" * BLOCK + b"a" * BLOCK, new_name: b"1" * BLOCK + b"b" * BLOCK}
+
+
 def test_a_new_name_that_is_taken_while_names_move_is_not_overwritten(tmp_path: Path) -> None:
     target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
 

@@ -473,6 +473,10 @@ def test_discard_gives_room_back_and_reads_as_zeros(mounted: Mounted) -> None:
     mounted.remount()
     assert volume.read_bytes() == expected
     assert not mounted.ask("discard v 1")["ok"]
+    # Not of another that has the name by now.
+    assert "another" in mounted.ask(f"discard v 0 4096 inode={volume.stat().st_ino + 1}")["error"]
+    assert volume.read_bytes() == expected
+    assert mounted.ask(f"discard v 0 0 inode={volume.stat().st_ino}")["ok"]
     assert mounted.ask(f"discard v 0 {1 << 40}")["ok"]
     assert volume.read_bytes() == bytes(8 * MIB)
     assert volume.stat().st_blocks == 0

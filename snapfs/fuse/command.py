@@ -17,6 +17,7 @@ LINE_BYTES_MAX = 1 << 20
 OPTION_KEYS = frozenset(
     {
         "volume",
+        "inode",
         "note",
         "space",
         "hold",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ..errors import BadCommandError, TooLargeError
+from ..errors import BadCommandError, ChangedTargetError, TooLargeError
 from ..formats import CHANGE_MODES
 from ..geometry import volume_size_bytes_max
 from ..making import VolumeWish
 from ..units import format_size, parse_size, show_name
+from . import names
 from .command import Answer, Command, CommandContext, CommandFunction
 from .snapshotcommands import snapshot_of
 
@@ -58,14 +59,16 @@ def _check_size(context: CommandContext, size_bytes: int) -> None:
 
 
 async def _discard(context: CommandContext, command: Command) -> Answer:
-    """discard VOLUME OFFSET LENGTH [sync=no]: a range is to read as zeros; whole blocks of it take no space any more.
+    """discard VOLUME OFFSET LENGTH [sync=no] [inode=N]: a range is to read as zeros; its whole blocks take no space.
 
-    With sync=no it is durable with the volume's next sync.
+    With sync=no it is durable with the volume's next sync. With inode=N only if the volume is that one.
     """
     command.word_count(3, 3, "a volume, an offset and a length")
-    command.known_options("sync")
+    command.known_options("sync", "inode")
     offset, length = (parse_size(show_name(word)) for word in command.words[1:])
     volume = context.pool.volumes.get(command.words[0])
+    if command.one_of("inode") not in (None, str(names.of_volume(volume.volume_id))):
+        raise ChangedTargetError(f"volume {show_name(command.words[0])!r} is another by now", "Nothing was discarded")
     await context.pool.snapshots.before_cut([volume])
     try:
         freed_bytes = await context.pool.volumes.discard(volume, offset, length)
