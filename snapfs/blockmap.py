@@ -16,7 +16,7 @@ import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from itertools import chain, compress, pairwise
 from operator import sub
 
@@ -181,6 +181,24 @@ def changed_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]
 def dropped_runs(old: BlockMap, new: BlockMap) -> Iterator[tuple[int, int, int]]:
     """Runs of blocks that ``old`` names and ``new`` names otherwise or not at all; holes are left out."""
     return (run for run in changed_runs(new, old) if run[2] != HOLE)
+
+
+def dropped_runs_of(log_ids: Set[int], old: BlockMap, new: BlockMap) -> Iterable[tuple[int, int, int]]:
+    """Those of :func:`dropped_runs` that lie in some logs, in a time that grows with what ``old`` names of these."""
+    entries = (old,) if isinstance(old, int) else old
+    if log_ids >= set(entries):
+        return dropped_runs(old, new)
+    found: list[tuple[int, int, int]] = []
+    for block in compress(range(len(entries)), map(log_ids.__contains__, entries)):
+        log_id = entries[block]
+        if entry(new, block) == log_id:
+            continue
+        first, count, last_id = found[-1] if found else (0, 0, HOLE)
+        if first + count == block and last_id == log_id:
+            found[-1] = (first, count + 1, log_id)
+        else:
+            found.append((block, 1, log_id))
+    return found
 
 
 def encode(block_map: BlockMap) -> int | bytes:

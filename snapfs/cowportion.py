@@ -15,7 +15,7 @@ latest copy means the source itself. When a copy goes, the one before it takes o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -28,7 +28,7 @@ from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog
 from .errors import DamagedError, NotFoundError, SnapfsError, SyncFailedError
-from .formats import IMAGE_LOG, CopyRow, FreedRow
+from .formats import IMAGE_LOG, CopyRow, FreedRow, LogRow
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_OBJECT, log_offset
 from .notresident import NotResidentError, OldBlocks, when_resident
 from .portion import Portion
@@ -411,7 +411,9 @@ class CowPortion(Portion):
 
     # -- dropping copies ---------------------------------------------------------------------
 
-    def drop_copy_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> None:
+    def drop_copy_now(
+        self, copy: CopyRow, later: BlockMap | None, earlier: int, begun_since: Mapping[int, LogRow]
+    ) -> None:
         """Forget a copy that no snapshot needs; the one before it takes over what that needs of it."""
         object_index = copy.object_index
         state, current, older = self._drop_plan(copy, earlier)

@@ -625,11 +625,14 @@ class Portion:
         self.named_epoch = epoch
         self.leave_log()
 
-    def drop_copy_now(self, copy: CopyRow, later: BlockMap | None, earlier: int) -> None:
+    def drop_copy_now(
+        self, copy: CopyRow, later: BlockMap | None, earlier: int, begun_since: Mapping[int, LogRow]
+    ) -> None:
         """Forget a point-in-time copy that no snapshot needs, and free what only it names.
 
         ``later`` is the map of the object's next copy, None if the live map is next; ``earlier`` is
-        the instant of the copy before, 0 for none.
+        the instant of the copy before, 0 for none. ``begun_since`` has those of the copy's logs that were begun
+        after that, by their ids: blocks that lie in any other the copy before names as well.
         """
         object_index = copy.object_index
         state = self.objects.get(object_index)
@@ -639,7 +642,7 @@ class Portion:
         is_latest = later is None and not newer
         if later is None:
             later = newer[0].block_map if newer else state.block_map
-        freed = self._named_only_by(copy, later, earlier)
+        freed = self._named_only_by(copy, later, begun_since)
         if is_latest:
             state.copied = earlier
         self._dropped_copies.append((object_index, copy.instant))
@@ -672,16 +675,14 @@ class Portion:
         if state.block_map != HOLE:
             self._dirty_objects.add(object_index)
 
-    def _named_only_by(self, copy: CopyRow, later: BlockMap, earlier: int) -> list[tuple[ChangeLog, int, int]]:
+    def _named_only_by(
+        self, copy: CopyRow, later: BlockMap, begun_since: Mapping[int, LogRow]
+    ) -> list[tuple[ChangeLog, int, int]]:
         base = log_offset(copy.object_index, self._processor_count)
-        found = []
-        for block, count, log_id in blockmap.dropped_runs(copy.block_map, later):
-            log = self._logs.known.get(log_id)
-            if log is None:
-                raise NotResidentError(partial(self._look_at_log, log_id))
-            if log.epoch > earlier:
-                found.append((log, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
-        return found
+        return [
+            (self._logs.adopt(begun_since[log_id]), base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT)
+            for block, count, log_id in blockmap.dropped_runs_of(begun_since.keys(), copy.block_map, later)
+        ]
 
     # -- fetching ----------------------------------------------------------------------------
 

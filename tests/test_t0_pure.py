@@ -128,6 +128,15 @@ def test_dropped_runs_are_what_the_later_map_does_not_name(old: blockmap.BlockMa
     assert told == expected
 
 
+@given(maps, maps, st.data())
+def test_dropped_runs_of_some_logs_are_those_in_them(
+    old: blockmap.BlockMap, new: blockmap.BlockMap, data: st.DataObject
+) -> None:
+    log_ids = data.draw(st.sets(st.sampled_from(sorted({*as_list(old), 12345} - {0}))))
+    expected = [run for run in blockmap.dropped_runs(old, new) if run[2] in log_ids]
+    assert list(blockmap.dropped_runs_of(log_ids, old, new)) == expected
+
+
 def test_the_encodings_are_the_documented_bytes() -> None:
     entries = array("I", [7]) * BLOCKS
     assert blockmap.encode(entries) == 7

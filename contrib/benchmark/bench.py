@@ -44,7 +44,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chain", type=int, default=100, help="the peer's snapshots")
     parser.add_argument("--many", type=int, default=10000, help="snapshots where very many are asked for")
     parser.add_argument("--stall-seconds", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--json", type=results.file_to_write, help="also write all figures to this file")
     parser.add_argument("--plots", type=Path, help="the folder that pictures go to; the one of --json by default")
     parser.add_argument("--folder", type=Path, help="where to measure; a temporary folder by default")
     return parser.parse_args()

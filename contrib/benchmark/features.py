@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results
+
 SNAPFS = [sys.executable, "-m", "snapfs"]
 MIB = 1 << 20
 
@@ -164,7 +166,7 @@ def overwriting(mount: Path, found: dict[str, object], seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2, help="of each run of fio")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--json", type=results.file_to_write, help="also write all figures to this file")
     options = parser.parse_args()
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="snapfs-bench-") as folder:

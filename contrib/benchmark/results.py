@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+
+def file_to_write(path: str) -> Path:
+    """Of an option: refused at once where it cannot be, and not when all is measured."""
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(Path(path).parent)!r}")
+    return Path(path)
 
 
 @dataclass

@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="also write all verdicts to this file")
     arguments = parser.parse_args()
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"there is no folder {str(arguments.json.parent)!r}")
     console = Console(stderr=True)
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="snapfs-mutants-") as temporary:
