@@ -303,6 +303,7 @@ class Pool:
                 self.volumes.refuse_writes,
                 self.pending,
                 self.watch,
+                self.reserve,
             )
             for store in stores
         ]
@@ -496,13 +497,14 @@ class Pool:
         while True:
             await trio.sleep(SYNC_PERIOD_S)
             try:
-                await self.volumes.sync_all()
+                await self.reserve.refill()
+                await self.sync()
             except (SnapfsError, OSError) as error:
                 self.events.note("sync-failed", logging.ERROR, reason=str(error))
 
     async def sync(self) -> None:
         """Make everything that was written durable. Raises the first error."""
-        await self.volumes.sync_all()
+        await self.reserve.helped(self.volumes.sync_all)
 
     async def used_percent(self) -> int:
         """How full the fullest device or change log volume is, of those that tell."""
@@ -527,16 +529,16 @@ class Pool:
         self.is_closing = True
         with trio.CancelScope(shield=True):
             try:
-                await self.volumes.sync_all()
+                await self.sync()
                 for processor in self.processors:
-                    await processor.commit(processor.sound_portions())
+                    await self.reserve.helped(partial(processor.commit, processor.sound_portions()))
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
                 if self._is_recovered:
                     await self._trim_images()
                     await self.images.note()
                     meta = {**self.volumes.folder.kept(), "clean": 1}
                     last = CatalogBatch(meta=meta, shard_generations=generations)
-                    await self.catalog.save([], lambda: last)
+                    await self.reserve.helped(partial(self.catalog.save, [], lambda: last))
                     await self._note_generation()
             finally:
                 # The last that was pushed is closed first, and each is whatever becomes of the others.

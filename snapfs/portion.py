@@ -35,6 +35,7 @@ from .geometry import (
 from .notresident import Fetch, NotResidentError, OldBlocks
 from .placement import Quota
 from .prefetch import Prefetcher, fetch_checksums
+from .reserve import Reserve
 from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock, ObjectState, Residency, ShardAccess, Tally
 from .snapshotindex import NEVER, SnapshotIndex
@@ -97,7 +98,8 @@ class Neighbours:
 
     ``sources`` has the log that stands for what a volume is written over. ``borrow`` gives the
     portion of another volume, for as long as it is used; ``commit`` makes one's changes durable.
-    ``writeback`` is told of large writes. ``prefetcher`` brings in what reads need.
+    ``writeback`` is told of large writes. ``prefetcher`` brings in what reads need. ``reserve`` tells whether there is
+    room for what is new.
     """
 
     traits: TraitsTable
@@ -107,6 +109,7 @@ class Neighbours:
     commit: Callable[[Portion], Awaitable[None]]
     writeback: EarlyWriteback
     prefetcher: Prefetcher
+    reserve: Reserve
 
 
 class Portion:
@@ -314,6 +317,8 @@ class Portion:
             self._check_refusal()
             self.unmap_now(object_index, first, last)
             return
+        if self._neighbours.reserve.is_short:
+            self._neighbours.reserve.check_now()
         replacement = self._plan(state, object_index, inside, data, log, old_blocks)
         kept = _kept_runs(state.block_map, inside, data, first, last, log.log_id)
         if log.quota is not None:
@@ -371,6 +376,8 @@ class Portion:
             self._check_refusal()
             self._unpinned(state, object_index, first, last, None)
             return 0
+        if not blockmap.is_uniform(state.block_map, first, last, log.log_id):
+            self._neighbours.reserve.check_now()
         self._plan(state, object_index, inside, data, log, old_blocks)
         kept = _kept_runs(state.block_map, inside, data, first, last, log.log_id)
         return _added_count(state.block_map, kept, log.log_id)

@@ -32,6 +32,7 @@ from .pending import PendingCalls
 from .placement import Placement
 from .portion import Neighbours, Portion, PortionChanges
 from .prefetch import Prefetcher
+from .reserve import Reserve
 from .sealedfile import SumCache
 from .shardstate import EpochClock, Residency, ShardAccess, Tally
 from .shardstore import ShardStore
@@ -117,6 +118,7 @@ class Processor:
         on_sync_failed: Callable[[VolumeId], None],
         pending: PendingCalls,
         watch: DeviceWatch,
+        reserve: Reserve,
     ) -> None:
         self.index = index
         self.access = ShardAccess(store, pending)
@@ -137,7 +139,7 @@ class Processor:
         self.writeback = EarlyWriteback(self.access.in_thread)
         prefetcher = Prefetcher(self.access, self.logs)
         self._neighbours = Neighbours(
-            traits, Residency(), self.sources, self.borrowed, self._commit_one, self.writeback, prefetcher
+            traits, Residency(), self.sources, self.borrowed, self._commit_one, self.writeback, prefetcher, reserve
         )
         self._wakeup = Wakeup()
         self._has_freed = True

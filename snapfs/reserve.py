@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -9,6 +10,7 @@ import trio
 from .backends import Device
 from .errors import NoSpaceError
 from .formats import RESERVE_FILE
+from .notresident import NotResidentError, OldBlocks
 from .tasks import in_thread
 
 RESERVE_BYTES_MAX = 16 << 20
@@ -16,15 +18,34 @@ _SHARE = 64
 
 
 class Reserve:
-    """A file of allocated blocks in the pool's directory, given up when a deletion finds no room.
+    """A file of allocated blocks in the pool's directory, given up when what must go through finds no room.
 
-    It holds 16 MiB, or a 64th of a device that is smaller than 1 GiB.
+    It holds 16 MiB, or a 64th of a device that is smaller than 1 GiB. It must go through that what was written is
+    committed, and that what is deleted gives its room back. So that this room lasts for them, ``is_short`` from when it
+    was given up until there is twice as much: then nobody else may take any.
     """
 
     def __init__(self, home: Device) -> None:
         self._home = home
         self._turn = trio.Lock()
         self.is_spent = not self._is_full()
+        self.is_short = self.is_spent and not self._has_room()
+
+    def check_now(self) -> None:
+        """Raises NoSpaceError while what room there is is kept for others, NotResidentError while it is set aside."""
+        if self.is_short:
+            if self._has_room():
+                raise NotResidentError(self._refill)
+            raise _full()
+
+    async def check(self) -> None:
+        """Raises NoSpaceError while what room there is is kept for others."""
+        await self.refill()
+        if self.is_short:
+            raise _full()
+
+    def _has_room(self) -> bool:
+        return self._home.space().free_bytes > 2 * self._wanted_bytes()
 
     def _wanted_bytes(self) -> int:
         return min(RESERVE_BYTES_MAX, self._home.space().total_bytes // _SHARE) & ~4095
@@ -59,7 +80,7 @@ class Reserve:
         self.is_spent = True
 
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
-        """Run something that frees room; if it finds none, run it once more with the reserve given up."""
+        """Run something that must go through; if it finds no room, run it once more with the reserve given up."""
         was_spent = self.is_spent
         try:
             await call()
@@ -69,13 +90,28 @@ class Reserve:
             async with self._turn:
                 # Another one may have given it up meanwhile: there is room for this one too.
                 if not self.is_spent:
+                    # First: nobody else is to take what is about to be free.
+                    self.is_short = True
                     await in_thread(self._spend)
             await call()
 
     async def refill(self) -> None:
         """Set the room aside again if it was given up and there is some now."""
-        if self.is_spent and self._home.space().free_bytes > 2 * RESERVE_BYTES_MAX:
-            try:
+        if self.is_spent:
+            async with self._turn:
+                await self._refill_once()
+
+    async def _refill_once(self) -> None:
+        # Another one may have done it meanwhile.
+        if self.is_spent and self._has_room():
+            with contextlib.suppress(OSError):
                 await in_thread(self.fill)
-            except OSError:
-                self.is_spent = True
+            # Also where it cannot be set aside: there is some.
+            self.is_short = False
+
+    async def _refill(self, old_blocks: OldBlocks) -> None:
+        await self.refill()
+
+
+def _full() -> NoSpaceError:
+    return NoSpaceError("the device that holds the pool's directory is full", "Delete snapshots or free space on it")

@@ -190,6 +190,7 @@ class SnapshotTable:
         """
         if name is not None:
             check_name(name, "snapshot")
+        await self._reserve.check()
         volume_names = None if volume_names is None else list(volume_names)
         wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule, guid)
         async with self.lock:

@@ -200,6 +200,7 @@ class VolumeTable:
         ``origin_instant`` is that of the snapshot of which it is a clone.
         """
         check_name(attributes.name, "volume")
+        await self._reserve.check()
         async with self.lock:
             self.check_free(attributes.name)
             row = self.new_row(attributes, origin_instant)

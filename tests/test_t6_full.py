@@ -71,6 +71,63 @@ def test_a_disk_without_a_single_free_block(tmp_path: Path) -> None:
         (disk / "filler").unlink()
 
 
+@pytest.mark.parametrize("size_bytes", [96 * MIB, 1100 * MIB])
+def test_a_disk_that_is_filled_and_unmounted_loses_nothing(tmp_path: Path, size_bytes: int) -> None:
+    """What a program wrote that does not sync, up to the last block: its maps have room in the reserve."""
+    with small_filesystem(tmp_path, size_bytes) as disk, pool_on(disk) as mounted:
+        fd = os.open(mounted.path / "v", os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+        buffer = mmap.mmap(-1, MIB)
+        buffer.write(os.urandom(4096) * (MIB // 4096))
+        end = 0
+        for length in (MIB, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    end += os.pwrite(fd, memoryview(buffer)[:length], end)
+        os.close(fd)
+        assert end > size_bytes // 2
+        mounted.remount()
+        assert (mounted.path / "v").stat().st_size == end
+        with open(mounted.path / "v", "rb", buffering=0) as file:
+            assert all(file.read(4096) == buffer[:4096] for _ in range(end // 4096))
+
+
+def test_deleting_goes_on_while_a_program_writes_to_a_full_disk(tmp_path: Path) -> None:
+    """It takes nothing of the room that the first deletion was given, and has that of what is deleted."""
+    with small_filesystem(tmp_path, 96 * MIB) as disk, pool_on(disk) as mounted:
+        (mounted.path / "old").write_bytes(os.urandom(20 * MIB))
+        for number in range(6):
+            mounted.snapshot(f"s{number}")
+        (mounted.path / "old").unlink()
+        stop, is_refused = threading.Event(), threading.Event()
+        ends = [0]
+
+        def write() -> None:
+            fd = os.open(mounted.path / "v", os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+            with memoryview(direct_buffer(b"w")) as buffer:
+                while not stop.is_set():
+                    try:
+                        ends.append(ends[-1] + os.pwrite(fd, buffer[: 1 << 16], ends[-1]))
+                    except OSError as error:
+                        assert error.errno == errno.ENOSPC
+                        is_refused.set()
+                        stop.wait(0.001)
+            os.close(fd)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            assert is_refused.wait(60)
+            end = ends[-1]
+            for number in range(6):
+                os.rmdir(mounted.snapshots / f"s{number}")
+            wait_until(lambda: ends[-1] > end + 10 * MIB, "what was deleted is written to again")
+        finally:
+            stop.set()
+            writer.join()
+        mounted.remount()
+        assert (mounted.path / "v").stat().st_size == ends[-1]
+
+
 def test_no_inodes_left(tmp_path: Path) -> None:
     """Each first write after a snapshot makes a log, which is a file: there are fewer inodes than blocks here."""
     with small_filesystem(tmp_path, 64 * MIB, "-N", "64") as disk, pool_on(disk) as mounted:

@@ -9,9 +9,10 @@ import select
 
 import click
 
-from ..errors import MountError
+from ..errors import MountError, SnapfsError
 from ..fuse.mounttable import Mounted, is_same, mounted_at, mounts, process_elsewhere
 from ..mountpoint import unmount
+from .control import ask
 
 _LOOK_S = 1.0
 _LOOKS = 3
@@ -34,9 +35,27 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
         return
     pid = _daemon_pid(mount_point)
     found = mounted_at(mount_point)
+    if pid is not None:
+        _make_durable(mount_point)
     unmount(mount_point)
     if pid is not None:
         _wait_for_end(pid, mount_point, found)
+
+
+def _make_durable(mount_point: str) -> None:
+    """As long as something can be done about it: the daemon does the same at its end. Raises MountError for no room."""
+    try:
+        ask(mount_point, "sync")
+    except (SnapfsError, OSError) as error:
+        # One that takes no commands has nothing to write, and what a failed sync has lost stays so.
+        if error.errno != errno.ENOSPC:
+            return
+        failed = MountError(
+            f"{mount_point} stays mounted: not all that was written can be made durable ({error})",
+            "Delete snapshots or free space on the device, then try again; unmounted with --lazy it is lost",
+        )
+        failed.errno = errno.ENOSPC
+        raise failed from error
 
 
 def _check_is_mounted(mount_point: str) -> None:

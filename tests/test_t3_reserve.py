@@ -1,0 +1,121 @@
+"""The pool's directory is full: what was written becomes durable all the same, and what is deleted comes back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from snapfs import reserve
+from snapfs.backends import MemoryDevice
+from snapfs.errors import NoSpaceError
+from snapfs.pool import SYNC_PERIOD_S, Pool
+from snapfs.volume import Volume
+
+from .harness import World, in_memory, open_world, read_volume
+from .test_t3_between import noise
+
+OBJECT = 4 << 20
+BLOCK = 4096
+FILLER = "filler"
+
+
+def small_world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A pool whose directory has room for little, a sixth of it kept back."""
+    monkeypatch.setattr(reserve, "_SHARE", 6)
+    return World(1, make_device=lambda where, _: MemoryDevice(12 << 20 if where == "home" else None))
+
+
+def fill(world: World) -> None:
+    """Somebody else takes all room there is in the pool's directory."""
+    home = in_memory(world.home)
+    filler = home.create(FILLER)
+    filler.write(bytes(home.space().free_bytes), 0)
+    filler.close()
+
+
+async def scatter(volume: Volume, seed: int) -> None:
+    """Writes whose maps take more than a megabyte."""
+    for index in range(300):
+        for block in range(0, 64, 2):
+            await volume.write(index * OBJECT + block * BLOCK, noise(1, seed))
+
+
+@asynccontextmanager
+async def open_and_full(world: World) -> AsyncIterator[tuple[Pool, Volume]]:
+    """A pool with a snapshot that was written to since, and no room for the maps of that."""
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await scatter(volume, 1)
+        await volume.sync()
+        await pool.snapshots.create(b"s")
+        fill(world)
+        await scatter(volume, 2)
+        with pytest.raises(NoSpaceError):
+            await volume.sync()
+        yield pool, volume
+
+
+async def test_what_was_written_is_there_after_an_orderly_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = small_world(monkeypatch)
+    async with open_and_full(world) as (pool, volume):
+        written = bytes(await volume.read(0, 2 * OBJECT))
+    async with open_world(world) as pool:
+        assert (await read_volume(pool, b"v"))[: 2 * OBJECT] == written
+
+
+async def test_what_was_written_becomes_durable_within_a_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_and_full(small_world(monkeypatch)) as (pool, volume):
+        await trio.sleep(2 * SYNC_PERIOD_S)
+        assert pool.reserve.is_spent and volume.is_clean
+        await volume.sync()
+
+
+async def test_nobody_takes_the_room_that_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = small_world(monkeypatch)
+    async with open_and_full(world) as (pool, volume):
+        await pool.sync()
+        for _ in range(2):
+            with pytest.raises(NoSpaceError, match="the pool's directory is full"):
+                await volume.write(BLOCK, noise(1))
+            # Neither does what takes none: over what was written since the snapshot, and zeros.
+            await volume.write(0, noise(1, 7))
+            await volume.write(2 * BLOCK, bytes(BLOCK))
+            for refused in (pool.snapshots.create(b"t"), pool.volumes.create(b"w")):
+                with pytest.raises(NoSpaceError):
+                    await refused
+            # Time alone gives no room.
+            await trio.sleep(2 * SYNC_PERIOD_S)
+        await pool.snapshots.delete(b"s")
+        await pool.reclaimer.reclaim_all()
+        assert not pool.snapshots.deleted
+        in_memory(world.home).remove(FILLER)
+        await trio.sleep(2 * SYNC_PERIOD_S)
+        assert not pool.reserve.is_spent and not pool.reserve.is_short
+        await volume.write(BLOCK, noise(1))
+        await pool.snapshots.create(b"t")
+
+
+async def test_a_pool_that_is_opened_without_room_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = small_world(monkeypatch)
+    async with open_and_full(world) as (pool, _):
+        await pool.sync()
+    async with open_world(world) as pool, pool.volumes.opened(b"v") as volume:
+        with pytest.raises(NoSpaceError):
+            await volume.write(BLOCK, noise(1))
+        await pool.snapshots.delete(b"s")
+
+
+async def test_where_nothing_can_be_set_aside_there_is_no_end_of_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a filesystem that keeps no room for blocks of zeros."""
+    world = small_world(monkeypatch)
+    async with open_and_full(world) as (pool, volume):
+        await pool.sync()
+        in_memory(world.home).remove(FILLER)
+        monkeypatch.setattr(pool.reserve, "fill", lambda: (_ for _ in ()).throw(OSError(95, "not supported")))
+        await trio.sleep(2 * SYNC_PERIOD_S)
+        assert pool.reserve.is_spent
+        await volume.write(BLOCK, noise(1))
