@@ -12,7 +12,9 @@ import contextlib
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import IO
 
 import blake3
@@ -35,6 +37,8 @@ from .transfer import Answer, Ask, OnProgress, ResumePoint, SnapshotFile, say_no
 from .units import check_name
 
 _NOTE_EVERY_BYTES = 256 << 20
+# Has the stream of a guid for oneself in a mount, as long as it is entered. Raises SnapfsError when it is another's.
+Claim = Callable[[str, str], AbstractContextManager[None]]
 _FROM_BEGINNING = "Send it from its beginning"
 
 
@@ -62,11 +66,26 @@ def _covers(ranges: Sequence[tuple[int, int]], offset: int, end: int) -> bool:
     return place >= 0 and ranges[place][1] >= end
 
 
+@dataclass(slots=True)
+class _Received:
+    """What has come of one volume: ``written`` are ranges of bytes and zeros, ``extents`` those of bytes alone.
+
+    From ``from_offset`` on that is all that was sent. ``is_whole``: there is nothing to come any more.
+    """
+
+    from_offset: int
+    written: list[tuple[int, int]] = field(default_factory=list)
+    extents: list[tuple[int, int]] = field(default_factory=list)
+    digest: blake3.blake3 = field(default_factory=blake3.blake3)
+    is_whole: bool = False
+
+
 class Receiver:
     """Receives one stream into a mount."""
 
-    def __init__(self, ask: Ask, mount_point: str, *, force: bool, is_resumable: bool) -> None:
+    def __init__(self, ask: Ask, claim: Claim, mount_point: str, *, force: bool, is_resumable: bool) -> None:
         self._ask = ask
+        self._claim = claim
         self._mount_point = mount_point
         self._force = force
         self._is_resumable = is_resumable
@@ -74,10 +93,9 @@ class Receiver:
         self._base_here = ""
         self._state = ReceiveState()
         self._target: Target
-        self._digests: dict[int, tuple[str, list[tuple[int, int]]]] = {}
-        # By place: what the stream has put into a volume, bytes and zeros; and the offset from which on that is all.
-        self._written: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-        self._keeps_undo = False
+        # By place.
+        self._received: dict[int, _Received] = {}
+        self._is_others_too = False
         # What fails from then on cannot be gone on with: nothing would be sent, and so nothing read back.
         self._is_all_here = False
         self._unnoted_bytes = 0
@@ -89,14 +107,16 @@ class Receiver:
         ``SnapfsError.fix`` has the resume token where there is one.
         """
         with claimed(self._mount_point, alone=False):
-            return self._receive(file, name, on_progress)
+            frames = read_stream(file)
+            begin = next(frames)
+            if begin.kind != BEGIN:
+                raise DamagedError("the stream is damaged: it does not begin", SEND_AGAIN)
+            self._head = parse_head(begin.fields)
+            # Before it is looked at what of it is here: that is another's own, as long as that one is at work.
+            with self._claim(self._mount_point, self._head.guid):
+                return self._receive(frames, name, on_progress)
 
-    def _receive(self, file: IO[bytes], name: str | None, on_progress: OnProgress) -> Answer:
-        frames = read_stream(file)
-        begin = next(frames)
-        if begin.kind != BEGIN:
-            raise DamagedError("the stream is damaged: it does not begin", SEND_AGAIN)
-        self._head = parse_head(begin.fields)
+    def _receive(self, frames: Iterator[Frame], name: str | None, on_progress: OnProgress) -> Answer:
         self._target = Target(self._ask, self._mount_point, self._head.guid)
         snapshot_name = name if name is not None else self._head.name
         # Before anything is read of what may be large.
@@ -117,15 +137,35 @@ class Receiver:
 
     def _give_up(self, error: BaseException) -> None:
         """Keep what came, and tell how to go on; or take it back."""
-        if self._is_resumable and not self._keeps_undo and not self._is_all_here:
+        if self._is_resumable and not self._is_others_too and not self._is_all_here:
             self._note_times()
             point = ResumePoint(self._head.guid, self._state.volume_place, self._state.offset)
             if isinstance(error, SnapfsError):
                 error.fix = f"Go on with: snapfs send --resume-token {point.to_token()}"
             return
-        failures = take_back(self._target, self._state, self._base_here, keeps_undo=self._keeps_undo).failures
-        if failures and isinstance(error, SnapfsError):
-            error.fix = f"Not all could be taken back ({'; '.join(failures)}): roll the volumes back by hand"
+        taken_back = take_back(self._target, self._state, self._base_here, self._is_mine)
+        if not isinstance(error, SnapfsError):
+            return
+        if taken_back.undo:
+            error.fix = f"What somebody else wrote meanwhile is in snapshot {taken_back.undo!r}. {error.fix}"
+        if taken_back.failures:
+            failed = "; ".join(taken_back.failures)
+            error.fix = f"Not all could be taken back ({failed}): roll the volumes back by hand"
+
+    def _is_mine(self, undo: str) -> bool:
+        """Whether a snapshot of what was received up to now holds that, and nothing that somebody else wrote."""
+        if self._is_others_too:
+            return False
+        # What was written to of the base, by its names there, which it has again.
+        names = {place: self._head.volumes[place].base_name for place in self._received}
+        of_base = {place: name for place, name in names.items() if name is not None and name in self._state.touched}
+        try:
+            self._check_nothing_else(undo, of_base)
+            for place, base_name in of_base.items():
+                self._read_back(undo, base_name, self._received[place])
+        except (SnapfsError, OSError, KeyError):
+            return False
+        return True
 
     def _found(self, fields: object) -> ReceiveState:
         """How far the stream had come before. Raises DamagedError."""
@@ -183,8 +223,8 @@ class Receiver:
             self._state = self._found(fields)
             base = base_of(self._state, {str(one["guid"]): str(one["name"]) for one in listed})
             check_made(self._target, self._state)
-            keeps_undo = changed_since(self._target, self._state)
-            failures = take_back(self._target, self._state, base, keeps_undo=keeps_undo).failures
+            is_changed = changed_since(self._target, self._state)
+            failures = take_back(self._target, self._state, base, lambda undo: not is_changed).failures
             if failures:
                 raise ExistsError(
                     f"not all that an earlier try left could be taken back ({'; '.join(failures)})",
@@ -320,20 +360,18 @@ class Receiver:
     def _receive_volume(self, place: int, frames: Iterator[Frame], done_bytes: int, on_progress: OnProgress) -> int:
         volume = self._head.volumes[place]
         fd = self._open(volume)
-        digest = blake3.blake3()
-        extents: list[tuple[int, int]] = []
         resume_place, resume_offset = self._head.resume or (0, 0)
-        written: list[tuple[int, int]] = []
-        self._written[place] = (resume_offset if place == resume_place else 0, written)
+        received = self._received[place] = _Received(resume_offset if place == resume_place else 0)
         try:
             for frame in frames:
                 if frame.kind == END_VOLUME:
                     break
+                # First: a part of it may be there when it fails.
+                received.written.append((frame.offset, frame.offset + frame.length))
                 self._put(fd, volume, frame)
-                written.append((frame.offset, frame.offset + frame.length))
                 if frame.kind == DATA:
-                    digest.update(frame.data)
-                    extents.append((frame.offset, frame.length))
+                    received.digest.update(frame.data)
+                    received.extents.append((frame.offset, frame.length))
                 done_bytes += frame.length
                 self._unnoted_bytes += frame.length
                 if self._unnoted_bytes >= _NOTE_EVERY_BYTES and frame.kind == DATA:
@@ -343,12 +381,12 @@ class Receiver:
                 os.ftruncate(fd, volume.size_bytes)
             os.fsync(fd)
         except BaseException:
-            if extents and self._is_resumable:
-                self._note_position(fd, place, sum(extents[-1]))
+            if received.extents and self._is_resumable:
+                self._note_position(fd, place, sum(received.extents[-1]))
             raise
         finally:
             os.close(fd)
-        self._digests[place] = (digest.hexdigest(), extents)
+        received.is_whole = True
         self._state.volume_place, self._state.offset = place + 1, 0
         if self._unnoted_bytes >= _NOTE_EVERY_BYTES:
             # Of many small volumes not each: one that was killed receives some of them once more.
@@ -366,6 +404,7 @@ class Receiver:
         fd = self._opened(volume)
         try:
             self._check_same(volume, os.fstat(fd).st_ino)
+            self._keep_private(fd, volume)
             if os.fstat(fd).st_size != volume.size_bytes:
                 self._touch(volume)
                 if os.fstat(fd).st_size < volume.size_bytes:
@@ -374,6 +413,16 @@ class Receiver:
             os.close(fd)
             raise
         return fd
+
+    def _keep_private(self, fd: int, volume: StreamVolume) -> None:
+        """Whoever may read it now, and not when all has come, reads nothing of what comes."""
+        found = os.fstat(fd)
+        if (found.st_mode & 0o777, found.st_uid, found.st_gid) == (volume.mode, volume.uid, volume.gid):
+            return
+        self._touch(volume)
+        os.fchmod(fd, 0o600)
+        if os.geteuid() == 0:
+            os.fchown(fd, volume.uid, volume.gid)
 
     def _check_same(self, volume: StreamVolume, inode: int) -> None:
         """What has a volume's name is what the stream means by it. Raises ChangedTargetError."""
@@ -457,40 +506,44 @@ class Receiver:
         made = self._ask(self._mount_point, "snapshot", name, options=options)
         self._is_all_here = True
         try:
-            self._check_nothing_else(name)
-            for place, (digest, extents) in self._digests.items():
-                self._read_back(name, place, digest, extents)
+            names = {place: self._head.volumes[place].name for place in self._received}
+            self._check_nothing_else(name, names)
+            for place, volume_name in names.items():
+                self._read_back(name, volume_name, self._received[place])
         except BaseException:
-            self._ask(self._mount_point, "delete", name)
+            self._target.delete(name)
             raise
         return made
 
-    def _check_nothing_else(self, name: str) -> None:
-        """The snapshot differs from the base in what was sent, and in nothing else. Raises ChangedTargetError."""
+    def _check_nothing_else(self, snapshot: str, names: Mapping[int, str]) -> None:
+        """A snapshot differs from the base in what was received, and in nothing else. Raises ChangedTargetError.
+
+        ``names`` has what the volumes at these places are called in it.
+        """
         options = [("base", self._base_here)] if self._base_here else []
-        found = {one["name"]: one for one in self._ask(self._mount_point, "extents", name, options=options)["volumes"]}
-        for place, (from_offset, written) in self._written.items():
-            volume = self._head.volumes[place]
-            sent = _rounded(written)
-            is_other = found[volume.name]["size_bytes"] != volume.size_bytes
-            for offset, length, _ in found[volume.name]["extents"]:
-                first, end = max(offset, from_offset), offset + length
+        answer = self._ask(self._mount_point, "extents", snapshot, options=options)
+        found = {one["name"]: one for one in answer["volumes"]}
+        for place, name in names.items():
+            received = self._received[place]
+            sent = _rounded(received.written)
+            is_other = received.is_whole and found[name]["size_bytes"] != self._head.volumes[place].size_bytes
+            for offset, length, _ in found[name]["extents"]:
+                first, end = max(offset, received.from_offset), offset + length
                 is_other = is_other or (first < end and not _covers(sent, first, end))
             if is_other:
-                self._keeps_undo = True
+                self._is_others_too = True
                 raise ChangedTargetError(
-                    f"somebody wrote to volume {volume.name!r} while it was received",
+                    f"somebody wrote to volume {name!r} while it was received",
                     "Keep others from its volumes, then receive it again",
                 )
 
-    def _read_back(self, name: str, place: int, digest: str, extents: list[tuple[int, int]]) -> None:
-        """The snapshot holds what was sent: read from it again, and compare."""
-        volume = self._head.volumes[place].name
+    def _read_back(self, snapshot: str, name: str, received: _Received) -> None:
+        """A snapshot holds what was sent: read from it again, and compare. Raises DamagedError."""
         found = blake3.blake3()
-        path = os.path.join(self._mount_point, ".snapshots", name, volume)
+        path = os.path.join(self._mount_point, ".snapshots", snapshot, name)
         with contextlib.closing(SnapshotFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))) as kept:
-            for offset, length in extents:
+            for offset, length in received.extents:
                 for _, data in kept.pieces(offset, length, 1):
                     found.update(data)
-        if found.hexdigest() != digest:
-            raise DamagedError(f"volume {volume!r} is not what was sent", "Check the devices, then send it again")
+        if found.digest() != received.digest.digest():
+            raise DamagedError(f"volume {name!r} is not what was sent", "Check the devices, then send it again")

@@ -70,12 +70,17 @@ class Target:
         """Nothing of the stream is under way any more."""
         self._ask(self.mount_point, "receive-state", "drop", self._guid)
 
-    def roll_back(self, snapshot: str, volumes: list[str], *, keeps_undo: bool) -> None:
-        """Have volumes as a snapshot holds them, whoever has them open: under them they were written as well."""
+    def roll_back(self, snapshot: str, volumes: list[str]) -> str:
+        """Have volumes as a snapshot holds them, whoever has them open: under them they were written as well.
+
+        Gives the name of the snapshot of what they held.
+        """
         options = [("volume", one) for one in volumes] + [("force", "yes")]
-        undo = self._ask(self.mount_point, "rollback", snapshot, options=options)
-        if not keeps_undo:
-            self._ask(self.mount_point, "delete", undo["undo"])
+        return str(self._ask(self.mount_point, "rollback", snapshot, options=options)["undo"])
+
+    def delete(self, snapshot: str) -> None:
+        """Delete a snapshot."""
+        self._ask(self.mount_point, "delete", snapshot)
 
 
 def taken(name: str) -> ExistsError:
@@ -116,17 +121,22 @@ def claimed(mount_point: str, *, alone: bool) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Taken:
-    """What came of taking back: what failed, in words, and the volumes that stay as the stream left them."""
+    """What came of taking back: what failed, in words, and the volumes that stay as the stream left them.
+
+    ``undo`` is a snapshot with what somebody else may have written meanwhile, if there is one.
+    """
 
     failures: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    undo: str = ""
 
 
-def take_back(target: Target, state: ReceiveState, base: str | None, *, keeps_undo: bool = False) -> Taken:
+def take_back(target: Target, state: ReceiveState, base: str | None, is_ours: Callable[[str], bool]) -> Taken:
     """Leave the target as it was: volumes that were made go, names go back, and so do those of the base.
 
-    ``base`` is None where that snapshot is gone: what was written stays then. ``keeps_undo``: somebody else's writes
-    are among what is rolled back. Each step is tried that does not need one which failed.
+    ``base`` is None where that snapshot is gone: what was written stays then. ``is_ours`` tells whether a snapshot of
+    what is rolled back holds nothing that somebody else wrote; else it is kept. Each step is tried that does not need
+    one which failed.
     """
     taken_back = Taken()
 
@@ -149,13 +159,15 @@ def take_back(target: Target, state: ReceiveState, base: str | None, *, keeps_un
         taken_back.left += state.touched
     elif state.touched and base is not None and are_back:
         # By the names of the base, which might stand for others.
-        attempt(partial(_roll_back, target, state, base, keeps_undo=keeps_undo))
+        attempt(partial(_roll_back, target, state, base, is_ours, taken_back))
     if not taken_back.failures:
         attempt(target.forget)
     return taken_back
 
 
-def _roll_back(target: Target, state: ReceiveState, base: str, *, keeps_undo: bool) -> None:
+def _roll_back(
+    target: Target, state: ReceiveState, base: str, is_ours: Callable[[str], bool], taken_back: Taken
+) -> None:
     for name in state.touched:
         if target.exists(name) and not state.is_of_base(name, target.inode(name)):
             raise ChangedTargetError(
@@ -164,7 +176,11 @@ def _roll_back(target: Target, state: ReceiveState, base: str, *, keeps_undo: bo
     # Rolled back they are others. Killed just then, it is done once more.
     state.inodes = {}
     target.note(state)
-    target.roll_back(base, state.touched, keeps_undo=keeps_undo)
+    undo = target.roll_back(base, state.touched)
+    if is_ours(undo):
+        target.delete(undo)
+    else:
+        taken_back.undo = undo
 
 
 def changed_since(target: Target, state: ReceiveState) -> bool:
@@ -214,8 +230,8 @@ def abandon(ask: Ask, mount_point: str, token: str) -> list[str]:
             clear_away(target, state)
             raise ExistsError(f"the snapshot {names[guid]!r} was received already", "There is nothing to give up")
         check_made(target, state)
-        keeps_undo = changed_since(target, state)
-        taken_back = take_back(target, state, base_of(state, names), keeps_undo=keeps_undo)
+        is_changed = changed_since(target, state)
+        taken_back = take_back(target, state, base_of(state, names), lambda undo: not is_changed)
     if taken_back.failures:
         raise ExistsError(
             f"not all that the stream brought could be taken back ({'; '.join(taken_back.failures)})",

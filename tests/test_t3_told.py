@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -208,7 +209,7 @@ def test_a_stream_of_no_volumes_is_refused() -> None:
         asked.append(words[0])
         return {"snapshots": [], "states": {}}
 
-    receiver = Receiver(ask, "/nowhere", force=False, is_resumable=False)
+    receiver = Receiver(ask, lambda *_: contextlib.nullcontext(), "/nowhere", force=False, is_resumable=False)
     receiver._head = head
     with pytest.raises(UnsupportedError, match="holds no volume"):
         receiver._check("s")

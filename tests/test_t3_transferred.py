@@ -79,6 +79,10 @@ class Target:
         answer: dict[str, Any] = getattr(self, "_" + words[0].replace("-", "_"))(*words[1:], options=options or [])
         return answer
 
+    def claim(self, mount_point: str, guid: str) -> contextlib.AbstractContextManager[None]:
+        """Nobody else receives here."""
+        return contextlib.nullcontext()
+
     def _list(self, options: object) -> dict[str, Any]:
         made = [{"guid": GUID, "name": one.name} for one in self.folder.glob(".snapshots/*") if one.name != "base"]
         return {"snapshots": made + [{"guid": "base", "name": "base"}] * (self.base is not None)}
@@ -119,7 +123,7 @@ class Target:
         return {}
 
     def receive(self, stream: bytes, *, is_resumable: bool = False, **options: Any) -> None:
-        receiver = Receiver(self.ask, str(self.folder), force=False, is_resumable=is_resumable)
+        receiver = Receiver(self.ask, self.claim, str(self.folder), force=False, is_resumable=is_resumable)
         receiver.receive(io.BytesIO(stream), **options)
 
     def names(self) -> set[str]:

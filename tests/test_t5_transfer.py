@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import os
@@ -10,7 +11,7 @@ import stat
 import struct
 import subprocess
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from snapfs import takeback, transfer
 from snapfs.cli import images
-from snapfs.cli.control import ask
+from snapfs.cli.control import ask, claimed_stream
 from snapfs.errors import BadCommandError, DamagedError, ExistsError, NotFoundError, SnapfsError, TooNewError
 from snapfs.receive import Receiver
 from snapfs.stream import BEGIN, DATA, END, END_VOLUME, MAGIC, VERSION, VOLUME, ZERO, Frame, StreamWriter, read_stream
@@ -244,6 +245,98 @@ def test_what_somebody_else_writes_while_a_stream_comes_is_in_no_snapshot_of_it(
     same(source.snapshots / "two", target.snapshots / "two")
 
 
+@contextlib.contextmanager
+def half_received(mounted: Mounted, stream: bytes, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A receiver that has the first half of a stream, and waits for the rest; killed if it is there at the end."""
+    command = [*SNAPFS, "receive", *options, str(mounted.path)]
+    receiver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert receiver.stdin is not None
+        receiver.stdin.write(stream[: len(stream) // 2])
+        receiver.stdin.flush()
+        # What it has written to is noted before.
+        wait_until(lambda: any(one[4] for one in mounted.ask("receive-state list")["states"].values()), "it writes")
+        yield receiver
+    finally:
+        receiver.kill()
+        receiver.communicate()
+
+
+def two_steps(source: Mounted, target: Mounted) -> bytes:
+    """A second snapshot of a volume as a stream of which nothing can be compressed; the first is there already."""
+    (source.path / "v").write_bytes(b"v" * (12 * MIB))
+    (source.path / "v").chmod(0o644)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    (source.path / "v").chmod(0o600)
+    with (source.path / "v").open("r+b") as file:
+        file.write(os.urandom(8 * MIB))
+    source.snapshot("two")
+    return sent(source, "two", "--from", "one", "--level", "0")
+
+
+@pytest.mark.mount
+def test_a_stream_is_received_once_at_a_time(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    stream = two_steps(source, target)
+    with half_received(target, stream) as receiver:
+        words = received(target, stream, expect=1)
+        assert "is being received already" in words
+        receiver.communicate(stream[len(stream) // 2 :], timeout=60)
+        assert receiver.returncode == 0
+    same(source.snapshots / "two", target.snapshots / "two")
+    # By one that was killed nothing is kept from the next, nor by one that has just ended.
+    target.ask("delete two")
+    target.ask("rollback one")
+    with half_received(target, stream) as receiver:
+        receiver.kill()
+        receiver.wait()
+        wait_until(lambda: "already" not in received_or_not(target, stream), "it is received")
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+def received_or_not(mounted: Mounted, stream: bytes) -> str:
+    done = subprocess.run([*SNAPFS, "receive", str(mounted.path)], input=stream, capture_output=True, check=False)
+    return done.stderr.decode()
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("offset", [10 * MIB, 4096], ids=["elsewhere", "over what came"])
+def test_what_somebody_wrote_while_a_stream_came_that_broke_off_is_kept(
+    mounts: Callable[..., Mounted], offset: int
+) -> None:
+    source, target = mounts(), mounts()
+    stream = two_steps(source, target)
+    with half_received(target, stream) as receiver:
+        with (target.path / "v").open("r+b") as file:
+            wait_until(lambda: os.pread(file.fileno(), 9, 4096) != b"v" * 9, "it has come so far")
+            os.pwrite(file.fileno(), b"somebody's", offset)
+            os.fsync(file.fileno())
+        _, said = receiver.communicate(timeout=60)
+        assert receiver.returncode == 4
+    (undo,) = [one for one in os.listdir(target.snapshots) if one.endswith("-before-rollback")]
+    assert f"in snapshot {undo!r}".encode() in said
+    assert (target.snapshots / undo / "v").read_bytes()[offset:][:10] == b"somebody's"
+    same(source.snapshots / "one", target.path)
+    # Of one that broke off alone nothing is left.
+    target.ask(f"delete {undo}")
+    received(target, stream[: len(stream) // 2], expect=4)
+    assert os.listdir(target.snapshots) == ["one"]
+
+
+@pytest.mark.mount
+def test_what_became_private_is_so_while_it_is_received(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    stream = two_steps(source, target)
+    with half_received(target, stream, "--resumable") as receiver:
+        assert stat.S_IMODE((target.path / "v").stat().st_mode) == 0o600
+        _, said = receiver.communicate(timeout=60)
+    assert stat.S_IMODE((target.path / "v").stat().st_mode) == 0o600
+    token = said.decode().split("--resume-token ")[1].split()[0].rstrip(".")
+    received(target, sent(source, "two", "--from", "one", "--resume-token", token), "--resumable")
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
 @pytest.mark.mount
 def test_a_stream_that_was_cut_off_in_its_first_bytes_goes_on(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
@@ -339,7 +432,7 @@ def test_a_volume_that_is_made_while_a_stream_comes_is_left_alone(mounts: Callab
     def make_mine(done: int, total: int) -> None:
         (target.path / "b").write_bytes(b"precious")
 
-    receiver = Receiver(ask, str(target.path), force=False, is_resumable=False)
+    receiver = Receiver(ask, claimed_stream, str(target.path), force=False, is_resumable=False)
     with pytest.raises(ExistsError, match="there is a volume 'b' already"):
         receiver.receive(io.BytesIO(whole), on_progress=make_mine)
     assert (target.path / "b").read_bytes() == b"precious"
@@ -378,7 +471,7 @@ def test_a_stream_whose_receiver_was_killed_while_names_moved_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(takeback.Target, "rename", killed)
-        receiver = Receiver(ask, str(target.path), force=False, is_resumable=True)
+        receiver = Receiver(ask, claimed_stream, str(target.path), force=False, is_resumable=True)
         with pytest.raises(KeyboardInterrupt):
             receiver.receive(io.BytesIO(sent(source, "two", "--from", "one")))
     target.remount()
@@ -776,7 +869,7 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
         for is_resumable in (False, True):
             stream = io.BytesIO(forged(one, (VOLUME, {"place": 0}), (DATA, None), *body))
             with pytest.raises(DamagedError):
-                Receiver(ask, str(mounted.path), force=False, is_resumable=is_resumable).receive(stream)
+                Receiver(ask, claimed_stream, str(mounted.path), force=False, is_resumable=is_resumable).receive(stream)
     good = {**head, "volumes": [{**volume, "name": "w"}]}
     frames: tuple[tuple[int, object], ...]
     for frames in (
@@ -790,7 +883,7 @@ def test_forged_streams_reach_nothing_outside_and_give_words(mounted: Mounted, t
     ):
         with pytest.raises(DamagedError):
             stream = io.BytesIO(forged(good, *frames))
-            Receiver(ask, str(mounted.path), force=False, is_resumable=False).receive(stream)
+            Receiver(ask, claimed_stream, str(mounted.path), force=False, is_resumable=False).receive(stream)
     assert outside.read_bytes() == b"precious" and outside.stat().st_mode & 0o777 == 0o644
     assert sorted(os.listdir(mounted.path)) == [".snapfs", ".snapshots", "v"]
     assert os.listdir(mounted.snapshots) == ["base"]

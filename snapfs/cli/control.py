@@ -75,6 +75,11 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
                 "Mount it without -o ro, or rescue; status works",
             ) from error
         raise
+    return _accepted(answer, failed)
+
+
+def _accepted(answer: Answer, failed: OSError | None) -> Answer:
+    """An answer, if the command was done. Raises RefusedError."""
     if failed is not None or not answer.get("ok"):
         reason = answer.get("error") or (str(failed) if failed is not None else "the daemon gave no answer")
         refused = RefusedError(reason, answer.get("fix", ""))
@@ -84,18 +89,38 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
     return answer
 
 
+@contextlib.contextmanager
+def claimed_stream(mount_point: str, guid: str) -> Iterator[None]:
+    """Nobody else receives a stream inside: by a control file that stays open. Raises RefusedError."""
+    fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _accepted(*_exchange_by(fd, command_line(("receive-state", "claim", guid), None)))
+        try:
+            yield
+        finally:
+            # The daemon hears of a closed file a little later. Of one that is dead nothing is claimed.
+            with contextlib.suppress(OSError):
+                _exchange_by(fd, command_line(("receive-state", "let-go"), None))
+    finally:
+        os.close(fd)
+
+
 def _exchange(path: str, line: bytes) -> tuple[Answer, OSError | None]:
     """The answer to a line, and what the write of it ended with. Raises OSError when no answer can be had."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        failed: OSError | None = None
-        try:
-            os.write(fd, line + b"\n")
-        except OSError as error:
-            failed = error
-        return _read_answer(fd), failed
+        return _exchange_by(fd, line)
     finally:
         os.close(fd)
+
+
+def _exchange_by(fd: int, line: bytes) -> tuple[Answer, OSError | None]:
+    failed: OSError | None = None
+    try:
+        os.write(fd, line + b"\n")
+    except OSError as error:
+        failed = error
+    return _read_answer(fd), failed
 
 
 def ask_for_job(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> Answer:

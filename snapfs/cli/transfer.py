@@ -18,7 +18,7 @@ from ..takeback import abandon
 from ..transfer import ResumePoint
 from ..transfer import send as send_stream
 from .anywhere import is_pool
-from .control import ask
+from .control import ask, claimed_stream
 from .ending import end_on_signals
 from .output import print_json, progress_bar, say
 from .umount import take_away
@@ -141,7 +141,7 @@ def receive(
                 say(f"volume {left!r} stays as the stream left it: its base is gone", err=True)
             return
         with progress_bar("receive") as on_progress:
-            receiver = Receiver(ask, mount_point, force=force, is_resumable=resumable)
+            receiver = Receiver(ask, claimed_stream, mount_point, force=force, is_resumable=resumable)
             made = receiver.receive(sys.stdin.buffer, name, on_progress)
     if as_json:
         print_json(made)

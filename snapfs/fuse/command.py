@@ -12,6 +12,7 @@ from ..errors import BadCommandError, NotPermittedError
 from ..pool import Pool
 from ..units import show_name
 from ..volume import Volume
+from .claims import Claims
 
 LINE_BYTES_MAX = 1 << 20
 OPTION_KEYS = frozenset(
@@ -62,7 +63,8 @@ class CommandContext:
     """What commands work on.
 
     ``resize_file`` goes through the kernel, which keeps sizes of its own; ``forget_pages`` has it forget
-    what it keeps of a range of a volume. ``is_owner``: it is the daemon's own user, or root, who asks,
+    what it keeps of a range of a volume. ``claims`` are those of all open control files; each has its own context.
+    ``is_owner``: it is the daemon's own user, or root, who asks,
     and not one of the control file's group. Commands that
     change what the pool has one after the other have the ``turn``.
     """
@@ -71,6 +73,7 @@ class CommandContext:
     resize_file: ResizeFile
     forget_pages: ForgetPages = nothing_to_forget
     is_owner: bool = True
+    claims: Claims = field(default_factory=Claims)
     turn: trio.Lock = field(default_factory=trio.Lock)
 
     def for_owner(self, what: str) -> None:

@@ -73,7 +73,10 @@ def _no_constant(name: str) -> object:
 
 
 async def _receive_state(context: CommandContext, command: Command) -> Answer:
-    """receive-state put GUID STATE | drop GUID | list: how far streams have come: for snapfs receive."""
+    """receive-state put GUID STATE | drop GUID | list | claim GUID | let-go: streams' progress: for snapfs receive.
+
+    What is claimed nobody else can claim as long as this control file is open, or until it is let go.
+    """
     command.known_options()
     # What it keeps is believed by whoever goes on with a stream.
     context.for_owner("receiving")
@@ -94,7 +97,13 @@ async def _receive_state(context: CommandContext, command: Command) -> Answer:
     if action == "list" and not words:
         states = await catalog.ask(catalog.catalog.receives)
         return {"states": {guid: json.loads(state) for guid, state in states.items()}}
-    raise BadCommandError("receive-state takes put GUID STATE, drop GUID, or list", "It is for snapfs receive")
+    if action == "claim" and len(words) == 1:
+        context.claims.claim(guid_of(words[0]), context)
+        return {}
+    if action == "let-go" and not words:
+        context.claims.let_go(context)
+        return {}
+    raise BadCommandError("receive-state takes put, drop, list, claim or let-go", "It is for snapfs receive")
 
 
 async def _blame(context: CommandContext, command: Command) -> Answer:

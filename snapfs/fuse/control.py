@@ -132,6 +132,10 @@ class ControlSession:
             taken = end + 1
         return taken
 
+    def close(self) -> None:
+        """The file is closed: what was claimed by it is free."""
+        self._context.claims.let_go(self._context)
+
     async def _answer(self, line: bytes, answer: Answer) -> None:
         try:
             text = await encode_answer(answer, self.ONE_ANSWER_BYTES_MAX)

@@ -211,3 +211,7 @@ class ControlHandle(Handle):
     async def write(self, offset: int, data: bytes) -> int:
         """See :meth:`Handle.write`."""
         return await self._session.write(data)
+
+    def close(self) -> None:
+        """Nobody has it open any more."""
+        self._session.close()

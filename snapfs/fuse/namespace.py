@@ -594,6 +594,7 @@ class Namespace:
             self.pool.volumes.close(volume)
         elif isinstance(handle, ControlHandle):
             self._control_numbers.closed(handle.inode)
+            handle.close()
         elif isinstance(handle, SnapshotHandle):
             view = handle.snapshot_volume
             inode = names.of_snapshot_volume(view.snapshot.snapshot_id, view.volume_id)
