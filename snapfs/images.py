@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
+import stat
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, Any
 
 from .errors import ExistsError, MissingToolError, NotFoundError, UnreadableError, UnsupportedError
 
@@ -30,18 +32,17 @@ OnProgress = Callable[[int, int], None]
 Extents = list[tuple[int, int]]
 
 
-def _opened_path(file: IO[bytes]) -> str:
-    """A path to a file that is open, whatever has its name by now; for this process and those that are given it."""
-    return f"/proc/self/fd/{file.fileno()}"
+def _opened_path(fd: int) -> str:
+    """A path to what is open, whatever has its name by now; for this process and those that are given it."""
+    return f"/proc/self/fd/{fd}"
 
 
-def _qemu_img(*words: str, file: IO[bytes] | None = None) -> str:
-    """Run qemu-img, which is handed ``file``; its words. Raises MissingToolError, UnreadableError with them."""
+def _qemu_img(*words: str, given: Iterable[int] = ()) -> str:
+    """Run qemu-img, which is given open files; its words. Raises MissingToolError, UnreadableError with them."""
     tool = shutil.which("qemu-img")
     if tool is None:
         raise MissingToolError("qemu-img is not installed", "Install qemu-utils, or use the format raw")
-    given = [] if file is None else [file.fileno()]
-    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False, pass_fds=given)
+    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False, pass_fds=tuple(given))
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise UnreadableError(said[-1], "See what qemu-img info says of it")
@@ -57,10 +58,63 @@ def export_image(source: IO[bytes], extents: Extents, target: str, image_format:
         if image_format == RAW:
             _export_raw(source, extents, image, on_progress)
         else:
-            options = [word for one in _EXACT.get(image_format, ()) for word in ("-o", one)]
-            _qemu_img(
-                "convert", "-f", RAW, "-O", image_format, *options, "--", _opened_path(source), target, file=source
-            )
+            _export_by_qemu_img(source, target, image_format, image)
+
+
+def _export_by_qemu_img(source: IO[bytes], target: str, image_format: str, image: IO[bytes]) -> None:
+    """Make an image in the place of an empty file that is there.
+
+    In a folder of our own: qemu-img opens what it is to make by a name, and who may write to the target's folder could
+    have that lead elsewhere. The name is the image's own, for a format may write it down.
+    """
+    folder, name = os.path.split(os.path.abspath(target))
+    options = [word for one in _EXACT.get(image_format, ()) for word in ("-o", one)]
+    with _own_folder(folder, name) as (outside, inside):
+        made = os.path.join(_opened_path(inside), name)
+        words = ("-f", RAW, "-O", image_format, *options, "--", _opened_path(source.fileno()), made)
+        _qemu_img("convert", *words, given=(source.fileno(), inside))
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=inside)
+        try:
+            os.fchmod(fd, stat.S_IMODE(os.fstat(image.fileno()).st_mode))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        # In the folder where that file was made, whatever the folder's own name stands for by now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(name, dir_fd=outside, follow_symlinks=False), os.fstat(image.fileno())):
+                os.replace(name, name, src_dir_fd=inside, dst_dir_fd=outside)
+                return
+        raise UnreadableError(f"somebody exchanges files in {folder}", "Export to a folder of your own")
+
+
+@contextmanager
+def _own_folder(folder: str, name: str) -> Iterator[tuple[int, int]]:
+    """A folder, and one in it to which only this user comes, both open; that one is removed again with ``name`` in it.
+
+    By their descriptors nobody can exchange them.
+    """
+    with ExitStack() as stack:
+        outside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, outside)
+        own = f".snapfs-export-{secrets.token_hex(8)}"
+        os.mkdir(own, 0o700, dir_fd=outside)
+        stack.callback(_remove_folder, own, outside)
+        inside = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=outside)
+        stack.callback(os.close, inside)
+        if os.fstat(inside).st_uid != os.geteuid():
+            raise UnreadableError(f"somebody exchanges folders in {folder}", "Export to a folder of your own")
+        stack.callback(_remove_file, name, inside)
+        yield outside, inside
+
+
+def _remove_folder(name: str, outside: int) -> None:
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=outside)
+
+
+def _remove_file(name: str, inside: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=inside)
 
 
 @contextmanager
@@ -90,7 +144,9 @@ def _export_raw(volume: IO[bytes], extents: Extents, image: IO[bytes], on_progre
     total = sum(length for _, length in extents)
     done = 0
     for at, data in _pieces(volume, extents):
-        _write(image, at, data)
+        # Of a live volume it is not known where it holds data.
+        if data.count(0) != len(data):
+            _write(image, at, data)
         done += len(data)
         on_progress(done, total)
     image.truncate(os.fstat(volume.fileno()).st_size)
@@ -115,17 +171,14 @@ def _write(file: IO[bytes], offset: int, data: bytes) -> None:
         view, offset = view[count:], offset + count
 
 
-def image_format_of(path: str) -> str:
-    """What kind of image a file is.
+def image_format_of(image: IO[bytes], path: str) -> str:
+    """What kind of image a file is that was opened by a path.
 
-    Raises NotFoundError; MissingToolError when it is one that qemu-img must read; UnsupportedError when it stands on
-    another file: a guest can write to its raw disk what makes it look so, and have any file of the host read.
+    Raises MissingToolError when it is one that qemu-img must read; UnsupportedError when it stands on another file: a
+    guest can write to its raw disk what makes it look so, and have any file of the host read.
     """
-    if not os.path.exists(path):
-        raise NotFoundError(f"there is no image {path}", "Give the path of one")
     if shutil.which("qemu-img") is None:
-        with open(path, "rb", buffering=0) as file:
-            head = os.pread(file.fileno(), 512, 0)
+        head = os.pread(image.fileno(), 512, 0)
         for offset, magic, kind in _MAGICS:
             if head.startswith(magic, offset):
                 raise MissingToolError(
@@ -133,38 +186,75 @@ def image_format_of(path: str) -> str:
                     "Install qemu-utils; or say --format raw, if it is to be copied as it is",
                 )
         return RAW
-    found = json.loads(_qemu_img("info", "--output", "json", "--", path))
-    data_file = found.get("format-specific", {}).get("data", {}).get("data-file")
-    other = found.get("backing-filename") or data_file
-    if other:
-        raise UnsupportedError(
-            f"{path} looks like {found['format']} and says that it stands on {other}",
-            f"Say --format {found['format']}, if you know that; or --format raw, if it is a disk that a guest wrote to",
-        )
+    opened = _opened_path(image.fileno())
+    found = json.loads(_qemu_img("info", "--output", "json", "--", opened, given=[image.fileno()]))
+    for other in _others_named(found):
+        if other != opened:
+            raise UnsupportedError(
+                f"{path} looks like {found['format']} and says that it stands on {other}",
+                f"Say --format {found['format']}, if you know that; or --format raw, if it is a disk that a guest"
+                " wrote to",
+            )
     return str(found["format"])
 
 
-def import_image(source: str, target: str, image_format: str, on_progress: OnProgress) -> None:
-    """Copy an image to a new file of a mount. Raises as :func:`export_image`; what was begun is removed."""
-    with _new_file(target, f"there is a volume {target} already", os.stat(source)) as volume:
-        if image_format == RAW:
-            _import_raw(source, volume, on_progress)
-        else:
-            # By that format: of a fixed VHD the footer would count, if it were to be found out.
-            found = json.loads(_qemu_img("info", "-f", image_format, "--output", "json", "--", source))
-            volume.truncate(found["virtual-size"])
-            # Into the file that is there: with -n it makes none.
-            _qemu_img("convert", "-n", "-f", image_format, "-O", RAW, "--", source, _opened_path(volume), file=volume)
-        os.fsync(volume.fileno())
+def _others_named(found: dict[str, Any]) -> Iterator[str]:
+    """Files that an image names, by what qemu-img says of it: what it stands on, and where its data lies."""
+    data = found.get("format-specific", {}).get("data", {})
+    named = [found.get("backing-filename"), data.get("data-file")]
+    named += [extent.get("filename") for extent in data.get("extents", ())]
+    return (str(one) for one in named if one)
 
 
-def _import_raw(source: str, volume: IO[bytes], on_progress: OnProgress) -> None:
-    with open(source, "rb", buffering=0) as image:
-        size_bytes = os.lseek(image.fileno(), 0, os.SEEK_END)
-        volume.truncate(size_bytes)
-        for at, data in _pieces(image, list(_data_extents(image.fileno(), size_bytes))):
-            _write(volume, at, data)
-            on_progress(at + len(data), size_bytes)
+def import_image(source: str, target: str, image_format: str | None, on_progress: OnProgress) -> None:
+    """Copy an image to a new file of a mount; its format is found out if it is None.
+
+    What was begun is removed. Raises NotFoundError, ExistsError, MissingToolError, UnreadableError, UnsupportedError.
+    """
+    with _opened_image(source) as image:
+        # What it stands on is found by its own path, if somebody says that it may stand on something.
+        path = os.path.abspath(source) if image_format is not None else _opened_path(image.fileno())
+        known = image_format or image_format_of(image, source)
+        with _new_file(target, f"there is a volume {target} already", os.fstat(image.fileno())) as volume:
+            if known == RAW:
+                _import_raw(image, volume, on_progress)
+            else:
+                _import_by_qemu_img(path, known, volume, image)
+            os.fsync(volume.fileno())
+
+
+@contextmanager
+def _opened_image(path: str) -> Iterator[IO[bytes]]:
+    """An image to read. Raises NotFoundError, and UnsupportedError for what is neither a file nor a block device."""
+    try:
+        # One that is a pipe would be waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"there is no image {path}", "Give the path of one") from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        raise UnsupportedError(f"{path} is neither a file nor a block device", "Give the path of an image")
+    with os.fdopen(fd, "rb", buffering=0) as image:
+        yield image
+
+
+def _import_by_qemu_img(path: str, image_format: str, volume: IO[bytes], image: IO[bytes]) -> None:
+    # By that format: of a fixed VHD the footer would count, if it were to be found out.
+    given = (image.fileno(), volume.fileno())
+    found = json.loads(_qemu_img("info", "-f", image_format, "--output", "json", "--", path, given=given))
+    volume.truncate(found["virtual-size"])
+    # Into the file that is there: with -n it makes none.
+    words = ("-n", "-f", image_format, "-O", RAW, "--", path, _opened_path(volume.fileno()))
+    _qemu_img("convert", *words, given=given)
+
+
+def _import_raw(image: IO[bytes], volume: IO[bytes], on_progress: OnProgress) -> None:
+    size_bytes = os.lseek(image.fileno(), 0, os.SEEK_END)
+    volume.truncate(size_bytes)
+    for at, data in _pieces(image, list(_data_extents(image.fileno(), size_bytes))):
+        _write(volume, at, data)
+        on_progress(at + len(data), size_bytes)
 
 
 def _data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

@@ -35,6 +35,7 @@ from snapfs.errors import (
     NotFoundError,
     NotPermittedError,
     SnapfsError,
+    UnreadableError,
     UnsupportedError,
 )
 from snapfs.images import export_image, image_format_of, import_image
@@ -310,11 +311,125 @@ def test_an_image_that_needs_qemu_img_is_not_taken_for_raw_without_it(
     image, raw = tmp_path / "image", tmp_path / "raw"
     raw.write_bytes(b"disk" * 4096)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", image_format, raw, image], check=True)
-    assert (image_format_of(str(image)), image_format_of(str(raw))) == (image_format, "raw")
+    assert (format_of(image), format_of(raw)) == (image_format, "raw")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingToolError, match=f"looks like {image_format}"):
-        image_format_of(str(image))
-    assert image_format_of(str(raw)) == "raw"
+        format_of(image)
+    assert format_of(raw) == "raw"
+
+
+# What a guest can write to the beginning of its disk, so that it is taken for an image whose data lies in that file.
+DESCRIPTOR = """# Disk DescriptorFile
+version=1
+CID=fffffffe
+parentCID=ffffffff
+createType="monolithicFlat"
+RW 8 FLAT "{}" 0
+ddb.virtualHWVersion = "4"
+ddb.geometry.cylinders = "1"
+ddb.geometry.heads = "16"
+ddb.geometry.sectors = "63"
+ddb.adapterType = "ide"
+"""
+
+
+def test_a_disk_that_looks_as_if_its_data_lay_in_a_file_of_the_host_is_not_believed(tmp_path: Path) -> None:
+    secret, disk, target = tmp_path / "secret", tmp_path / "disk", tmp_path / "target"
+    secret.write_bytes(b"secret" * 1000)
+    disk.write_text(DESCRIPTOR.format(secret))
+    os.truncate(disk, SIZE)
+    with pytest.raises(UnsupportedError, match=f"says that it stands on {secret}"):
+        import_image(str(disk), str(target), None, no_progress)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["file:b.img", "disk:2026", "json:x", "-b"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk"])
+def test_any_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, image_format: str) -> None:
+    """Also what qemu-img would take for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    contents = os.urandom(SIZE)
+    (tmp_path / "source").write_bytes(contents)
+    other = tmp_path / name.partition(":")[2] if ":" in name else tmp_path / "other"
+    other.write_bytes(b"precious")
+    with open("source", "rb", buffering=0) as source:
+        export_image(source, [(0, SIZE)], name, image_format, no_progress)
+    for number, told in enumerate((None, image_format)):
+        import_image(name, f"back-{number}", told, no_progress)
+        assert (tmp_path / f"back-{number}").read_bytes() == contents
+    assert other.read_bytes() == b"precious"
+    assert {one.name for one in tmp_path.iterdir()} == {"source", name, other.name, "back-0", "back-1"}
+
+
+def test_what_is_exchanged_while_an_image_is_made_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By who may write to the folder: a link in the place of the new file, or of the folder itself."""
+    (tmp_path / "source").write_bytes(os.urandom(SIZE))
+    victim = tmp_path / "away" / "image"
+    victim.parent.mkdir()
+    victim.write_bytes(b"precious")
+    run_qemu_img = subprocess.run
+
+    def file_replaced() -> None:
+        (tmp_path / "folder" / "image").unlink()
+        (tmp_path / "folder" / "image").symlink_to(victim)
+
+    def folder_replaced() -> None:
+        (tmp_path / "folder").rename(tmp_path / "before")
+        (tmp_path / "folder").symlink_to(victim.parent)
+
+    for exchange in (file_replaced, folder_replaced):
+
+        def run_late(*words: Any, exchange: Callable[[], None] = exchange, **options: Any) -> Any:
+            exchange()
+            return run_qemu_img(*words, **options)
+
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        monkeypatch.setattr(subprocess, "run", run_late)
+        with open(tmp_path / "source", "rb", buffering=0) as source, contextlib.suppress(UnreadableError):
+            export_image(source, [(0, SIZE)], str(tmp_path / "folder" / "image"), "qcow2", no_progress)
+        monkeypatch.setattr(subprocess, "run", run_qemu_img)
+        assert victim.read_bytes() == b"precious" and list(victim.parent.iterdir()) == [victim]
+        for left in (tmp_path / "folder" / "image", tmp_path / "folder"):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def test_an_image_that_is_exchanged_after_the_look_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, image, target = tmp_path / "secret", tmp_path / "image", tmp_path / "target"
+    secret.write_bytes(b"secret" * 1000)
+    (tmp_path / "raw").write_bytes(bytes(SIZE))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", tmp_path / "raw", image], check=True)
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b"]
+    subprocess.run([*create, str(secret), str(tmp_path / "other")], check=True)
+    run_qemu_img = subprocess.run
+
+    def run_and_exchange(*words: Any, **options: Any) -> Any:
+        done = run_qemu_img(*words, **options)
+        if (tmp_path / "other").exists():
+            (tmp_path / "other").rename(image)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run_and_exchange)
+    import_image(str(image), str(target), None, no_progress)
+    assert target.read_bytes() == bytes(SIZE)
+
+
+@pytest.mark.parametrize("image_format", [None, "raw", "qcow2"])
+def test_what_is_no_image_is_not_waited_for(tmp_path: Path, image_format: str | None) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(UnsupportedError, match="neither a file nor a block device"):
+            import_image(path, str(tmp_path / "target"), image_format, no_progress)
+    assert not (tmp_path / "target").exists()
+
+
+def format_of(path: Path) -> str:
+    with open(path, "rb", buffering=0) as image:
+        return image_format_of(image, str(path))
 
 
 def no_progress(done: int, total: int) -> None:

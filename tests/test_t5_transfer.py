@@ -743,6 +743,29 @@ def test_an_export_is_of_the_snapshot_whose_extents_were_asked_for(
 
 
 @pytest.mark.mount
+def test_what_is_only_read_is_exported_and_what_is_dead_is_not_called_absent(
+    mounts: Callable[..., Mounted], tmp_path: Path
+) -> None:
+    mounted = mounts()
+    contents = os.urandom(100_000) + bytes(5 * MIB) + b"end"
+    (mounted.path / "v").write_bytes(contents)
+    mounted.snapshot("one")
+    for options in ("ro", "rescue"):
+        mounted.unmount()
+        snapfs("mount", mounted.pool, mounted.path, "-o", options)
+        for number, volume in enumerate((mounted.path / "v", mounted.snapshots / "one" / "v")):
+            image = tmp_path / f"{options}-{number}"
+            snapfs("export", volume, image)
+            assert image.read_bytes() == contents
+            assert image.stat().st_blocks * 512 < 3 * MIB
+    mounted.kill()
+    said = snapfs("export", mounted.path / "v", tmp_path / "image", expect=1).stderr
+    assert "Transport endpoint is not connected" in said
+    assert not (tmp_path / "image").exists()
+    snapfs("umount", mounted.path)
+
+
+@pytest.mark.mount
 def test_names_that_were_exchanged_shifted_replaced_and_removed_arrive(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     for name in "abcdef":

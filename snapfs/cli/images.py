@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 import click
 
-from ..errors import NotFoundError
-from ..images import FORMATS, RAW, Extents, export_image, image_format_of, import_image
+from ..errors import NotFoundError, ReadOnlyError
+from ..images import FORMATS, RAW, Extents, export_image, import_image
 from ..transfer import open_in_snapshot, snapshot_folder
 from .control import ask, control_path
 from .ending import end_on_signals
@@ -29,10 +30,18 @@ def export_volume(volume: str, target: str, image_format: str) -> None:
     """
     end_on_signals()
     path = os.path.abspath(volume)
-    if not os.path.isfile(path) or _is_of_snapfs(path):
+    if not _is_file(path) or _is_of_snapfs(path):
         raise _no_volume(volume)
     with progress_bar(f"export {os.path.basename(path)}") as on_progress, _opened(path) as (source, extents):
         export_image(source, extents, target, image_format, on_progress)
+
+
+def _is_file(path: str) -> bool:
+    """Whether a file is there. Raises OSError where that cannot be told, as of a mount whose daemon is dead."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _is_of_snapfs(path: str) -> bool:
@@ -55,11 +64,17 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], Extents]]:
     outer, snapshot = os.path.split(folder)
     mount_point, snapshots = os.path.split(outer)
     if snapshots != ".snapshots":
-        with open(path, "rb", buffering=0) as source:
-            yield source, [(0, os.fstat(source.fileno()).st_size)]
+        with _opened_whole(path) as opened_whole:
+            yield opened_whole
         return
     # What it answers tells which one a moment names: by the next look that may be another.
-    plan = ask(mount_point, "extents", snapshot)
+    try:
+        plan = ask(mount_point, "extents", snapshot)
+    except ReadOnlyError:
+        # It is read all the same, only not so fast.
+        with _opened_whole(path) as opened_whole:
+            yield opened_whole
+        return
     extents = next((one["extents"] for one in plan["volumes"] if one["name"] == name), None)
     if extents is None:
         raise _no_volume(path)
@@ -67,6 +82,13 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], Extents]]:
         fd = open_in_snapshot(opened, plan["snapshot"], name)
     with os.fdopen(fd, "rb", buffering=0) as source:
         yield source, [(offset, length) for offset, length, is_data in extents if is_data]
+
+
+@contextmanager
+def _opened_whole(path: str) -> Iterator[tuple[IO[bytes], Extents]]:
+    """A file, all of which may hold data."""
+    with open(path, "rb", buffering=0) as source:
+        yield source, [(0, os.fstat(source.fileno()).st_size)]
 
 
 @click.command("import")
@@ -82,4 +104,4 @@ def import_volume(image: str, volume: str, image_format: str | None) -> None:
     end_on_signals()
     control_path(os.path.dirname(os.path.abspath(volume)))
     with progress_bar(f"import {os.path.basename(volume)}") as on_progress:
-        import_image(image, volume, image_format or image_format_of(image), on_progress)
+        import_image(image, volume, image_format, on_progress)
