@@ -202,6 +202,7 @@ class ChangeLogs:
             quota.check(1)
         log = ChangeLog(row, self._liveness(row), quota)
         log.liveness.check_now()
+        self._forget_idle()
         log.file = self._devices[device_id].create(self._name(log_id))
         log.unnamed = True
         self.known[log_id] = log

@@ -25,7 +25,7 @@ from .blockmasks import mask_runs, named_masks
 from .changelog import ChangeLog, in_use
 from .errors import DamagedError
 from .formats import CHANGE_LOG, IMAGE_LOG, SOURCE_LOG, CandidateRow, CopyRow, FreedRow, LogRow, MapRow, ShardBatch
-from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, log_offset
+from .geometry import BLOCK_SHIFT, Epoch, SnapshotId, VolumeId, log_offset
 from .namedblocks import NamedBlocks
 from .notresident import when_resident
 from .portion import Portion
@@ -92,7 +92,10 @@ async def release_snapshots(
     is_complete = await drop_unneeded_copies(processor, unheld_spans(processor.snapshots, deleted), rest)
     idle = await _idle_logs(processor)
     ids = [one.snapshot_id for one in deleted]
-    await processor.commit([], ShardBatch(dropped_intermediates=ids, dropped_logs=idle))
+    rows = [log.log_id for log in idle]
+    await processor.commit([], ShardBatch(dropped_intermediates=ids, dropped_logs=rows))
+    # Their files too: one that was begun for what took no blocks, a cut, say, has one.
+    await processor.remove_logs(idle)
     processor.wake()
     return is_complete
 
@@ -215,14 +218,12 @@ async def _drop(one: _Unneeded) -> None:
     await when_resident(lambda _: one.portion.drop_copy_now(one.copy, one.later, one.earlier, one.begun_since))
 
 
-async def _idle_logs(processor: Processor) -> list[LogId]:
-    """Empty logs that no older snapshot refers to as its change log."""
+async def _idle_logs(processor: Processor) -> list[ChangeLog]:
+    """Empty logs that no older snapshot refers to as its change log. Nothing is written to them any more."""
     rows = await processor.access.ask(processor.access.store.empty_logs)
-    return [
-        row.log_id
-        for row in rows
-        if row.log_id not in processor.logs.known and not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)
-    ]
+    unneeded = [row for row in rows if not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)]
+    logs = [processor.logs.known.get(row.log_id) or processor.logs.made_of(row) for row in unneeded]
+    return [log for log in logs if log.is_idle]
 
 
 async def settle_volume(processor: Processor, volume_id: VolumeId, span: Span | None) -> bool:

@@ -173,6 +173,8 @@ class Volume(VolumeView):
         self.opens = 0
         self.versions: list[VersionRow] = []
         self._trim_turn = trio.Lock()
+        # Who waits for it only to have it stop: what is cleared is not waited for to its end.
+        self._waiting_count = 0
         self._shrink_count = 0
         self.failed_write_count = 0
         self.request_count = 0
@@ -230,6 +232,11 @@ class Volume(VolumeView):
     def needs_trim(self) -> bool:
         """Whether maps may still name blocks behind the size, which nobody is clearing."""
         return self._trim == _TRIM_DUE
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether what lay behind its size has to be cleared before it can grow."""
+        return self._trim >= _TRIM_RUNNING
 
     @property
     def is_clean(self) -> bool:
@@ -302,9 +309,16 @@ class Volume(VolumeView):
 
     @asynccontextmanager
     async def kept_from_trimming(self) -> AsyncIterator[None]:
-        """Nothing behind its size is cleared inside."""
-        async with self._trim_turn:
+        """Nothing behind its size is cleared inside. What was being cleared stops halfway, and is due again."""
+        self._waiting_count += 1
+        try:
+            await self._trim_turn.acquire()
+        finally:
+            self._waiting_count -= 1
+        try:
             yield
+        finally:
+            self._trim_turn.release()
 
     def hold_writers(self) -> Callable[[], None]:
         """Have writers wait, until what this gives is called. The caller keeps truncates out."""
@@ -429,7 +443,7 @@ class Volume(VolumeView):
                 f"volume {show_name(self.name)!r} cannot grow to {size_bytes} bytes",
                 f"This pool's volumes go up to {format_size(volume_size_bytes_max(self.processor_count))}",
             )
-        if self._trim >= _TRIM_RUNNING:
+        if self.is_cut_short:
             # What lay behind the size must be gone before it could be seen again.
             raise NotResidentError(self._trim_for_growth)
 
@@ -595,11 +609,10 @@ class Volume(VolumeView):
     # -- changing the size -------------------------------------------------------------------
 
     async def truncate(self, size_bytes: int) -> None:
-        """Set the size; what is gained reads as zeros, what is cut off is freed.
+        """Set the size; what is gained reads as zeros. What is cut off is for :meth:`clear_cut` to free.
 
-        A cut is durable when this returns, and in this order: the smaller size; then the maps
-        without what lay behind it, or they wait (:attr:`needs_trim`) for room, say. Until the maps are, the
-        catalog's ``trim`` says so, and nobody sees what is behind the size. Raises TooLargeError, NoSpaceError.
+        A cut is durable when this returns. Until the maps are without what lay behind the size (:attr:`needs_trim`),
+        the catalog's ``trim`` says so, and nobody sees that. Raises TooLargeError, NoSpaceError.
         """
         await self.wait_until_open()
         if size_bytes >= self.size_bytes:
@@ -642,14 +655,16 @@ class Volume(VolumeView):
         finally:
             self.close()
 
-    async def _shrink(self, size_bytes: int) -> None:
-        # Before the smaller size is durable nothing behind it may be cleared, by whomever.
-        async with self._trim_turn:
-            await self._save_smaller(size_bytes)
-        if self.may_have_blocks:
-            # It is cut by now, durably. What lies behind the size waits, and so does growing, until it can be cleared.
+    async def clear_cut(self) -> None:
+        """After a truncate: free what was cut off, which may take long, and that without room or memory waits."""
+        if self.needs_trim and self.may_have_blocks:
             with suppress(SnapfsError, OSError, MemoryError):
                 await self.trim()
+
+    async def _shrink(self, size_bytes: int) -> None:
+        # Before the smaller size is durable nothing behind it may be cleared, by whomever.
+        async with self.kept_from_trimming():
+            await self._save_smaller(size_bytes)
 
     async def _save_smaller(self, size_bytes: int) -> None:
         before = (self.size_bytes, self._synced_size_bytes, self._trim)
@@ -720,7 +735,7 @@ class Volume(VolumeView):
         """Clear what lies behind the size: zero the rest of its last block, unmap all after it.
 
         Left to be done by a truncate, or by writes behind the size that a crash has cut off from
-        it. The volume does not grow meanwhile, so nothing new is cleared.
+        it. The volume does not grow meanwhile, so nothing new is cleared. Stops halfway for whoever waits for that.
         """
         async with self._trim_turn:
             if self._trim != _TRIM_DUE or self.is_unused:
@@ -733,6 +748,8 @@ class Volume(VolumeView):
                 for processor, portion in zip(self.processors, self.portions, strict=True):
                     if processor.tally.counts.get(self.volume_id) or self.volume_id in self._traits.rows:
                         await self._trim_portion(processor, portion)
+                    if self._waiting_count:
+                        return
                 # Behind this size all is cleared. It neither shrinks nor grows before this is over.
                 await self.portions[0].fit_source(size_bytes, may_cut=True)
                 if self._trim == _TRIM_RUNNING:
@@ -774,7 +791,7 @@ class Volume(VolumeView):
         size_bytes = self.size_bytes
         partly = size_bytes >> OBJECT_SHIFT
         from_object: int | None = partly
-        while from_object is not None:
+        while from_object is not None and not self._waiting_count:
             objects, from_object = await self._some_objects(processor, portion, from_object)
             for object_index in objects:
                 inside = size_bytes & OBJECT_MASK if object_index == partly else 0

@@ -475,15 +475,21 @@ class VolumeTable:
             return freed_bytes
 
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
-        """Set a volume's size; see :meth:`Volume.truncate`."""
+        """Set a volume's size; see :meth:`Volume.truncate`. What is cut off is freed when this returns, or waits."""
         await self._until_answering(volume)
-        async with self.lock:
-            _check_used(volume)
-            await volume.truncate(size_bytes)
-            volume.before_change()
-            volume.mtime_ns = volume.ctime_ns = time.time_ns()
-            if not volume.is_removed:
-                self._unsaved[volume] = None
+        while True:
+            async with self.lock:
+                _check_used(volume)
+                if size_bytes <= volume.size_bytes or not volume.is_cut_short:
+                    await volume.truncate(size_bytes)
+                    volume.before_change()
+                    volume.mtime_ns = volume.ctime_ns = time.time_ns()
+                    if not volume.is_removed:
+                        self._unsaved[volume] = None
+                    break
+            # What takes long is done without the lock, which all other volumes need.
+            await volume.trim()
+        await volume.clear_cut()
 
 
 def _check_used(volume: Volume) -> None:

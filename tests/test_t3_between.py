@@ -684,3 +684,36 @@ async def test_what_is_left_over_is_dropped_with_the_reserve_if_need_be(monkeypa
         await pool.reclaimer.reclaim_all()
         # The task may have come first.
         assert len(tries) >= 2 and tries[0] == tries[1]
+
+
+async def test_a_truncate_that_takes_long_holds_up_nobody_else() -> None:
+    """Nor do more of them, of the same volume, to less or to more, which waits until what was cut off is cleared."""
+    async with open_world(World()) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        for index in range(3000):
+            await volume.write(index * OBJECT, b"x")
+        await volume.sync()
+        others = 0
+
+        async def cut(size_bytes: int) -> None:
+            await pool.volumes.truncate(volume, size_bytes)
+
+        async with trio.open_nursery() as nursery:
+            for size_bytes in (10 * OBJECT, 5 * OBJECT, 2999 * OBJECT, 1):
+                nursery.start_soon(cut, size_bytes)
+                await wait_until_trimming(volume)
+                await pool.volumes.create(b"other-%d" % others)
+                others += volume.is_cut_short
+        assert others >= 3
+        assert volume.size_bytes == 2999 * OBJECT and volume.block_count == 1 and not volume.is_cut_short
+        assert bytes(await volume.read(0, 6 * OBJECT)) == b"x" + bytes(6 * OBJECT - 1)
+        pool.volumes.close(volume)
+
+
+async def wait_until_trimming(volume: Volume) -> None:
+    for _ in range(10_000):
+        if volume.is_cut_short and not volume.needs_trim:
+            return
+        await trio.to_thread.run_sync(lambda: None)
+    raise AssertionError("nothing is cleared")

@@ -281,3 +281,34 @@ async def test_logs_of_which_blocks_go_stay_known_until_that_is_noted(monkeypatc
             assert not any(log.held for log in pool.processors[0].logs.known.values())
     assert max(counts) == 8
     world.check_clean()
+
+
+@pytest.mark.parametrize("way", ["cut", "discarded", "cut and removed"])
+async def test_logs_that_were_begun_for_what_takes_no_blocks_go(way: str) -> None:
+    """A cut or a discard that is the first change after a snapshot begins one."""
+    world = World(processor_count=1)
+    async with open_world(world) as pool:
+        counts = []
+        for _ in range(3):
+            for number in range(10):
+                if b"v" not in pool.volumes.by_name:
+                    await pool.volumes.create(b"v")
+                async with pool.volumes.opened(b"v") as volume:
+                    await volume.write(0, bytes([number + 1]) * 9000)
+                await pool.snapshots.create(b"a")
+                if way == "discarded":
+                    await pool.volumes.discard(volume, 0, 9000)
+                else:
+                    await pool.volumes.truncate(volume, 0)
+                await pool.snapshots.create(b"b")
+                if way == "cut and removed":
+                    await pool.volumes.remove(b"v")
+                for name in (b"a", b"b"):
+                    await pool.snapshots.delete(name)
+                await pool.sync()
+                await pool.reclaimer.reclaim_all()
+            (processor,) = pool.processors
+            rows = await processor.access.ask(processor.access.store.all_logs)
+            files = [name for device in world.devices.values() for name in device.names("logs/0")]
+            counts.append((len(rows), len(files), len(processor.logs.known)))
+        assert counts[0] == counts[1] == counts[2] and max(counts[0]) <= 2, counts
