@@ -39,7 +39,7 @@ from .formats import (
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset, volume_size_bytes_max
 from .pool import OpenDevice, check_generations, open_devices, running_pool
 from .repair import repair_running
-from .rowchecks import impossible_kinds, impossible_snapshots, impossible_versions
+from .rowchecks import impossible_kinds, impossible_snapshots, impossible_versions, unreadable_rules
 from .shardstore import ShardStore
 from .snapshotindex import NEVER, SnapshotIndex
 from .traits import TraitsTable, impossible_descent
@@ -232,6 +232,7 @@ def _check_catalog(
     for words in (
         *impossible_snapshots(catalog.snapshots(), volumes, versions),
         *impossible_versions(volumes, versions, index),
+        *unreadable_rules(catalog.schedules(), catalog.hooks()),
     ):
         report.add(DAMAGE, CATALOG_FILE, words)
     try:

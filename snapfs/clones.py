@@ -473,7 +473,8 @@ class Clones:
             batch.meta["next_volume_id"] = self._volumes.next_volume_id
 
         name = self._snapshots.unused_name(utc_name(time.time_ns()).encode() + b"-before-rollback")
-        note = f"before the rollback to {show_name(snapshot.name or b'')}"
+        # A note is text, and a name may be any bytes.
+        note = f"before the rollback to {(snapshot.name or b'').decode(errors='backslashreplace')}"
         with _held(restores):
             undo = await self._snapshots.create_before(name, volumes, note, change, kept)
             for one in restores:

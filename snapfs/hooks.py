@@ -76,7 +76,7 @@ class HookTable:
         if self._damaged:
             raise HookFailedError(
                 f"hook {min(self._damaged)!r} is damaged, and so cannot be run",
-                "No snapshot was made. Remove the hook and add it again, or go without: hooks=no",
+                "No snapshot was made. Remove the hook and add it again, or go without: --no-hooks (hooks=no)",
             )
         names = None if volume_names is None else set(volume_names)
         return [hook for _, hook in sorted(self._hooks.items()) if hook.concerns(names)]

@@ -8,8 +8,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .errors import SnapfsError
-from .formats import CHANGE_LOG, COPY_ON_WRITE, IMAGE_LOG, SOURCE_LOG, LogRow, SnapshotRow, VersionRow, VolumeRow
+from .formats import (
+    CHANGE_LOG,
+    COPY_ON_WRITE,
+    IMAGE_LOG,
+    SOURCE_LOG,
+    LogRow,
+    ScheduleRow,
+    SnapshotRow,
+    VersionRow,
+    VolumeRow,
+)
 from .geometry import VolumeId
+from .hook import Hook
+from .schedule import Schedule
 from .snapshotindex import SnapshotIndex
 from .traits import TraitsTable
 from .units import check_name, show_name
@@ -34,6 +46,20 @@ def impossible_kinds(logs: Iterable[LogRow], traits: TraitsTable, known_ids: Col
         elif log.volume_id in seen:
             yield f"volume {log.volume_id} is said to be written over several: change log {log.log_id} is one of them"
         seen.add(log.volume_id)
+
+
+def unreadable_rules(schedules: Iterable[ScheduleRow], hooks: Iterable[tuple[bytes, bytes]]) -> Iterator[str]:
+    """Schedules and hooks that are kept, and cannot be read: nothing is done by them."""
+    for row in schedules:
+        try:
+            Schedule.from_json(row.name, row.rule)
+        except SnapfsError as error:
+            yield error.reason
+    for name, rule in hooks:
+        try:
+            Hook.from_json(name.decode(errors="replace"), rule)
+        except SnapfsError as error:
+            yield error.reason
 
 
 def impossible_versions(

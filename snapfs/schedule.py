@@ -207,6 +207,13 @@ def to_delete(keep: Iterable[Keep], snapshots: Iterable[_T], created_ns_of: Call
     return [one for place, one in reversed(list(enumerate(newest_first))) if place not in kept]
 
 
+def damaged_entry(name: str, last_run_ns: int) -> dict[str, object]:
+    """As :func:`entry`, of a schedule whose rule cannot be read."""
+    unknown = dict.fromkeys(("every_s", "at_s", "volumes", "keep", "skip_unchanged", "next_run_ns"))
+    shown = show_name(name.encode("utf-8", "surrogateescape"))
+    return {"name": shown, **unknown, "holds": [], "last_run_ns": last_run_ns}
+
+
 def entry(schedule: Schedule, last_run_ns: int, now_ns: int) -> dict[str, object]:
     """A schedule as plain values, for lists."""
     return {

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import trio
 
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, HeldError, NotFoundError, SnapfsError
+from .errors import DamagedError, ExistsError, HeldError, NotFoundError, SnapfsError
 from .events import EventLog
 from .formats import CatalogBatch, ScheduleRow
-from .schedule import SECOND_NS, Schedule, entry, to_delete
+from .schedule import SECOND_NS, Schedule, damaged_entry, entry, to_delete
 from .snapshot import Snapshot
 from .snapshots import SnapshotTable
 from .tasks import Wakeup
@@ -46,12 +46,15 @@ class Scheduler:
         self._schedules: dict[str, Schedule] = {}
         self._last_run_ns: dict[str, int] = {}
         self._failures: dict[str, str] = {}
+        # Those whose rules cannot be read, and why: nothing is made by them, and that is told until they are removed.
+        self._damaged: dict[str, str] = {}
         self._changed = Wakeup()
         self._turn = trio.Lock()
         for row in rows:
             try:
                 self._schedules[row.name] = Schedule.from_json(row.name, row.rule)
             except SnapfsError as error:
+                self._damaged[row.name] = error.reason
                 self._events.note("schedule-damaged", logging.ERROR, name=row.name, reason=str(error))
             self._last_run_ns[row.name] = row.last_run_ns
 
@@ -60,14 +63,21 @@ class Scheduler:
     def entries(self) -> list[dict[str, object]]:
         """All schedules, for lists."""
         now_ns = self._wall_ns()
-        return [
+        found = [
             {**entry(one, self._last_run_ns[one.name], now_ns), "failure": self._failures.get(one.name)}
-            for one in sorted(self._schedules.values(), key=lambda one: one.name)
+            for one in self._schedules.values()
         ]
+        found += [
+            {**damaged_entry(name, self._last_run_ns[name]), "failure": reason}
+            for name, reason in self._damaged.items()
+        ]
+        return sorted(found, key=lambda one: str(one["name"]))
 
     def get(self, name: str) -> Schedule:
         """One schedule. Raises NotFoundError."""
         schedule = self._schedules.get(name)
+        if name in self._damaged:
+            raise DamagedError(self._damaged[name], "Remove it and add it again")
         if schedule is None:
             raise NotFoundError(f"there is no schedule {name!r}", "See snapfs schedule list")
         return schedule
@@ -75,7 +85,7 @@ class Scheduler:
     async def add(self, schedule: Schedule) -> None:
         """Add a schedule, durably. Its first snapshot is due when its next period begins. Raises ExistsError."""
         async with self._turn:
-            if schedule.name in self._schedules:
+            if schedule.name in self._schedules or schedule.name in self._damaged:
                 raise ExistsError(f"there is a schedule {schedule.name!r} already", "Remove it first")
             await self._save(schedule, schedule.due_ns(self._wall_ns()))
             self._schedules[schedule.name] = schedule
@@ -85,10 +95,11 @@ class Scheduler:
     async def remove(self, name: str) -> None:
         """Remove a schedule, durably. Its snapshots stay. Raises NotFoundError."""
         async with self._turn:
-            self.get(name)
+            if name not in self._damaged:
+                self.get(name)
             await self._catalog.save([], lambda: CatalogBatch(dropped_schedules=[name]))
-            del self._schedules[name]
-            self._failures.pop(name, None)
+            for known in (self._schedules, self._failures, self._damaged):
+                known.pop(name, None)
         self._events.note("schedule-removed", name=name)
         self._changed.set()
 
@@ -134,8 +145,8 @@ class Scheduler:
                 self._events.note("schedule-not-noted", logging.ERROR, name=name, reason=str(error))
 
     def failing(self) -> list[str]:
-        """The schedules whose last turn failed."""
-        return sorted(self._failures)
+        """The schedules whose last turn failed, or that are damaged."""
+        return sorted({*self._failures, *self._damaged})
 
     async def run_now(self, name: str) -> Snapshot | None:
         """Make a schedule's snapshot now, and delete what its rules do not keep. None when nothing changed."""

@@ -323,7 +323,7 @@ LAYERS = [
     ["pool"],
     ["manifest", "status", "repair", "rescue", "diff", "scrub"],
     ["check"],
-    ["fuse.patience", "fuse.helper"],
+    ["fuse.patience", "fuse.helper", "fuse.claims"],
     [
         "fuse.loop",
         "fuse.names",

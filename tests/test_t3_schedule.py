@@ -18,9 +18,10 @@ from snapfs.geometry import Epoch, SnapshotId
 from snapfs.schedule import SECOND_NS, Keep, Schedule, format_keep, make_schedule, parse_keep, to_delete
 from snapfs.scheduler import Scheduler
 from snapfs.snapshot import Snapshot
+from snapfs.status import pool_status
 from snapfs.units import parse_duration, parse_moment
 
-from .harness import World, open_world
+from .harness import Running, World, open_world
 from .test_t3_clones import put
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -368,3 +369,34 @@ def test_moments() -> None:
         with pytest.raises(BadNameError):
             parse_moment(text, now)
     assert parse_duration("2w") == 1209600
+
+
+async def test_a_damaged_schedule_is_told_until_it_is_removed() -> None:
+    world = World(1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        for name in ("hourly", "daily"):
+            await running.pool.scheduler.add(make_schedule(name, "1h"))
+        row = ScheduleRow("hourly", '{"every_s": 36x0}', 0)
+        await running.pool.catalog.save([], lambda: CatalogBatch(schedules=[row]))
+        await running.close()
+    with pytest.raises(AssertionError, match="the rule of schedule 'hourly' is damaged"):
+        world.check()
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        scheduler = running.pool.scheduler
+        assert scheduler.failing() == ["hourly"]
+        assert [(one["name"], bool(one["failure"])) for one in scheduler.entries()] == [
+            ("daily", False),
+            ("hourly", True),
+        ]
+        assert (await pool_status(running.pool))["health"] == "schedule-failed"
+        with pytest.raises(DamagedError):
+            await scheduler.run_now("hourly")
+        with pytest.raises(ExistsError):
+            await scheduler.add(make_schedule("hourly", "1h"))
+        await scheduler.remove("hourly")
+        assert scheduler.failing() == []
+        await scheduler.add(make_schedule("hourly", "1h"))
+        await running.stop()

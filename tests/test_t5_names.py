@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from .conftest import Mounted, traced, wait_until
+from .conftest import SNAPFS, Mounted, snapfs, traced, wait_until
 from .unprivileged import run_unprivileged
 
 pytestmark = pytest.mark.mount
@@ -149,3 +150,43 @@ def test_who_is_not_root_keeps_the_folder(tmp_path: Path) -> None:
         tmp_path,
     )
     assert said.splitlines() == ["0o40750 True"]
+
+
+def test_a_name_that_is_no_text_can_be_rolled_back_to(mounted_in_memory: Mounted) -> None:
+    mounted = mounted_in_memory
+    (mounted.path / "v").write_bytes(b"first")
+    os.mkdir(os.fsencode(mounted.snapshots) + b"/caf\xe9")
+    (mounted.path / "v").write_bytes(b"second")
+    done = subprocess.run([*SNAPFS, "rollback", mounted.path, b"caf\xe9"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (mounted.path / "v").read_bytes() == b"first"
+    (undo,) = [one for one in mounted.ask("list")["snapshots"] if one["name"].endswith("-before-rollback")]
+    assert undo["note"] == "before the rollback to caf\\xe9"
+
+
+def test_names_are_utf8_whatever_the_locale_takes_them_for(tmp_path: Path) -> None:
+    locale = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    pool, other, name = tmp_path / "p\u00e9", tmp_path / "other", "v\u00e9"
+
+    def told(*words: object, given: bytes = b"") -> bytes:
+        command: list[str | bytes] = [*SNAPFS, *(os.fsencode(str(word)) for word in words)]
+        done = subprocess.run(command, env=locale, input=given, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for where in (pool, other):
+        told("init", where)
+    (tmp_path / "mount").mkdir()
+    told("mount", pool, tmp_path / "mount")
+    try:
+        told("create", tmp_path / "mount" / name, "--size", "4096")
+        assert name in os.listdir(tmp_path / "mount")
+        told("snapshot", tmp_path / "mount", "s\u00e9")
+        (listed,) = json.loads(told("list", tmp_path / "mount", "--json"))
+        assert listed["name"] == "s\u00e9"
+        told("export", tmp_path / "mount" / ".snapshots" / "s\u00e9" / name, tmp_path / "image\u00e9")
+        assert (tmp_path / "image\u00e9").read_bytes() == bytes(4096)
+        stream = told("send", tmp_path / "mount", "s\u00e9")
+    finally:
+        snapfs("umount", tmp_path / "mount")
+    assert told("receive", other, given=stream).decode().strip() == "s\u00e9"

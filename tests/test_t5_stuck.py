@@ -137,6 +137,8 @@ def test_a_write_to_a_device_that_hangs_holds_up_nobody_else(tmp_path: Path, mod
 def test_status_of_a_daemon_that_does_not_answer(mounted: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "ANSWER_S", 0.2)
     pid = int(mounted.status()["pid"])
+    # So that the kernel has to ask for the attributes of the mount's folder, as it does a second later.
+    (mounted.path / "new").touch()
     os.kill(pid, signal.SIGSTOP)
     try:
         done = invoke("status", mounted.path)

@@ -13,6 +13,7 @@ import click
 
 from ..errors import SnapfsError
 from .output import open_closed_streams, print_any_name, say
+from .utf8 import use_utf8
 
 # The module a command is in, and what it is called there.
 _COMMANDS = {
@@ -68,6 +69,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors are one sentence or two on stderr."""
+    use_utf8()
     try:
         open_closed_streams()
         print_any_name()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..units import iso_time
@@ -103,15 +105,20 @@ def list_schedules(where: str, as_json: bool) -> None:
         [
             [
                 one["name"],
-                f"{one['every_s']} s",
-                ", ".join(one["volumes"]) if one["volumes"] else "all",
-                one["keep"] or "all",
-                _moment(one["next_run_ns"]),
+                *_rule(one),
                 one["failure"] or "",
             ]
             for one in found
         ],
     )
+
+
+def _rule(one: dict[str, Any]) -> list[str]:
+    """Period, volumes, what is kept, and when it is due; nothing of a damaged one."""
+    if one["every_s"] is None:
+        return ["", "", "", ""]
+    volumes = ", ".join(one["volumes"]) if one["volumes"] else "all"
+    return [f"{one['every_s']} s", volumes, one["keep"] or "all", _moment(one["next_run_ns"])]
 
 
 def _moment(when_ns: int) -> str:

@@ -16,7 +16,8 @@ from .silence import answered_soon
 
 
 @click.command()
-@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+# No path to click, which looks at it, and waits for a daemon that does not answer.
+@click.argument("mount_point", metavar="MOUNT")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(mount_point: str, as_json: bool) -> None:
     """Show health, space, devices and processors of MOUNT."""

@@ -19,7 +19,8 @@ _LOOKS = 3
 
 
 @click.command()
-@click.argument("mount_point", metavar="MOUNT", type=click.Path())
+# No path to click, which looks at it, and waits for a daemon that does not answer.
+@click.argument("mount_point", metavar="MOUNT")
 @click.option("--lazy", "-l", is_flag=True, help="Take a busy mount away now; it ends when its last file is closed.")
 def umount(mount_point: str, lazy: bool) -> None:
     """Unmount MOUNT, and wait until all is durable and the pool is closed."""
