@@ -186,10 +186,11 @@ class LocalImage(DirectoryFile):
         return [(0, self.size())] if self._is_block_device else super().data_extents()
 
 
-def open_local_image(path: str, writable: bool) -> LocalImage:
+def open_local_image(path: str, writable: bool, *, owner_uid: int | None = None) -> LocalImage:
     """Open a raw image or a block device that lies anywhere on the host, by a path without symbolic links.
 
-    Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened.
+    Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened;
+    EPERM when it is not that user's, if one is given.
     """
     fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
@@ -199,6 +200,8 @@ def open_local_image(path: str, writable: bool) -> LocalImage:
                 raise OSError(errno.ELOOP, "there is a symbolic link in its path")
         if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
             raise OSError(errno.EINVAL, "it is neither a file nor a block device")
+        if owner_uid not in (None, os.fstat(fd).st_uid):
+            raise OSError(errno.EPERM, "it is not its pool's owner's")
         image = LocalImage(fd)
         if stat.S_ISBLK(os.fstat(fd).st_mode) and not image.size():
             # A loop device that was detached is there, without a size; its zeros are nobody's.
@@ -392,7 +395,7 @@ class DirectoryDevice(Device):
 
         One that is not writable makes no such file, and tells nobody who holds it.
         """
-        flags = _O_FILE | os.O_CREAT if self._writable else _O_FILE & ~os.O_RDWR
+        flags = (_O_FILE | os.O_CREAT if self._writable else _O_FILE & ~os.O_RDWR) | os.O_NONBLOCK
         # NFS locks a file to be written for those alone who may write to it.
         kind = fcntl.LOCK_EX if self._writable else fcntl.LOCK_SH
         with contextlib.ExitStack() as on_failure:

@@ -13,7 +13,7 @@ from .units import storable_ns
 
 T = TypeVar("T")
 
-MODE_MASK = 0o1777
+MODE_MASK = 0o3777
 _MODE_DEFAULT = 0o755
 # Its owner always may: the daemon itself comes to its volumes through it.
 _MODE_LEAST = 0o700

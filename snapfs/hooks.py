@@ -27,12 +27,18 @@ class HookTable:
     """
 
     def __init__(
-        self, catalog: CatalogAccess, events: EventLog, lock_path: str | None, rows: Sequence[tuple[bytes, bytes]]
+        self,
+        catalog: CatalogAccess,
+        events: EventLog,
+        lock_path: str | None,
+        rows: Sequence[tuple[bytes, bytes]],
+        owner_uid: int | None = None,
     ) -> None:
         self.mount_point = ""
         self._catalog = catalog
         self._events = events
         self._lock_path = lock_path
+        self._owner_uid = owner_uid
         self._hooks: dict[str, Hook] = {}
         self._damaged: dict[str, bytes] = {}
         self._guard_pids: set[int] = set()
@@ -71,8 +77,15 @@ class HookTable:
     def concerning(self, volume_names: Iterable[str] | None) -> list[Hook]:
         """The hooks for a snapshot of these volumes, or of all (None), in the order of their names.
 
-        Raises HookFailedError when there is one that cannot be read: it may concern them.
+        Raises HookFailedError when there is one that cannot be read: it may concern them. Also where the pool is
+        another user's, with whose programs whoever runs this has nothing to do.
         """
+        if self._owner_uid is not None and (self._hooks or self._damaged):
+            raise HookFailedError(
+                f"hooks are not run: the pool belongs to another user, {self._owner_uid}",
+                "No snapshot was made. Have that user mount it, give the pool's directory to root if you know what its"
+                " hooks run, or go without: --no-hooks (hooks=no)",
+            )
         if self._damaged:
             raise HookFailedError(
                 f"hook {min(self._damaged)!r} is damaged, and so cannot be run",

@@ -18,6 +18,10 @@ from .fuse import helper
 KNOWN_OPTIONS = frozenset(
     {"allow_other", "allow_root", "ro", "rw", "auto_unmount", "noexec", "exec", "noatime", "rescue"}
 )
+# What mount(8) and fstab(5) say to any filesystem, and what is so anyway: set-id bits and devices never count.
+_OF_NO_EFFECT = frozenset(
+    {"defaults", "relatime", "nosuid", "nodev", "suid", "dev", "auto", "noauto", "nofail", "_netdev", "user", "users"}
+)
 _CONTROL_GROUP = "control_group="
 _RESCUE = "copy out what is left, from snapfs mount -o rescue"
 # (gid_t)-1, which stands for none.
@@ -41,7 +45,7 @@ class MountRequest:
 def check_options(options: frozenset[str]) -> None:
     """Raises BadCommandError for options that snapfs does not have, MountError for groups that are not there."""
     control_gid(options)
-    unknown = sorted(one for one in options - KNOWN_OPTIONS if not one.startswith(_CONTROL_GROUP))
+    unknown = sorted(one for one in options - KNOWN_OPTIONS - _OF_NO_EFFECT if not one.startswith(_CONTROL_GROUP))
     if unknown:
         known = ", ".join([*sorted(KNOWN_OPTIONS), f"{_CONTROL_GROUP}GROUP"])
         raise BadCommandError(f"there is no mount option {unknown[0]!r}", f"Options: {known}")

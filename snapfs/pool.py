@@ -55,6 +55,7 @@ from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .liveness import DeviceWatch, Room
 from .making import VolumeMaker
+from .ownership import image_opener, other_owner
 from .pace import Demand
 from .pending import PendingCalls
 from .placement import OpenImage, Placement
@@ -308,7 +309,9 @@ class Pool:
             for store in stores
         ]
         self.volumes.processors = self.processors
-        self.hooks = HookTable(self.catalog, self.events, home.local_path(POOL_FILE), catalog.hooks())
+        self.hooks = HookTable(
+            self.catalog, self.events, home.local_path(POOL_FILE), catalog.hooks(), owner_uid=other_owner(home)
+        )
         self.snapshots = SnapshotTable(
             self.catalog,
             self.volumes,
@@ -570,7 +573,7 @@ def _as_tuple(space: Space) -> tuple[int, int, int, int]:
 async def running_pool(home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> AsyncIterator[Pool]:
     """A pool over any devices, open and with its tasks running. ``home`` is closed with it."""
     try:
-        pool = await in_thread(Pool.open, home, where, open_device, purpose)
+        pool = await in_thread(Pool.open, home, where, open_device, purpose, image_opener(home))
         try:
             await pool.recover()
             failure: Exception | None = None

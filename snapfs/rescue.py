@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import cast
 
-from .backends import AbsentDevice, Device, DeviceFile, ReadOnlyDevice, open_local_image
+from .backends import AbsentDevice, Device, ReadOnlyDevice
 from .catalog import Catalog
 from .database import Database, read_copy
 from .descriptor import lock_pool, open_home, read_descriptor
@@ -36,6 +36,7 @@ from .formats import (
     shard_file,
 )
 from .geometry import LogId, VolumeId
+from .ownership import image_opener
 from .placement import OpenImage
 from .pool import (
     OpenDevice,
@@ -251,15 +252,14 @@ class _Opening:
         return devices
 
 
-def _open_image(path: str, writable: bool) -> DeviceFile:
-    return open_local_image(path, writable=False)
-
-
 @asynccontextmanager
 async def open_damaged_pool(path: str) -> AsyncIterator[Pool]:
     """The pool in a directory, see :func:`rescued_pool`. Raises NotAPoolError also when it is not there."""
     home = open_home(path, writable=False)
-    async with rescued_pool(home, path, embedded_device_opener(home, writable=False), _open_image) as pool:
+    open_image = image_opener(home)
+    async with rescued_pool(
+        home, path, embedded_device_opener(home, writable=False), lambda path, writable: open_image(path, False)
+    ) as pool:
         yield pool
 
 

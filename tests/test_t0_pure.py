@@ -306,7 +306,7 @@ LAYERS = [
     ["freeze", "pending", "descriptor"],
     ["database", "traits", "image"],
     ["placement", "liveness", "rowchecks"],
-    ["catalog", "shardstore", "changelog", "reserve"],
+    ["catalog", "shardstore", "changelog", "reserve", "ownership"],
     ["folder", "catalogaccess", "blockmasks", "shardstate", "counting", "objectdigests"],
     ["writeback", "namedblocks", "prefetch"],
     ["portion"],

@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,88 @@ def test_a_manifest_can_be_copied_while_it_changes(mounted: Mounted) -> None:
         assert len(file.read()) == looked_at.st_size
     assert b'"point_in_time_copy": {' in manifest.read_bytes()
     assert os.stat(manifest).st_ino != looked_at.st_ino
+
+
+def test_a_manifest_that_is_looked_up_twice_is_one_file(mounted: Mounted) -> None:
+    """From the second time on the kernel has it in mind by another number, and looks it up once more for that."""
+    (mounted.path / "v").write_bytes(bytes(1 << 20))
+    mounted.snapshot("s")
+    manifest = mounted.snapshots / "s" / ".manifest.json"
+    for number in range(5):
+        with (mounted.path / "v").open("r+b") as file:
+            file.write(b"x" * (4096 << number))
+            os.fsync(file)
+        # Somebody else has a look at it.
+        run("stat", manifest)
+        looked_at = os.stat(manifest)
+        with manifest.open("rb") as file:
+            assert os.fstat(file.fileno()).st_ino == looked_at.st_ino
+            assert len(file.read()) == looked_at.st_size
+
+
+@pytest.mark.parametrize("how", ["new", "rewritten", "mapped", "old"])
+def test_what_is_being_written_is_not_called_empty(mounted: Mounted, tmp_path: Path, how: str) -> None:
+    """tar --sparse takes a file without blocks for zeros."""
+    path = mounted.path / "v"
+    if how == "rewritten":
+        path.write_bytes(b"x" * 100_000)
+    elif how == "old":
+        path.touch()
+        os.truncate(path, 100_000)
+        assert path.stat().st_blocks == 0
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if how == "rewritten" else 0))
+    try:
+        if how == "mapped":
+            os.ftruncate(fd, 100_000)
+            with mmap.mmap(fd, 100_000) as mapped:
+                mapped[:] = b"y" * 100_000
+        else:
+            os.pwrite(fd, b"y" * 100_000, 0)
+        run("tar", "--sparse", "-cf", tmp_path / "sparse.tar", "-C", mounted.path, "v")
+    finally:
+        os.close(fd)
+    run("tar", "-xf", tmp_path / "sparse.tar", "-C", tmp_path)
+    assert (tmp_path / "v").read_bytes() == b"y" * 100_000
+    path.write_bytes(b"")
+    wait_until(lambda: path.stat().st_blocks == 0, "what nobody writes to any more has none")
+
+
+def test_new_volumes_are_of_the_folders_group_where_it_says_so(mounts: Callable[..., Mounted]) -> None:
+    mounted = mounts()
+    os.chown(mounted.path, 0, 1234)
+    mounted.path.chmod(0o2775)
+    (mounted.path / "v").touch()
+    mounted.remount()
+    assert stat.S_IMODE(mounted.path.stat().st_mode) == 0o2775
+    (mounted.path / "w").touch()
+    assert [(mounted.path / one).stat().st_gid for one in "vw"] == [1234, 1234]
+    mounted.path.chmod(0o775)
+    (mounted.path / "x").touch()
+    assert (mounted.path / "x").stat().st_gid == os.getgid()
+
+
+def test_mount_8_mounts_it_as_any_filesystem(tmp_path: Path) -> None:
+    """By mount.fuse, which runs ``snapfs POOL MOUNT -o ...``, as for an entry in fstab(5)."""
+    pool, path = tmp_path / "pool", tmp_path / "mount"
+    snapfs("init", pool)
+    path.mkdir()
+    # Where root's shell finds it.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "snapfs").symlink_to(Path(sys.executable).parent / "snapfs")
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    options = "defaults,nofail,noatime,_netdev,allow_other"
+    command = ["mount.fuse3", str(pool), str(path), "-t", "fuse.snapfs", "-o", options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    try:
+        (path / "v").write_bytes(b"as any other")
+        (line,) = [one for one in Path("/proc/mounts").read_text().splitlines() if f" {path} " in one]
+        assert "nosuid" in line and "noatime" in line and "allow_other" in line
+    finally:
+        snapfs("umount", path)
+    command[-1] = "no_such_option"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no mount option 'no_such_option'" in done.stderr
 
 
 def test_modes_are_enforced(mounts: Callable[..., Mounted], tmp_path: Path) -> None:

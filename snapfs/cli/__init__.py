@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 4 damage found.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import cast
@@ -53,6 +54,14 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; but ``snapfs POOL MOUNT -o ...``, as mount(8) says for the type fuse.snapfs, mounts."""
+        if args[0] not in _COMMANDS and os.sep in args[0]:
+            return "mount", self.get_command(ctx, "mount"), args
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:

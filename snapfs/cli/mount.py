@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import logging.handlers
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -61,8 +63,14 @@ def _log_path(request: MountRequest) -> str:
 
 
 def _opened_log(path: str, flags: int) -> int:
-    """The log, for whom ``open`` asks. A symbolic link in its place is not followed: the pool may be another user's."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """The log, for whom ``open`` asks. The pool may be another user's: no link in its place is followed, and no pipe
+    waited for.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if path != os.devnull and not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no file", path)
+    return fd
 
 
 class _LogHandler(logging.handlers.RotatingFileHandler):

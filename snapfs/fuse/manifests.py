@@ -36,12 +36,14 @@ class Manifests:
     async def look_up(self, snapshot: Snapshot, pid: int) -> tuple[int, int]:
         """The inode and the size in bytes of a snapshot's manifest as it is now.
 
-        What a process is shown it is shown a second time, unless it opened it meanwhile.
+        What a process is shown it is shown again for a while, unless it opened it meanwhile: one call of the system
+        may look a file up twice, when the kernel has it in mind by another number.
         """
         key = (pid, snapshot.snapshot_id)
-        inode, size_bytes, looked_s = self._looks.pop(key, (0, 0, 0.0))
+        inode, size_bytes, looked_s = self._looks.get(key, (0, 0, 0.0))
         if inode and trio.current_time() - looked_s <= _LOOK_S:
             return inode, size_bytes
+        self._looks.pop(key, None)
         inode, size_bytes = await self._make(snapshot)
         self._looks[key] = (inode, size_bytes, trio.current_time())
         while len(self._looks) > _LOOKS_KEPT:

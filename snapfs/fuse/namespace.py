@@ -323,7 +323,7 @@ class Namespace:
             volume.uid,
             volume.gid,
             volume.size_bytes,
-            self._shown_blocks(volume.volume_id, volume.size_bytes, volume.block_count),
+            self._shown_blocks_of(volume),
             0 if volume.is_removed else 1,
             volume.atime_ns,
             volume.mtime_ns,
@@ -331,6 +331,12 @@ class Namespace:
             VOLUME_ATTR_TIMEOUT_S,
             FOREVER_S,
         )
+
+    def _shown_blocks_of(self, volume: Volume) -> int:
+        """Of a live volume. The kernel may have pages of one that is written to: it is not called without blocks."""
+        shown = self._shown_blocks(volume.volume_id, volume.size_bytes, volume.block_count)
+        is_written = volume.file_id in self.writer_counts
+        return max(1, -(-volume.size_bytes // _SECTOR)) if is_written and not shown else shown
 
     def _shown_blocks(self, volume_id: VolumeId, size_bytes: int, block_count: int | None) -> int:
         """The blocks of 512 bytes that ``stat`` tells.
@@ -608,7 +614,9 @@ class Namespace:
     async def create(self, parent: int, name: bytes, mode: int, caller: Caller) -> Volume:
         """Make a volume."""
         self._only_in_root(parent)
-        return await self.pool.volumes.create(name, mode & 0o777, caller.uid, caller.gid)
+        folder = self.pool.volumes.folder
+        gid = folder.gid if folder.mode & stat.S_ISGID else caller.gid
+        return await self.pool.volumes.create(name, mode & 0o777, caller.uid, gid)
 
     async def remove_file(self, parent: int, name: bytes, caller: Caller) -> None:
         """Remove a volume."""

@@ -143,7 +143,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """See pyfuse3."""
-        return self._admit(await self._namespace.open(inode, flags, _caller(ctx)))
+        handle = await self._namespace.open(inode, flags, _caller(ctx))
+        self._refresh_no_blocks(handle)
+        return self._admit(handle)
 
     @_translated
     async def create(
@@ -177,6 +179,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         await handle.fsync(data_only=datasync)
         self._refresh_block_count(handle)
 
+    def _refresh_no_blocks(self, handle: Handle) -> None:
+        """A volume without blocks has a writer, or one less: it is shown otherwise by that."""
+        if isinstance(handle, VolumeHandle) and handle.is_writer and not handle.volume.block_count:
+            with contextlib.suppress(OSError):
+                pyfuse3.invalidate_inode(handle.volume.file_id, attr_only=True)
+
     def _refresh_block_count(self, handle: Handle) -> None:
         """Have the kernel ask again what ``du`` shows. Of attributes only, so it waits for no page."""
         if isinstance(handle, VolumeHandle) and handle.has_new_block_count():
@@ -186,7 +194,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_translated
     async def release(self, fh: int) -> None:
         """See pyfuse3."""
-        self._namespace.close(self._handles.pop(fh))
+        handle = self._handles.pop(fh)
+        self._namespace.close(handle)
+        self._refresh_no_blocks(handle)
 
     # -- names and attributes ----------------------------------------------------------------
 
