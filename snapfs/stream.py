@@ -122,7 +122,7 @@ class StreamWriter:
 
 
 def read_stream(file: IO[bytes]) -> Iterator[Frame]:
-    """The frames of a stream, each checked; the last is of kind END.
+    """The frames of a stream, each checked; the last is of kind END, and then the file has to end as well.
 
     Raises DamagedError for a stream that is cut off or was changed, TooNewError for one of a later version.
     """
@@ -142,6 +142,9 @@ def read_stream(file: IO[bytes]) -> Iterator[Frame]:
         if _take(file, _DIGEST_BYTES) != chain:
             raise DamagedError("the stream is damaged: a checksum is wrong", _AGAIN)
         yield _decoded(version, kind, _expanded(compression, stored, length))
+    if file.read(1):
+        # A second stream, say, which nobody would receive.
+        raise DamagedError("there is something behind the end of the stream", "Receive one stream after the other")
 
 
 def _checksum(new_hash: Callable[[bytes], _Hash], before: bytes, header: bytes, *stored: Buffer) -> bytes:

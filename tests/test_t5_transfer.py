@@ -589,6 +589,12 @@ def a_stream(level: int = 3) -> bytes:
     return file.getvalue()
 
 
+def test_nothing_may_follow_a_stream() -> None:
+    frames = read_stream(io.BytesIO(a_stream() * 2))
+    with pytest.raises(DamagedError, match="something behind the end"):
+        list(frames)
+
+
 @pytest.mark.parametrize("level", [0, 3])
 def test_frames_survive(level: int) -> None:
     frames = list(read_stream(io.BytesIO(a_stream(level))))
