@@ -207,6 +207,7 @@ class CowPortion(Portion):
                         await self._preserve_all([mine])
 
     async def _preserve_all(self, wanted: list[tuple[int, int, int]]) -> None:
+        await self._neighbours.reserve.check()
         runs: list[_Run] = []
         for object_index, first, last in _joined(wanted):
             runs += await self._planned(object_index, first, last)
@@ -215,7 +216,6 @@ class CowPortion(Portion):
             # A snapshot was cut meanwhile, perhaps while the next object was planned, or all is preserved: whoever
             # asked looks again. Two copies of an object must not name one place.
             return
-        await self._neighbours.reserve.check()
         # Again: the log that was begun may have been one open file too many.
         source = self._logs.adopt(self._neighbours.sources[self.volume_id])
         file = self._logs.open_file(source)

@@ -19,7 +19,7 @@ from typing import Any
 import apsw
 
 from .backends import Device, DeviceFile
-from .errors import DamagedError, NoSpaceError, SnapfsError, UnreadableError
+from .errors import DamagedError, DatabaseFullError, NoSpaceError, SnapfsError, UnreadableError
 
 SqlValue = None | int | float | bytes | str
 Row = tuple[Any, ...]
@@ -35,7 +35,7 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except apsw.FullError as error:
-        raise NoSpaceError(
+        raise DatabaseFullError(
             f"the device that holds {what} is full", "Delete snapshots or free space on it, then try again"
         ) from error
     except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:

@@ -96,6 +96,10 @@ class NoSpaceError(SnapfsError):
     errno = errno.ENOSPC
 
 
+class DatabaseFullError(NoSpaceError):
+    """There is no room in the pool's directory for rows of a database. Nothing was changed."""
+
+
 class NoMemoryError(SnapfsError):
     """The daemon may have no more memory or threads. Nothing was begun; it is tried again when there is some."""
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
@@ -42,7 +43,9 @@ def _qemu_img(*words: str, given: Iterable[int] = ()) -> str:
     tool = shutil.which("qemu-img")
     if tool is None:
         raise MissingToolError("qemu-img is not installed", "Install qemu-utils, or use the format raw")
-    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False, pass_fds=tuple(given))
+    done = subprocess.run(
+        [tool, *words], capture_output=True, text=True, errors="surrogateescape", check=False, pass_fds=tuple(given)
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise UnreadableError(said[-1], "See what qemu-img info says of it")
@@ -67,44 +70,71 @@ def _export_by_qemu_img(source: IO[bytes], target: str, image_format: str, image
     In a folder of our own: qemu-img opens what it is to make by a name, and who may write to the target's folder could
     have that lead elsewhere. The name is the image's own, for a format may write it down.
     """
-    folder, name = os.path.split(os.path.abspath(target))
+    folder, name = os.path.split(target)
     options = [word for one in _EXACT.get(image_format, ()) for word in ("-o", one)]
-    with _own_folder(folder, name) as (outside, inside):
+    with ExitStack() as stack:
+        outside = stack.enter_context(_opened_folder(folder or os.curdir))
+        try:
+            inside = stack.enter_context(_own_folder(outside, name))
+            is_beside = True
+        except OSError:
+            # One in which no folder can be made, that of a mount, say.
+            elsewhere = stack.enter_context(_opened_folder(tempfile.gettempdir()))
+            inside = stack.enter_context(_own_folder(elsewhere, name))
+            is_beside = False
         made = os.path.join(_opened_path(inside), name)
         words = ("-f", RAW, "-O", image_format, *options, "--", _opened_path(source.fileno()), made)
         _qemu_img("convert", *words, given=(source.fileno(), inside))
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=inside)
-        try:
-            os.fchmod(fd, stat.S_IMODE(os.fstat(image.fileno()).st_mode))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        # In the folder where that file was made, whatever the folder's own name stands for by now.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(name, dir_fd=outside, follow_symlinks=False), os.fstat(image.fileno())):
-                os.replace(name, name, src_dir_fd=inside, dst_dir_fd=outside)
-                return
-        raise UnreadableError(f"somebody exchanges files in {folder}", "Export to a folder of your own")
+        with os.fdopen(fd, "rb", buffering=0) as finished:
+            if is_beside:
+                os.fchmod(fd, stat.S_IMODE(os.fstat(image.fileno()).st_mode))
+                os.fsync(fd)
+                _move_into(outside, inside, name, image)
+            else:
+                _import_raw(finished, image, _no_progress)
+                os.fsync(image.fileno())
+
+
+def _move_into(outside: int, inside: int, name: str, placeholder: IO[bytes]) -> None:
+    """Put a file in the place of another, in the folder where that was made, whatever the folder is called by now."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(name, dir_fd=outside, follow_symlinks=False), os.fstat(placeholder.fileno())):
+            os.replace(name, name, src_dir_fd=inside, dst_dir_fd=outside)
+            return
+    raise UnreadableError(f"somebody exchanges the files or folders of {name}", "Export to a folder of your own")
 
 
 @contextmanager
-def _own_folder(folder: str, name: str) -> Iterator[tuple[int, int]]:
-    """A folder, and one in it to which only this user comes, both open; that one is removed again with ``name`` in it.
+def _opened_folder(path: str) -> Iterator[int]:
+    """A folder, only to find names in: it may be one that must not be listed."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
-    By their descriptors nobody can exchange them.
+
+@contextmanager
+def _own_folder(outside: int, name: str) -> Iterator[int]:
+    """A folder in another one to which only this user comes, open; it is removed again with ``name`` in it.
+
+    By their descriptors nobody can exchange them. Raises OSError when there can be none.
     """
     with ExitStack() as stack:
-        outside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, outside)
         own = f".snapfs-export-{secrets.token_hex(8)}"
         os.mkdir(own, 0o700, dir_fd=outside)
         stack.callback(_remove_folder, own, outside)
         inside = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=outside)
         stack.callback(os.close, inside)
         if os.fstat(inside).st_uid != os.geteuid():
-            raise UnreadableError(f"somebody exchanges folders in {folder}", "Export to a folder of your own")
+            raise UnreadableError("somebody exchanges folders beside the target", "Export to a folder of your own")
         stack.callback(_remove_file, name, inside)
-        yield outside, inside
+        yield inside
+
+
+def _no_progress(done: int, total: int) -> None:
+    """There is nobody to tell."""
 
 
 def _remove_folder(name: str, outside: int) -> None:
@@ -187,7 +217,12 @@ def image_format_of(image: IO[bytes], path: str) -> str:
                 )
         return RAW
     opened = _opened_path(image.fileno())
-    found = json.loads(_qemu_img("info", "--output", "json", "--", opened, given=[image.fileno()]))
+    try:
+        found = json.loads(_qemu_img("info", "--output", "json", "--", opened, given=[image.fileno()]))
+    except UnreadableError as error:
+        # What it stands on may be told relative to where it lies.
+        error.fix = "If it stands on other files, and you know that: say in which format, with --format"
+        raise
     for other in _others_named(found):
         if other != opened:
             raise UnsupportedError(

@@ -649,13 +649,18 @@ class Portion:
         is_latest = later is None and not newer
         if later is None:
             later = newer[0].block_map if newer else state.block_map
-        freed = self._named_only_by(copy, later, begun_since)
-        if is_latest:
-            state.copied = earlier
-        self._dropped_copies.append((object_index, copy.instant))
-        self._dirty_objects.add(object_index)
-        for log, offset, length in freed:
-            self._free(log, object_index, offset, length)
+        freed: list[tuple[ChangeLog, int, int]] = []
+        try:
+            self._hold_named_only_by(copy, later, begun_since, freed)
+            if is_latest:
+                state.copied = earlier
+            self._dropped_copies.append((object_index, copy.instant))
+            self._dirty_objects.add(object_index)
+            for log, offset, length in freed:
+                self._free(log, object_index, offset, length)
+        finally:
+            for log, _, _ in freed:
+                log.held -= 1
 
     def runs_now(self, object_index: int, first: int, last: int) -> list[tuple[int, int, int]]:
         """Runs of a range of an object's live map, as ``(first block, block count, log id)``."""
@@ -682,14 +687,19 @@ class Portion:
         if state.block_map != HOLE:
             self._dirty_objects.add(object_index)
 
-    def _named_only_by(
-        self, copy: CopyRow, later: BlockMap, begun_since: Mapping[int, LogRow]
-    ) -> list[tuple[ChangeLog, int, int]]:
+    def _hold_named_only_by(
+        self,
+        copy: CopyRow,
+        later: BlockMap,
+        begun_since: Mapping[int, LogRow],
+        found: list[tuple[ChangeLog, int, int]],
+    ) -> None:
+        """Find what only a copy names. Each log is held: else the next might have it forgotten, and be counted anew."""
         base = log_offset(copy.object_index, self._processor_count)
-        return [
-            (self._logs.adopt(begun_since[log_id]), base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT)
-            for block, count, log_id in blockmap.dropped_runs_of(begun_since.keys(), copy.block_map, later)
-        ]
+        for block, count, log_id in blockmap.dropped_runs_of(begun_since.keys(), copy.block_map, later):
+            log = self._logs.adopt(begun_since[log_id])
+            found.append((log, base + (block << BLOCK_SHIFT), count << BLOCK_SHIFT))
+            log.held += 1
 
     # -- fetching ----------------------------------------------------------------------------
 

@@ -81,7 +81,10 @@ class _Received:
 
 
 class Receiver:
-    """Receives one stream into a mount."""
+    """Receives one stream into a mount.
+
+    ``undo`` is, after a failure, a snapshot with what somebody else wrote meanwhile, if anybody did.
+    """
 
     def __init__(self, ask: Ask, claim: Claim, mount_point: str, *, force: bool, is_resumable: bool) -> None:
         self._ask = ask
@@ -95,6 +98,7 @@ class Receiver:
         self._target: Target
         # By place.
         self._received: dict[int, _Received] = {}
+        self.undo = ""
         self._is_others_too = False
         # What fails from then on cannot be gone on with: nothing would be sent, and so nothing read back.
         self._is_all_here = False
@@ -144,6 +148,7 @@ class Receiver:
                 error.fix = f"Go on with: snapfs send --resume-token {point.to_token()}"
             return
         taken_back = take_back(self._target, self._state, self._base_here, self._is_mine)
+        self.undo = taken_back.undo
         if not isinstance(error, SnapfsError):
             return
         if taken_back.undo:
@@ -310,7 +315,9 @@ class Receiver:
         moves = {move.before: move for move in self._state.moves or []}
         for name in (one.base_name for one in self._head.volumes if one.base_name is not None):
             inode = moves[name].inode if name in moves else 0
-            if name not in self._state.inodes and (inode or self._target.exists(name)):
+            # Once they move, another may have the name by now; earlier versions did not note which is meant.
+            is_known = inode or name not in moves or not self._state.stage
+            if name not in self._state.inodes and is_known and (inode or self._target.exists(name)):
                 self._state.inodes[name] = inode or self._target.inode(name)
 
     # -- names -------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class ReceiveState:
             raise DamagedError(_BAD_STATE, "Send the stream again") from error
 
 
-def _move(before: object, aside: object, after: object, inode: object) -> Move:
+def _move(before: object, aside: object, after: object, inode: object = 0) -> Move:
     new_name = None if after is None else volume_name(after)
     return Move(volume_name(before), volume_name(aside), new_name, number_of(inode))
 

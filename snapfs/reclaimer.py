@@ -168,6 +168,9 @@ class Reclaimer:
         for volume in self._volumes.to_trim():
             try:
                 await self._reserve.helped(volume.trim)
+                if volume.needs_trim:
+                    # It was stopped halfway.
+                    self._wakeup.set()
             except (SnapfsError, OSError) as error:
                 # One whose change log is full must not keep the others from being freed.
                 failed = error

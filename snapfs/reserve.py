@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from .backends import Device
-from .errors import NoSpaceError
+from .errors import DatabaseFullError, NoMemoryError, NoSpaceError
 from .formats import RESERVE_FILE
 from .notresident import NotResidentError, OldBlocks
 from .tasks import in_thread
@@ -68,48 +68,63 @@ class Reserve:
             file.sync()
         finally:
             file.close()
-        self.is_spent = False
 
     def _spend(self) -> None:
-        file = self._home.open(RESERVE_FILE)
+        try:
+            file = self._home.open(RESERVE_FILE)
+        except FileNotFoundError:
+            # Whoever removed it has given it up.
+            return
         try:
             file.truncate(0)
             file.sync()
         finally:
             file.close()
-        self.is_spent = True
 
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that must go through; if it finds no room, run it once more with the reserve given up."""
         was_spent = self.is_spent
         try:
             await call()
-        except NoSpaceError:
+        except DatabaseFullError:
             if was_spent:
                 raise
             async with self._turn:
                 # Another one may have given it up meanwhile: there is room for this one too.
                 if not self.is_spent:
-                    # First: nobody else is to take what is about to be free.
-                    self.is_short = True
-                    await in_thread(self._spend)
+                    await self._give_up()
             await call()
+
+    async def _give_up(self) -> None:
+        # First: nobody else is to take what is about to be free.
+        self.is_short = True
+        try:
+            # Cancelled halfway it would not be known whether it is there.
+            with trio.CancelScope(shield=True):
+                await in_thread(self._spend)
+        except BaseException:
+            self.is_short = False
+            raise
+        self.is_spent = True
 
     async def refill(self) -> None:
         """Set the room aside again if it was given up and there is some now."""
-        if self.is_spent:
+        if self.is_spent or self.is_short:
             async with self._turn:
                 await self._refill_once()
 
     async def _refill_once(self) -> None:
         # Another one may have done it meanwhile.
-        if self.is_spent and self._has_room():
-            with contextlib.suppress(OSError):
+        if (self.is_spent or self.is_short) and self._has_room():
+            with contextlib.suppress(OSError, NoMemoryError):
                 await in_thread(self.fill)
+                self.is_spent = False
             # Also where it cannot be set aside: there is some.
             self.is_short = False
 
     async def _refill(self, old_blocks: OldBlocks) -> None:
+        # It may have been done by then; whoever asks again must not keep it from being known.
+        await trio.lowlevel.checkpoint()
         await self.refill()
 
 

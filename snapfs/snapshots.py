@@ -13,14 +13,14 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, HeldError, NotFoundError, StallError
+from .errors import ExistsError, HeldError, NotFoundError, SnapfsError, StallError
 from .events import EventLog
 from .formats import LEFTOVERS_FROM, Attributes, CatalogBatch, IntermediateRow, SnapshotRow, VersionRow
 from .freeze import Freeze
@@ -224,6 +224,11 @@ class SnapshotTable:
         chosen = self._chosen(volume_names)
         self._volumes.check_whole(self._volumes.by_name.values() if chosen is None else chosen)
         await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
+        for volume in list(self._volumes.by_name.values()) if chosen is None else chosen:
+            if volume.is_cut_short:
+                # What lies behind its size would count for the root. Where it cannot be cleared, it does.
+                with suppress(SnapfsError, OSError, MemoryError):
+                    await volume.trim()
         return chosen
 
     async def create_before(

@@ -173,9 +173,6 @@ def _roll_back(
             raise ChangedTargetError(
                 f"volume {name!r} is another than the stream wrote to", "Rename it, and the one it wrote to back"
             )
-    # Rolled back they are others. Killed just then, it is done once more.
-    state.inodes = {}
-    target.note(state)
     undo = target.roll_back(base, state.touched)
     if is_ours(undo):
         target.delete(undo)

@@ -744,12 +744,13 @@ class Volume(VolumeView):
             self._trim = _TRIM_RUNNING
             size_bytes = self.size_bytes
             try:
-                await self._zero_tail()
                 for processor, portion in zip(self.processors, self.portions, strict=True):
                     if processor.tally.counts.get(self.volume_id) or self.volume_id in self._traits.rows:
                         await self._trim_portion(processor, portion)
                     if self._waiting_count:
                         return
+                # Last, for it may take a block: on a full device the rest gives room back.
+                await self._zero_tail()
                 # Behind this size all is cleared. It neither shrinks nor grows before this is over.
                 await self.portions[0].fit_source(size_bytes, may_cut=True)
                 if self._trim == _TRIM_RUNNING:

@@ -490,6 +490,9 @@ class VolumeTable:
             # What takes long is done without the lock, which all other volumes need.
             await volume.trim()
         await volume.clear_cut()
+        if volume.needs_trim:
+            # It waits for room, or was stopped for somebody who did not cut it in the end.
+            self._reclaim_wakeup.set()
 
 
 def _check_used(volume: Volume) -> None:

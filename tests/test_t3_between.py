@@ -20,6 +20,7 @@ from snapfs.check import repair
 from snapfs.cli import init
 from snapfs.errors import (
     BusyVolumeError,
+    DatabaseFullError,
     ExistsError,
     HeldError,
     InUseError,
@@ -91,7 +92,7 @@ async def test_nothing_is_cleared_before_the_smaller_size_is_durable(
     """A truncate whose commit fails, or never comes, beside the reclaimer, which looks for what is to be cleared."""
     world = World(processor_count=2)
     data = noise(1024) + noise(100, 2)
-    held = Held(NoSpaceError("the device that holds the catalog is full", ""))
+    held = Held(DatabaseFullError("the device that holds the catalog is full", ""))
     with without_threads(1):
         async with (open_until_power_is_lost if is_power_lost else open_world)(world) as pool:
             volume = await pool.volumes.create(b"v")
@@ -469,7 +470,7 @@ async def test_what_is_synced_beside_a_truncate_that_fails_is_durable_up_to_the_
     data = noise(100)
     with without_threads(1):
         async with open_until_power_is_lost(world) as pool, written_and_not_synced(pool, data) as volume:
-            held = Held(NoSpaceError("the device that holds the catalog is full", ""))
+            held = Held(DatabaseFullError("the device that holds the catalog is full", ""))
             save = pool.catalog.save
 
             async def save_later(*args: object) -> None:
@@ -579,7 +580,7 @@ async def test_two_that_find_no_room_both_have_the_reserve() -> None:
         if calls[name] == 1:
             if name == "second":
                 await given_up.wait()
-            raise NoSpaceError("full", "")
+            raise DatabaseFullError("full", "")
         given_up.set()
 
     async with trio.open_nursery() as nursery:
@@ -591,7 +592,7 @@ async def test_two_that_find_no_room_both_have_the_reserve() -> None:
 
 
 async def call_in_vain() -> None:
-    raise NoSpaceError("full", "")
+    raise DatabaseFullError("full", "")
 
 
 async def test_what_is_held_while_room_is_made_is_told_with_what_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,7 +678,7 @@ async def test_what_is_left_over_is_dropped_with_the_reserve_if_need_be(monkeypa
         async def drop_without_room(*, gently: bool) -> None:
             tries.append(gently)
             if len(tries) == 1:
-                raise NoSpaceError("the device that holds the shard store is full", "")
+                raise DatabaseFullError("the device that holds the shard store is full", "")
             await drop(gently=gently)
 
         monkeypatch.setattr(pool.reclaimer, "_drop_leftovers", drop_without_room)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from snapfs import reserve
 from snapfs.backends import MemoryDevice
-from snapfs.errors import NoSpaceError
+from snapfs.errors import NoMemoryError, NoSpaceError
+from snapfs.making import VolumeWish
 from snapfs.pool import SYNC_PERIOD_S, Pool
 from snapfs.volume import Volume
 
@@ -119,3 +123,85 @@ async def test_where_nothing_can_be_set_aside_there_is_no_end_of_writing(monkeyp
         await trio.sleep(2 * SYNC_PERIOD_S)
         assert pool.reserve.is_spent
         await volume.write(BLOCK, noise(1))
+
+
+async def test_whoever_writes_while_the_reserve_is_filled_keeps_nobody_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room has come back, and is being set aside in a thread: a write asks at that very moment."""
+    world = small_world(monkeypatch)
+    async with open_and_full(world) as (pool, volume):
+        await pool.sync()
+        in_memory(world.home).remove(FILLER)
+        fill_reserve = pool.reserve.fill
+        is_filling, may_end = threading.Event(), threading.Event()
+
+        def fill_slowly() -> None:
+            fill_reserve()
+            is_filling.set()
+            assert may_end.wait(20)
+
+        monkeypatch.setattr(pool.reserve, "fill", fill_slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.reserve.refill)
+            while not is_filling.is_set():
+                await trio.to_thread.run_sync(lambda: None)
+            nursery.start_soon(volume.write, BLOCK, noise(1))
+            await trio.testing.wait_all_tasks_blocked()
+            may_end.set()
+        assert not pool.reserve.is_short and not pool.reserve.is_spent
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "broken"), NoMemoryError("no thread"), FileNotFoundError(2, "gone")])
+async def test_a_reserve_that_cannot_be_given_up_shuts_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    world = small_world(monkeypatch)
+
+    def fail() -> None:
+        raise failure
+
+    async with open_and_full(world) as (pool, volume):
+        with monkeypatch.context() as patch:
+            if isinstance(failure, FileNotFoundError):
+                # By somebody who looked for room, which is what it is for.
+                in_memory(world.home).remove("reserve")
+            else:
+                patch.setattr(pool.reserve, "_spend", fail)
+            is_gone = isinstance(failure, FileNotFoundError)
+            with contextlib.nullcontext() if is_gone else pytest.raises(type(failure)):
+                await pool.sync()
+        in_memory(world.home).remove(FILLER)
+        with trio.fail_after(60):
+            await trio.sleep(2 * SYNC_PERIOD_S)
+            await volume.write(BLOCK, noise(1))
+        assert not pool.reserve.is_short
+
+
+async def test_a_cut_to_within_a_block_gives_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of its last block is to be zeros, in a new place: that waits, and nothing else does."""
+    async with open_and_full(small_world(monkeypatch)) as (pool, volume):
+        await pool.sync()
+        assert pool.reserve.is_short
+        before = volume.block_count
+        await pool.volumes.truncate(volume, BLOCK + 100)
+        assert volume.block_count <= 2 < before
+
+
+async def test_a_full_change_log_volume_takes_nothing_of_the_reserve() -> None:
+    world = World(1)
+    world.devices["logs"] = MemoryDevice()
+    async with open_world(world) as pool:
+        await pool.changelogs.create(b"logs", ["logs"], 4 * BLOCK)
+        await pool.maker.create(VolumeWish(b"v", 1 << 20, changelog_name=b"logs"))
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, noise(4))
+            await pool.snapshots.create(b"s")
+            await volume.write(0, noise(4, 2))
+            with pytest.raises(NoSpaceError):
+                await volume.write(4 * BLOCK, noise(1))
+            await pool.snapshots.create(b"t")
+            # The rest of the last block finds no room there, each time it is tried.
+            await pool.volumes.truncate(volume, 100)
+            assert volume.needs_trim
+            await trio.sleep(60)
+        assert not pool.reserve.is_spent and not pool.reserve.is_short
+        await pool.volumes.create(b"w")

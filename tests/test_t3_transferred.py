@@ -396,6 +396,29 @@ def test_what_is_exchanged_while_an_image_is_made_is_left_alone(
                 left.unlink()
 
 
+def test_an_image_is_made_where_a_folder_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a mount of snapfs; and by a path that goes through a link and back."""
+    contents = os.urandom(SIZE)
+    (tmp_path / "source").write_bytes(contents)
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "one" / "inner")
+    mkdir = os.mkdir
+
+    def refuse(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        if dir_fd is not None and os.readlink(f"/proc/self/fd/{dir_fd}") == str(tmp_path):
+            raise PermissionError(errno.EPERM, "no folders here", path)
+        mkdir(path, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    for number, target in enumerate((tmp_path / "image", tmp_path / "link" / ".." / "image")):
+        with open(tmp_path / "source", "rb", buffering=0) as source:
+            export_image(source, [(0, SIZE)], str(target), "qcow2", no_progress)
+        import_image(str(target), str(tmp_path / f"back-{number}"), "qcow2", no_progress)
+        assert (tmp_path / f"back-{number}").read_bytes() == contents
+        assert target.stat().st_mode & 0o777 == (tmp_path / "source").stat().st_mode & 0o777
+    assert os.listdir(tmp_path / "one") == ["inner", "image"] or os.listdir(tmp_path / "one") == ["image", "inner"]
+
+
 def test_an_image_that_is_exchanged_after_the_look_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +617,35 @@ def cut_off(target: Target, stream: bytes) -> str:
 
 
 BOTH = (a_volume("b", "a"), a_volume("a", "b"), a_volume("c", "c"))
+
+
+def as_noted_before(state: str, version: str) -> str:
+    """A state as an earlier version would have noted it."""
+    fields = json.loads(state)
+    if version == "0.8.6":
+        return json.dumps(fields[:8])
+    moves = [move[:3] for move in fields[8]] if version == "first 0.8.7" else fields[8]
+    return json.dumps([*fields[:8], moves])
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("version", ["0.8.6", "first 0.8.7", "0.8.7"])
+def test_a_stream_that_an_earlier_version_cut_off_goes_on(tmp_path: Path, version: str, goes_on: bool) -> None:
+    """A volume was renamed, and another has its name, as with logs that are rotated."""
+    target = Target(tmp_path / "mount", {"log": b"a" * SIZE})
+    volumes = (a_volume("log.1", "log"), a_volume("log"))
+    stream = a_stream(*volumes, base="base")
+    with pytest.raises(DamagedError):
+        target.receive(stream[:-20], is_resumable=True)
+    assert target.names() == {"log", "log.1"}
+    target.states = {guid: as_noted_before(state, version) for guid, state in target.states.items()}
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    if goes_on:
+        target.receive(a_stream(*volumes, base="base", token=token), is_resumable=True)
+    else:
+        target.receive(stream)
+    assert target.kept() == {"log.1": b"0" * BLOCK + b"a" * BLOCK, "log": b"1" * BLOCK + bytes(BLOCK)}
+    assert not target.states
 
 
 def test_of_a_stream_whose_base_is_gone_what_it_wrote_stays_and_is_told(tmp_path: Path) -> None:

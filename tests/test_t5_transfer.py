@@ -325,6 +325,30 @@ def test_what_somebody_wrote_while_a_stream_came_that_broke_off_is_kept(
 
 
 @pytest.mark.mount
+def test_zeros_arrive_in_a_volume_that_was_rolled_back(mounts: Callable[..., Mounted]) -> None:
+    source, target = mounts(), mounts()
+    (source.path / "v").write_bytes(b"v" * MIB)
+    source.snapshot("one")
+    received(target, sent(source, "one"))
+    source.ask(f"discard v 4096 {MIB // 2}")
+    source.snapshot("two")
+    (target.path / "v").write_bytes(b"other")
+    snapfs("rollback", target.path, "one")
+    received(target, sent(source, "two", "--from", "one"))
+    same(source.snapshots / "two", target.snapshots / "two")
+
+
+@pytest.mark.mount
+def test_receiving_where_nothing_can_be_written_is_refused_in_words(mounted: Mounted) -> None:
+    (mounted.path / "v").write_bytes(b"v")
+    mounted.snapshot("one")
+    stream = sent(mounted, "one")
+    mounted.unmount()
+    snapfs("mount", mounted.pool, mounted.path, "-o", "ro")
+    assert "is mounted read-only, and takes no commands" in received(mounted, stream, expect=1)
+
+
+@pytest.mark.mount
 def test_what_became_private_is_so_while_it_is_received(mounts: Callable[..., Mounted]) -> None:
     source, target = mounts(), mounts()
     stream = two_steps(source, target)

@@ -61,8 +61,16 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
         DaemonEndedError: it is not known whether the command was done.
     """
     line = command_line(words, options)
-    try:
+    with _translated(mount_point):
         answer, failed = _exchange(control_path(mount_point), line)
+    return _accepted(answer, failed)
+
+
+@contextlib.contextmanager
+def _translated(mount_point: str) -> Iterator[None]:
+    """Say in words what keeps a daemon from being asked."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_DAEMON:
             raise DaemonEndedError(
@@ -75,7 +83,6 @@ def ask(mount_point: str, *words: str, options: list[tuple[str, str]] | None = N
                 "Mount it without -o ro, or rescue; status works",
             ) from error
         raise
-    return _accepted(answer, failed)
 
 
 def _accepted(answer: Answer, failed: OSError | None) -> Answer:
@@ -91,10 +98,13 @@ def _accepted(answer: Answer, failed: OSError | None) -> Answer:
 
 @contextlib.contextmanager
 def claimed_stream(mount_point: str, guid: str) -> Iterator[None]:
-    """Nobody else receives a stream inside: by a control file that stays open. Raises RefusedError."""
-    fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
+    """Nobody else receives a stream inside: by a control file that stays open. Raises what :func:`ask` does."""
+    with _translated(mount_point):
+        fd = os.open(control_path(mount_point), os.O_RDWR | os.O_CLOEXEC)
     try:
-        _accepted(*_exchange_by(fd, command_line(("receive-state", "claim", guid), None)))
+        with _translated(mount_point):
+            claimed = _exchange_by(fd, command_line(("receive-state", "claim", guid), None))
+        _accepted(*claimed)
         try:
             yield
         finally:

@@ -142,7 +142,12 @@ def receive(
             return
         with progress_bar("receive") as on_progress:
             receiver = Receiver(ask, claimed_stream, mount_point, force=force, is_resumable=resumable)
-            made = receiver.receive(sys.stdin.buffer, name, on_progress)
+            try:
+                made = receiver.receive(sys.stdin.buffer, name, on_progress)
+            except (KeyboardInterrupt, SystemExit):
+                if receiver.undo:
+                    say(f"what somebody else wrote meanwhile is in snapshot {receiver.undo!r}", err=True)
+                raise
     if as_json:
         print_json(made)
     else:

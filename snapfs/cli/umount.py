@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+from typing import Any
 
 import click
 
@@ -34,9 +35,10 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
         _check_is_mounted(mount_point)
         unmount(mount_point, lazy=True)
         return
-    pid = _daemon_pid(mount_point)
+    status = _daemon_status(mount_point)
+    pid = None if status is None else int(status["pid"])
     found = mounted_at(mount_point)
-    if pid is not None:
+    if status is not None and status["space"]["reserve_spent"]:
         _make_durable(mount_point)
     unmount(mount_point)
     if pid is not None:
@@ -44,7 +46,10 @@ def take_away(mount_point: str, *, lazy: bool = False) -> None:
 
 
 def _make_durable(mount_point: str) -> None:
-    """As long as something can be done about it: the daemon does the same at its end. Raises MountError for no room."""
+    """As long as something can be done about it: the daemon does the same at its end. Raises MountError for no room.
+
+    Where the reserve is there, the daemon needs no more than that; and a device that hangs would be waited for.
+    """
     try:
         ask(mount_point, "sync")
     except (SnapfsError, OSError) as error:
@@ -69,11 +74,11 @@ def _check_is_mounted(mount_point: str) -> None:
         raise MountError(f"no snapfs is mounted on {mount_point}")
 
 
-def _daemon_pid(mount_point: str) -> int | None:
-    """The process behind a mount; None for a mount whose daemon is dead. Raises MountError if none is there."""
+def _daemon_status(mount_point: str) -> dict[str, Any] | None:
+    """What a mount tells of itself; None for one whose daemon is dead. Raises MountError if none is there."""
     try:
         with open(os.path.join(mount_point, ".snapfs", "status.json")) as status:
-            return int(json.load(status)["pid"])
+            return dict(json.load(status))
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             return None

@@ -67,7 +67,7 @@ async def _discard(context: CommandContext, command: Command) -> Answer:
     command.known_options("sync", "inode")
     offset, length = (parse_size(show_name(word)) for word in command.words[1:])
     volume = context.pool.volumes.get(command.words[0])
-    if command.one_of("inode") not in (None, str(names.of_volume(volume.volume_id))):
+    if command.one_of("inode") not in (None, str(names.of_volume(volume.file_id))):
         raise ChangedTargetError(f"volume {show_name(command.words[0])!r} is another by now", "Nothing was discarded")
     await context.pool.snapshots.before_cut([volume])
     try:
