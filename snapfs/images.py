@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -29,6 +30,7 @@ _MAGICS = (
 )
 # What has qemu-img make an image of the size it is given, and not of the next one that cylinders come out even with.
 _EXACT = {"vpc": ("force_size=on",)}
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OnProgress = Callable[[int, int], None]
 Extents = list[tuple[int, int]]
 
@@ -153,12 +155,18 @@ def _new_file(path: str, reason: str, like: os.stat_result) -> Iterator[IO[bytes
 
     Raises ExistsError with ``reason`` when there is one.
     """
+    # One that comes while it is being made would leave it behind.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, like.st_mode & 0o666 | 0o600)
-    except FileExistsError:
-        raise ExistsError(reason, "Choose another name") from None
+    except BaseException as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if isinstance(error, FileExistsError):
+            raise ExistsError(reason, "Choose another name") from None
+        raise
     with os.fdopen(fd, "r+b", buffering=0) as file:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield file
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:

@@ -718,3 +718,51 @@ async def wait_until_trimming(volume: Volume) -> None:
             return
         await trio.to_thread.run_sync(lambda: None)
     raise AssertionError("nothing is cleared")
+
+
+async def test_a_snapshot_amid_a_long_cut_has_the_root_of_its_contents() -> None:
+    """What lay behind the size would count for it, and be missing where the snapshot is received."""
+    roots = []
+    for waits in (True, False):
+        async with open_world(World()) as pool:
+            volume = await pool.volumes.create(b"v")
+            pool.volumes.open(volume)
+            for index in range(3000):
+                await volume.write(index * OBJECT, b"x" * BLOCK)
+            await volume.sync()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.volumes.truncate, volume, 5000)
+                await wait_until_trimming(volume)
+                if waits:
+                    while volume.is_cut_short:
+                        await trio.to_thread.run_sync(lambda: None)
+                await pool.snapshots.create(b"s")
+            await pool.sealer.seal_all()
+            roots.append(pool.snapshots.get(b"s").root)
+            pool.volumes.close(volume)
+    assert roots[0] and roots[0] == roots[1]
+
+
+async def test_what_was_stopped_for_nobody_is_cleared_all_the_same() -> None:
+    """A rollback that is refused in the end has stopped the clearing of what was cut off."""
+    async with open_world(World()) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await pool.snapshots.create(b"s")
+        for index in range(3000):
+            await volume.write(index * OBJECT, b"x" * BLOCK)
+        await volume.sync()
+
+        async def refused() -> None:
+            async with volume.kept_from_trimming():
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+            await wait_until_trimming(volume)
+            nursery.start_soon(refused)
+        with trio.fail_after(60):
+            while volume.needs_trim:
+                await trio.sleep(1)
+        assert volume.block_count == 1
+        pool.volumes.close(volume)

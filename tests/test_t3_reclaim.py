@@ -312,3 +312,43 @@ async def test_logs_that_were_begun_for_what_takes_no_blocks_go(way: str) -> Non
             files = [name for device in world.devices.values() for name in device.names("logs/0")]
             counts.append((len(rows), len(files), len(processor.logs.known)))
         assert counts[0] == counts[1] == counts[2] and max(counts[0]) <= 2, counts
+
+
+async def test_logs_are_counted_once_where_few_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two copies go in one step; what both name would be forgotten amid the first, and read from its row anew."""
+    few = 16
+    monkeypatch.setattr(changelog, "KNOWN_LOGS_MAX", few)
+    world = World(processor_count=1)
+    others = [b"other-%d" % number for number in range(few + 4)]
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await volume.write(0, b"1" * BLOCK)
+        await volume.write(OBJECT, b"2" * BLOCK)
+        await pool.snapshots.create(b"1", [b"v"])
+        await volume.write(BLOCK, b"3" * BLOCK)
+        await pool.snapshots.create(b"2", [b"v"])
+        await volume.write(0, b"4" * 2 * BLOCK)
+        await volume.write(OBJECT, b"5" * BLOCK)
+        await pool.snapshots.delete(b"1")
+        await pool.reclaimer.reclaim_all()
+        pool.volumes.close(volume)
+        for name in others:
+            await pool.volumes.create(name)
+            async with pool.volumes.opened(name) as other:
+                await other.write(0, b"o")
+    world.check_clean()
+    async with open_world(world) as pool:
+        # The first of all that are known, and as many others as may be.
+        snapshot = pool.snapshots.get(b"2")
+        view = await pool.snapshots.open_volume(snapshot, (await pool.snapshots.members(snapshot)).get(b"v")[0])
+        await view.read(OBJECT, 1)
+        pool.snapshots.close_volume(view)
+        known = pool.processors[0].logs.known
+        for name in others:
+            if len(known) < few:
+                await read_volume(pool, name)
+        assert len(known) == few
+        await pool.snapshots.delete(b"2")
+        await pool.reclaimer.reclaim_all()
+    world.check_clean()

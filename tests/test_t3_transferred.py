@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -499,6 +500,28 @@ def test_of_an_image_that_fails_what_was_begun_is_removed_and_nothing_else(tmp_p
     with pytest.raises(KeyboardInterrupt):
         copied(how, source, target, replace_and_fail)
     assert target.read_bytes() == b"precious"
+
+
+def test_a_signal_while_the_new_file_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * SIZE)
+    os_open = os.open
+
+    def told_to_end(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        fd = os_open(path, flags, *arguments, **options)
+        if flags & os.O_CREAT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fd
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "open", told_to_end)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            import_image(str(source), str(target), "raw", no_progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not target.exists()
 
 
 # -- kills -------------------------------------------------------------------------------------

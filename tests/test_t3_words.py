@@ -295,18 +295,16 @@ async def test_a_manifest_that_changes_is_one_file_to_who_looks_at_it_and_opens_
         assert await look(2) != first
         assert await look(1) == first
         assert await text(first, 1) == before
-        # It was opened: the next look is a new one, and as often as it looks without opening the third.
+        # It was opened: the next look is a new one, and the same for a while, for one call may look twice.
         second = await look(1)
         assert second != first and await text(second, 1) == await manifest.manifest_of(pool, pool.snapshots.get(b"s"))
         third = await look(1)
         assert third == second
         await put(pool, b"v", OBJECT, b"b" * 4096)
-        assert await look(1) == third
+        assert [await look(1), await look(1)] == [third, third]
+        mock_clock.jump(60)
         fourth = await look(1)
         assert fourth != third
-        await put(pool, b"v", 2 * OBJECT, b"b" * 4096)
-        mock_clock.jump(60)
-        assert await look(1) != fourth
 
 
 def test_a_snapshot_with_a_volume_that_no_path_leads_to_is_not_sent() -> None:

@@ -128,6 +128,38 @@ def test_deleting_goes_on_while_a_program_writes_to_a_full_disk(tmp_path: Path) 
         assert (mounted.path / "v").stat().st_size == ends[-1]
 
 
+def test_what_cannot_be_made_durable_is_not_unmounted(tmp_path: Path) -> None:
+    """Somebody removed even the reserve, to have room."""
+    with small_filesystem(tmp_path, 96 * MIB) as disk, pool_on(disk) as mounted:
+        block = os.urandom(4096)
+        places = [index * 4 * MIB + number * 8192 for index in range(300) for number in range(16)]
+        fd = os.open(mounted.path / "v", os.O_CREAT | os.O_RDWR)
+        os.ftruncate(fd, 300 * 4 * MIB)
+        os.fsync(fd)
+        (mounted.pool / "reserve").unlink()
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(MIB))
+        # Of the log's blocks some are there yet; of the maps' none.
+        os.truncate(disk / "filler", os.stat(disk / "filler").st_size - 24 * MIB)
+        for place in places:
+            os.pwrite(fd, block, place)
+        os.close(fd)
+        with open(disk / "filler", "ab", buffering=0) as filler:
+            for length in (MIB, 4096):
+                with contextlib.suppress(OSError):
+                    while True:
+                        filler.write(bytes(length))
+        wait_until(lambda: mounted.status()["space"]["reserve_spent"], "it was given up")
+        refused = snapfs("umount", mounted.path, expect=1)
+        assert "stays mounted: not all that was written can be made durable" in refused.stderr
+        assert os.path.ismount(mounted.path)
+        (disk / "filler").unlink()
+        mounted.remount()
+        with open(mounted.path / "v", "rb") as file:
+            assert all(os.pread(file.fileno(), 4096, place) == block for place in places)
+
+
 def test_no_inodes_left(tmp_path: Path) -> None:
     """Each first write after a snapshot makes a log, which is a file: there are fewer inodes than blocks here."""
     with small_filesystem(tmp_path, 64 * MIB, "-N", "64") as disk, pool_on(disk) as mounted:
