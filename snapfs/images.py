@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
@@ -149,24 +150,47 @@ def _remove_file(name: str, inside: int) -> None:
         os.unlink(name, dir_fd=inside)
 
 
+class _HeldSignals:
+    """Signals that would end this come only when they are let go: one amid the making of a file would leave it behind.
+
+    By their handlers: blocked in one thread they would come to another, and be handled in the main thread all the same.
+    """
+
+    def __init__(self) -> None:
+        self._came: list[int] = []
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {one: signal.getsignal(one) for one in _STOPPING}
+            self._handlers = {one: handler for one, handler in handlers.items() if callable(handler)}
+        for number in self._handlers:
+            signal.signal(number, lambda came, frame: self._came.append(came))
+
+    def let_go(self) -> None:
+        """Have them come from now on, and what has come."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._came:
+            signal.raise_signal(self._came[0])
+
+
 @contextmanager
 def _new_file(path: str, reason: str, like: os.stat_result) -> Iterator[IO[bytes]]:
     """A new file, for those to read who may read what it is ``like``; removed again if what is done with it fails.
 
     Raises ExistsError with ``reason`` when there is one.
     """
-    # One that comes while it is being made would leave it behind.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    held = _HeldSignals()
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, like.st_mode & 0o666 | 0o600)
-    except BaseException as error:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if isinstance(error, FileExistsError):
-            raise ExistsError(reason, "Choose another name") from None
+    except FileExistsError:
+        held.let_go()
+        raise ExistsError(reason, "Choose another name") from None
+    except BaseException:
+        held.let_go()
         raise
     with os.fdopen(fd, "r+b", buffering=0) as file:
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            held.let_go()
             yield file
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:

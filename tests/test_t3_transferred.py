@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -503,6 +504,7 @@ def test_of_an_image_that_fails_what_was_begun_is_removed_and_nothing_else(tmp_p
 
 
 def test_a_signal_while_the_new_file_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are other threads, of a progress bar, say, which may be given the signal."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x" * SIZE)
     os_open = os.open
@@ -515,12 +517,18 @@ def test_a_signal_while_the_new_file_is_made_leaves_none(tmp_path: Path, monkeyp
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(os, "open", told_to_end)
+    may_end = threading.Event()
+    other = threading.Thread(target=may_end.wait)
+    other.start()
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
             import_image(str(source), str(target), "raw", no_progress)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
+        may_end.set()
+        other.join()
     assert not target.exists()
 
 
