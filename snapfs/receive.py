@@ -159,7 +159,8 @@ class Receiver:
 
     def _is_mine(self, undo: str) -> bool:
         """Whether a snapshot of what was received up to now holds that, and nothing that somebody else wrote."""
-        if self._is_others_too:
+        if self._is_others_too or self._head.resume is not None:
+            # Of what came before, only its times are known.
             return False
         # What was written to of the base, by its names there, which it has again.
         names = {place: self._head.volumes[place].base_name for place in self._received}

@@ -183,13 +183,20 @@ def _begun_since(store: ShardStore, copy: CopyRow, later: BlockMap | None, earli
     """Of the logs in which blocks lie that may be the copy's alone, those that were begun after the copy before it.
 
     Told from the many of a map in many pieces in a thread: in the event loop that took a third of a millisecond a copy.
+    Raises DamagedError for a log that is not on record: what lies in it is not to go unseen.
     """
     if later is None:
         entries = (copy.block_map,) if isinstance(copy.block_map, int) else copy.block_map
         log_ids = set(entries) - {blockmap.HOLE}
     else:
         log_ids = {log_id for _, _, log_id in blockmap.dropped_runs(copy.block_map, later)}
-    return {row.log_id: row for row in store.some_logs(list(log_ids)) if row.epoch > earlier} if log_ids else {}
+    rows = store.some_logs(list(log_ids)) if log_ids else []
+    if lost := log_ids - {row.log_id for row in rows}:
+        raise DamagedError(
+            f"a map of volume {copy.volume_id} names change log {min(lost)}, which does not exist",
+            "Unmount and run snapfs check",
+        )
+    return {row.log_id: row for row in rows if row.epoch > earlier}
 
 
 def _some_copies(store: ShardStore, places: list[_CopySpan]) -> tuple[list[CopyRow], list[_CopySpan]]:

@@ -12,6 +12,7 @@ import trio.testing
 from snapfs import changelog, reclaim, reclaimer
 from snapfs.blockmasks import named_masks
 from snapfs.changelog import ChangeLog
+from snapfs.errors import DamagedError
 from snapfs.formats import COPY_ON_WRITE, REDIRECT, ShardBatch
 from snapfs.geometry import SnapshotId, VolumeId
 from snapfs.making import VolumeWish
@@ -20,7 +21,7 @@ from snapfs.processor import Processor
 from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 
-from .harness import World, open_world, read_snapshot, read_volume
+from .harness import Running, World, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -352,3 +353,30 @@ async def test_logs_are_counted_once_where_few_are_known(monkeypatch: pytest.Mon
         await pool.snapshots.delete(b"2")
         await pool.reclaimer.reclaim_all()
     world.check_clean()
+
+
+async def test_a_copy_that_names_a_lost_log_is_not_dropped_unseen() -> None:
+    """Nothing would tell of the damage any more, and what lies in the log be taken for a stray."""
+    world = World(processor_count=1)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        await pool.volumes.create(b"v")
+        for letter, name in ((b"1", b"a"), (b"2", b"b")):
+            async with pool.volumes.opened(b"v") as volume:
+                await volume.write(0, letter * BLOCK)
+            await pool.snapshots.create(name)
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"3" * BLOCK)
+        await pool.sync()
+        (processor,) = pool.processors
+        store = processor.access.store
+        await processor.access.ask(store.database.execute, "DELETE FROM logs WHERE log_id = 1")
+        await pool.snapshots.delete(b"a")
+        with pytest.raises(DamagedError, match="names change log 1, which does not exist"):
+            await pool.reclaimer.reclaim_all()
+        assert len(await processor.access.ask(store.database.rows, "SELECT * FROM copies")) == 2
+        await running.close()
+    with pytest.raises(AssertionError, match="change log 1"):
+        world.check()

@@ -710,6 +710,34 @@ def test_what_users_wrote_since_a_stream_was_cut_off_is_kept(tmp_path: Path, mon
     assert target.names() == {"a", "b", "c", "kept"}
 
 
+def test_what_came_in_parts_and_was_not_read_back_right_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the part before only its times are known: somebody may have written to that meanwhile."""
+    target = Target(tmp_path / "mount", {name: name.encode() * SIZE for name in "ab"})
+    volumes = (a_volume("a", "a"), a_volume("b", "b"))
+    with pytest.raises(DamagedError):
+        target.receive(a_stream(*volumes, base="base")[:-20], is_resumable=True)
+    (token,) = resume_tokens(target.ask, str(target.folder))
+    deleted: list[str] = []
+    ask = target.ask
+
+    def ask_and_note(mount_point: str, *words: str, options: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+        if words[0] == "delete":
+            deleted.append(words[1])
+        return ask(mount_point, *words, options=options)
+
+    def fail(receiver: Receiver, snapshot: str, *others: object) -> None:
+        if snapshot == "s":
+            raise DamagedError("not what was sent")
+
+    monkeypatch.setattr(target, "ask", ask_and_note)
+    monkeypatch.setattr(Receiver, "_check_nothing_else", fail)
+    with pytest.raises(DamagedError, match="not what was sent") as caught:
+        target.receive(a_stream(*volumes, base="base", token=token), is_resumable=True)
+    assert deleted == ["s"] and "in snapshot 'undo'" in caught.value.fix
+
+
 def test_a_volume_of_a_users_own_is_not_taken_for_one_that_a_stream_renamed(tmp_path: Path) -> None:
     target = Target(tmp_path / "mount", {"a": b"a" * SIZE})
     token = cut_off(target, a_stream(a_volume("b", "a"), base="base"))

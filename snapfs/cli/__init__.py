@@ -78,8 +78,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors are one sentence or two on stderr."""
-    use_utf8()
     try:
+        use_utf8()
         open_closed_streams()
         print_any_name()
         cli.main(standalone_mode=False)
