@@ -9,7 +9,7 @@ from .directory import DirectoryDevice, LocalImage, open_local_image
 from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
 from .readonly import AbsentDevice, ReadOnlyDevice
-from .recording import CrashImages, Journal, PowerCut, RecordingDevice, power_cuts
+from .recording import CrashImages, Journal, PowerCut, RecordingDevice, distinct_cuts, power_cuts
 
 __all__ = [
     "AbsentDevice",
@@ -29,6 +29,7 @@ __all__ = [
     "ReadOnlyDevice",
     "RecordingDevice",
     "Space",
+    "distinct_cuts",
     "open_local_image",
     "power_cuts",
 ]

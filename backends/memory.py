@@ -44,12 +44,18 @@ class _Node:
     # page number -> every content it had since the last sync; None is a punched or cut page
     unsynced: dict[int, list[bytes | None]] = field(default_factory=dict)
 
-    def note(self, page: int) -> None:
+    def note(self, page: int, content: bytes | None) -> None:
         versions = self.unsynced.get(page)
         if versions is None:
-            self.unsynced[page] = [self.pages.get(page)]
+            self.unsynced[page] = [content]
         else:
-            versions.append(self.pages.get(page))
+            versions.append(content)
+
+    def note_zeros(self, pages: list[int]) -> None:
+        """Pages that were not there are, of zeros."""
+        self.pages.update(dict.fromkeys(pages, _ZEROS))
+        for page in pages:
+            self.unsynced.setdefault(page, []).append(_ZEROS)
 
     def sync(self) -> None:
         # What another thread writes from here on is for the next sync.
@@ -103,10 +109,12 @@ class MemoryFile(DeviceFile):
                 if old is None:
                     self._device.take_page()
                     old = _ZEROS
-                step = min(PAGE_SIZE - inside, len(view) - done)
-                new = bytes(view[done : done + step])
-                node.pages[page] = new if step == PAGE_SIZE else old[:inside] + new + old[inside + step :]
-                node.note(page)
+                new = bytes(view[done : done + PAGE_SIZE - inside])
+                step = len(new)
+                if step < PAGE_SIZE:
+                    new = old[:inside] + new + old[inside + step :]
+                node.pages[page] = new
+                node.note(page, new)
                 done += step
                 page, inside = page + 1, 0
         finally:
@@ -131,11 +139,13 @@ class MemoryFile(DeviceFile):
             if start <= low and (high <= end or end >= node.size):
                 del node.pages[page]
                 self._device.give_page()
+                node.note(page, None)
             else:
                 first, last = max(start, low) - low, min(end, high) - low
                 old = node.pages[page]
-                node.pages[page] = old[:first] + bytes(last - first) + old[last:]
-            node.note(page)
+                new = old[:first] + bytes(last - first) + old[last:]
+                node.pages[page] = new
+                node.note(page, new)
 
     def truncate(self, size_bytes: int) -> None:
         """See :meth:`DeviceFile.truncate`."""
@@ -156,9 +166,7 @@ class MemoryFile(DeviceFile):
         node = self._node
         missing = [page for page in range(length // PAGE_SIZE) if page not in node.pages]
         taken = self._device.take_pages(len(missing))
-        node.pages.update(dict.fromkeys(missing[:taken], _ZEROS))
-        for page in missing[:taken]:
-            node.note(page)
+        node.note_zeros(missing[:taken])
         if taken < len(missing):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         node.size = max(node.size, length)

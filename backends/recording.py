@@ -55,6 +55,15 @@ class Journal:
         with self._lock:
             self._note(operation)
 
+    def is_durable(self, place: int, before: int) -> bool:
+        """Whether a call at a place was made durable before another."""
+        durable_at = self.durable_at[place]
+        return durable_at is not None and durable_at < before
+
+    def changes(self, before: int) -> Iterator[int]:
+        """The places of all calls before one that change something: a sync only makes such durable."""
+        return (one for one in range(before) if self.operations[one].kind not in (SYNC, SYNC_NAMES))
+
     def _note(self, operation: Operation) -> None:
         place = len(self.operations)
         self.operations.append(operation)
@@ -243,12 +252,7 @@ def power_cuts(journal: Journal, place: int, seed: int) -> list[PowerCut]:
     Everything unsynced lost; everything there; each subset of the last three such calls, with those before all lost
     and all there; the last write torn at 512 bytes and at 4 KiB; some subsets at random, as of a device that reorders.
     """
-    unsynced = [
-        one
-        for one in range(place)
-        if (durable_at := journal.durable_at[one]) is None or durable_at >= place
-        if journal.operations[one].kind not in (SYNC, SYNC_NAMES)
-    ]
+    unsynced = [one for one in journal.changes(place) if not journal.is_durable(one, place)]
     before, last = unsynced[:-_SUBSET_OPERATIONS], unsynced[-_SUBSET_OPERATIONS:]
     cuts: dict[PowerCut, None] = {}
     for count in range(len(last) + 1):
@@ -267,6 +271,14 @@ def power_cuts(journal: Journal, place: int, seed: int) -> list[PowerCut]:
     return list(cuts)
 
 
+def distinct_cuts(journal: Journal, place: int, seed: int) -> dict[object, PowerCut]:
+    """Those of :func:`power_cuts`, by what is there after them: the same for cuts at any place that leave the same."""
+    durable = frozenset(one for one in journal.changes(place) if journal.is_durable(one, place))
+    return {
+        (hash(durable | cut.kept), cut.torn, cut.tear_unit, cut.seed): cut for cut in power_cuts(journal, place, seed)
+    }
+
+
 class CrashImages:
     """The devices that cuts leave, whose places never go back. What is durable before them is worked out once."""
 
@@ -278,10 +290,6 @@ class CrashImages:
         self._seen = 0
         self._settle_base(start)
 
-    def _is_durable(self, place: int, before: int) -> bool:
-        durable_at = self._journal.durable_at[place]
-        return durable_at is not None and durable_at < before
-
     def _settle_base(self, before: int) -> None:
         """Do what every later cut leaves; the calls of one file, and those of a device's names, in their order."""
         held_up: set[tuple[str, int | None]] = set()
@@ -292,7 +300,7 @@ class CrashImages:
                 continue
             is_of_names = operation.kind in (CREATE, REMOVE, RENAME)
             key = operation.device, None if is_of_names else operation.file
-            if key not in held_up and self._is_durable(place, before):
+            if key not in held_up and self._journal.is_durable(place, before):
                 self._base.redo(place)
             else:
                 held_up.add(key)
@@ -304,6 +312,6 @@ class CrashImages:
         self._settle_base(cut.place)
         replay = self._base.copy()
         for place in self._waiting:
-            if place in cut.kept or self._is_durable(place, cut.place):
+            if place in cut.kept or self._journal.is_durable(place, cut.place):
                 replay.redo(place, cut)
         return replay.settled()

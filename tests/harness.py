@@ -26,6 +26,8 @@ from .conftest import MEMORY
 from .contents import Contents, contents_of
 
 WHERE = "memory"
+# By how much the order of a seed may have what a thread does begin later than it could.
+THREAD_STEPS_MAX = 3
 
 
 class World:
@@ -223,9 +225,9 @@ async def everything_is_proven(pool: Pool) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, thread_steps_max: int = THREAD_STEPS_MAX) -> Iterator[None]:
     """Whatever runs in trio inside runs in an order of the seed's, and in that order again when it is tried again."""
-    with pytest.MonkeyPatch.context() as patch, without_threads(seed):
+    with pytest.MonkeyPatch.context() as patch, without_threads(seed, thread_steps_max=thread_steps_max):
         patch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         patch.setattr(trio_run, "_r", random.Random(seed))
         # What rests for as long as it has worked rests for as long again.
@@ -236,7 +238,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None = None) -> Iterator[None]:
+def without_threads(
+    seed: int,
+    after_each: Callable[[], Awaitable[None]] | None = None,
+    *,
+    thread_steps_max: int = THREAD_STEPS_MAX,
+) -> Iterator[None]:
     """The work of threads is done in the scheduler, some steps later, as a seed decides.
 
     ``after_each`` is awaited behind each call, before it returns to who made it.
@@ -246,12 +253,12 @@ def without_threads(seed: int, after_each: Callable[[], Awaitable[None]] | None 
     async def run_sync(call: Callable[..., object], *args: object, **options: object) -> object:
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
-            for _ in range(rng.randrange(4)):
+            for _ in range(rng.randrange(thread_steps_max + 1)):
                 await trio.lowlevel.checkpoint()
             try:
                 answer = call(*args)
             finally:
-                for _ in range(rng.randrange(3)):
+                for _ in range(rng.randrange(thread_steps_max)):
                     await trio.lowlevel.checkpoint()
                 if after_each is not None:
                     await after_each()

@@ -12,6 +12,7 @@ from snapfs.backends.conformance import check_device
 from .powercut import Recording, judge, record, try_power_cuts
 
 PARTS = 4
+LENGTH = 17
 
 
 def test_a_device_that_is_recorded_is_a_device() -> None:
@@ -42,9 +43,10 @@ def test_what_was_synced_is_in_every_image_and_of_the_rest_any_part() -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_any_power_cut_leaves_what_the_model_allows(seed: int, part: int) -> None:
-    assert try_power_cuts(seed, 20, (part, PARTS)) > 1100
+    # Cuts that leave the same count once: some 11,000 images.
+    assert try_power_cuts(seed, LENGTH, (part, PARTS)) > 700
 
 
 def test_a_sync_that_is_missing_is_found() -> None:
