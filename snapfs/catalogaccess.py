@@ -66,8 +66,8 @@ class CatalogAccess:
             return await self._in_thread(call, *args)
 
     async def _in_thread(self, call: Callable[..., T], *args: object) -> T:
-        with self._pending.running(self.WHERE, call):
-            return await in_thread(call, *args, limiter=self._limiter)
+        with self._pending.running(self.WHERE, call) as one:
+            return await in_thread(one.run, call, *args, limiter=self._limiter)
 
     async def save(self, volumes: Iterable[Recorded], make_batch: Callable[[], CatalogBatch] = CatalogBatch) -> None:
         """Commit what is unsaved of these volumes, with the rows of a batch.

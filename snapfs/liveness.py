@@ -108,9 +108,10 @@ class Liveness:
         answered = self._answered = trio.Event()
         self._asked_s = trio.current_time()
         try:
-            with self._pending.running(self._where, self._device.probe), contextlib.suppress(OSError):
+            probe = self._device.probe
+            with self._pending.running(self._where, probe) as one, contextlib.suppress(OSError):
                 # An error is an answer as well.
-                await in_thread(self._device.probe, limiter=self._limiter, is_abandoned_when_cancelled=True)
+                await in_thread(one.run, probe, limiter=self._limiter, is_abandoned_when_cancelled=True)
             now_s = trio.current_time()
             self._due_s = now_s + min(_REST_S_MAX, _REST_FACTOR * (now_s - self._asked_s))
         finally:

@@ -7,19 +7,31 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TypeVar
 
 from .events import EventLog
+
+T = TypeVar("T")
 
 STUCK_S = 5.0
 
 
-class PendingCall(NamedTuple):
-    """A call under way. ``where`` is a processor or the catalog."""
+@dataclass(slots=True)
+class PendingCall:
+    """A call under way. ``where`` is a processor or the catalog. ``is_answered``: its thread is done with it."""
 
     where: str
     call: Callable[..., object]
     started_s: float
+    is_answered: bool = False
+
+    def run(self, call: Callable[..., T], *args: object) -> T:
+        """Run it in its thread."""
+        try:
+            return call(*args)
+        finally:
+            self.is_answered = True
 
     def told_at(self, now_s: float) -> dict[str, object]:
         """In words, with its age."""
@@ -37,21 +49,24 @@ class PendingCalls:
         self._numbers = itertools.count()
 
     @contextmanager
-    def running(self, where: str, call: Callable[..., object]) -> Iterator[None]:
-        """A call is under way until the block ends; one that took long is told then."""
+    def running(self, where: str, call: Callable[..., object]) -> Iterator[PendingCall]:
+        """A call is under way until the block ends; one that took long is told then.
+
+        What the thread is given is the :meth:`PendingCall.run` of what this gives, with the call.
+        """
         number = next(self._numbers)
         one = self._calls[number] = PendingCall(where, call, self.now_s())
         try:
-            yield
+            yield one
         finally:
             del self._calls[number]
             now_s = self.now_s()
             if now_s - one.started_s >= STUCK_S:
                 self._events.note("was-stuck", logging.WARNING, **one.told_at(now_s))
 
-    def is_quiet(self) -> bool:
-        """Whether none is under way."""
-        return not self._calls
+    def is_awaited(self) -> bool:
+        """Whether the answer of one is there, and who waits for it has not had a turn since."""
+        return bool(self._calls) and any(one.is_answered for one in self._calls.values())
 
     def stuck(self) -> list[dict[str, object]]:
         """Those that have been under way for STUCK_S or longer, the oldest first."""

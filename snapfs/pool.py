@@ -525,6 +525,21 @@ class Pool:
                     await volume.trim()
                     await volume.sync()
 
+    async def _make_all_durable(self) -> None:
+        """What each processor still has in memory, too. Raises the first error, when all that can be is done."""
+        errors: list[SnapfsError | OSError] = []
+        try:
+            await self.sync()
+        except (SnapfsError, OSError) as error:
+            errors.append(error)
+        for processor in self.processors:
+            try:
+                await self.reserve.helped(partial(processor.commit, processor.sound_portions()))
+            except (SnapfsError, OSError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     async def close(self) -> None:
         """Make everything durable and close. What fails is raised, when all else is closed."""
         if self.is_closing:
@@ -532,9 +547,7 @@ class Pool:
         self.is_closing = True
         with trio.CancelScope(shield=True):
             try:
-                await self.sync()
-                for processor in self.processors:
-                    await self.reserve.helped(partial(processor.commit, processor.sound_portions()))
+                await self._make_all_durable()
                 generations = [(one.index, one.access.store.generation) for one in self.processors]
                 if self._is_recovered:
                     await self._trim_images()

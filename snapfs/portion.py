@@ -1036,6 +1036,8 @@ class Portion:
         self._sealed_in_epoch = True
         self.objects.clear()
         self.pending.clear()
+        for log in self._dirty_logs:
+            log.dirty = False
         self._dirty_logs.clear()
         for log in self._changed_logs.values():
             log.held -= 1

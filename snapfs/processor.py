@@ -24,7 +24,7 @@ from .backends import Device
 from .blockmasks import named_masks, objects_with_data
 from .changelog import ChangeLog, ChangeLogs, in_use
 from .cowportion import CowPortion
-from .errors import DamagedError, NoMemoryError, SnapfsError
+from .errors import DamagedError, NoMemoryError, SnapfsError, SyncFailedError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, SOURCE_LOG, FreedRow, IntermediateRow, LogRow, ShardBatch, log_id_of
 from .geometry import BLOCK_SHIFT, Epoch, LogId, SnapshotId, VolumeId, object_count
 from .liveness import SILENT, DeviceWatch
@@ -143,6 +143,11 @@ class Processor:
         )
         self._wakeup = Wakeup()
         self._has_freed = True
+        # Portions of removed volumes that were forgotten with what could not be synced: until which instant they were
+        # there, and why. A snapshot that was cut before has lost something with them.
+        self._lost: dict[VolumeId, tuple[int, SyncFailedError]] = {}
+        # Those of which what was never stored is still to be given back.
+        self.unsettled_ids: set[VolumeId] = set()
 
     # -- portions ----------------------------------------------------------------------------
 
@@ -180,6 +185,11 @@ class Processor:
         finally:
             portion.users -= 1
             self.let_go(portion)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether what room there is is kept for what gives some back; see :class:`Reserve`."""
+        return self._neighbours.reserve.is_short
 
     def sound_portions(self) -> list[Portion]:
         """Those whose data could be synced; the others commit nothing more."""
@@ -275,6 +285,9 @@ class Processor:
         is_lost = portion.failure is not None and portion.last_instant != NEVER
         is_clean = portion.failure is None and not portion.is_dirty and not portion.pending
         if portion.users == 0 and (is_clean or is_lost):
+            if portion.failure is not None:
+                self._lost[portion.volume_id] = portion.last_instant, portion.failure
+                self.unsettled_ids.add(portion.volume_id)
             portion.release()
             if self.portions.get(portion.volume_id) is portion:
                 del self.portions[portion.volume_id]
@@ -287,8 +300,9 @@ class Processor:
             with trio.move_on_after(COMMIT_CHECK_S):
                 await self._wakeup.wait()
             try:
-                if sum(portion.dirty_object_count for portion in self.portions.values()) >= DIRTY_OBJECTS_MAX:
-                    await self.commit()
+                portions = self.sound_portions()
+                if sum(portion.dirty_object_count for portion in portions) >= DIRTY_OBJECTS_MAX:
+                    await self.commit(portions)
                 if self._has_freed:
                     await self.punch_freed()
             except (SnapfsError, OSError):
@@ -306,6 +320,8 @@ class Processor:
 
         Gives the intermediate snapshot, still to be prepared.
         """
+        # Nothing is cut while another snapshot is still to be prepared.
+        self._lost.clear()
         self.snapshots.add(instant, volume_ids)
         if volume_ids is None:
             self.clock.epoch = instant + 1
@@ -334,7 +350,7 @@ class Processor:
     ) -> int:
         """Make everything of before the cut durable, with the intermediate snapshot.
 
-        Gives the nanoseconds for which that kept all else from running.
+        Gives the nanoseconds for which that kept all else from running. Raises what :meth:`commit` does.
         """
         if volume_ids is None:
             portions: Iterable[Portion] = self.portions.values()
@@ -413,9 +429,7 @@ class Processor:
             catalog_generation = store.catalog_generation
         commit = _Commit(rows, [], catalog_generation)
         chosen = list(self.portions.values()) if portions is None else list(portions)
-        for portion in chosen:
-            if portion.failure is not None and portion.last_instant == NEVER:
-                raise type(portion.failure)(portion.failure.reason, portion.failure.fix)
+        self._check_synced(chosen, rows.intermediates)
         try:
             self._take_changes(commit, chosen)
             if rows:
@@ -426,6 +440,19 @@ class Processor:
             self._fail_commit(commit, error, None)
             raise
         return commit
+
+    def _check_synced(self, portions: Iterable[Portion], intermediates: Iterable[IntermediateRow]) -> None:
+        """Raises SyncFailedError when what is to be committed could not be synced.
+
+        Of a removed volume that matters to a snapshot alone that was cut before, also when it is forgotten by now.
+        """
+        needed_at = min((one.instant for one in intermediates), default=NEVER)
+        failures = [one.failure for one in portions if one.failure is not None and one.last_instant >= needed_at]
+        for volume_id, (last_instant, failure) in self._lost.items():
+            if last_instant >= needed_at and self.snapshots.holds(volume_id, needed_at, needed_at):
+                failures.append(failure)
+        for failure in failures:
+            raise type(failure)(failure.reason, failure.fix)
 
     def _take_changes(self, commit: _Commit, portions: list[Portion]) -> None:
         rows = commit.batch

@@ -226,9 +226,9 @@ async def _drop(one: _Unneeded) -> None:
 
 
 async def _idle_logs(processor: Processor) -> list[ChangeLog]:
-    """Empty logs that no older snapshot refers to as its change log. Nothing is written to them any more."""
+    """Empty logs that are no snapshot's change log: none was made since the one before. Nothing is written to them."""
     rows = await processor.access.ask(processor.access.store.empty_logs)
-    unneeded = [row for row in rows if not processor.snapshots.holds(row.volume_id, 0, row.epoch - 1)]
+    unneeded = [row for row, before in rows if not processor.snapshots.holds(row.volume_id, before, row.epoch - 1)]
     logs = [processor.logs.known.get(row.log_id) or processor.logs.made_of(row) for row in unneeded]
     return [log for log in logs if log.is_idle]
 
@@ -283,7 +283,9 @@ async def dismantle_volume(
     before the removal; all else is freed.
     """
     portion = processor.portions.get(volume_id)
-    is_held = processor.snapshots.holds(volume_id, 0, last_instant)
+    is_held = processor.snapshots.holds(
+        volume_id, await _first_instant(processor, volume_id, last_instant), last_instant
+    )
     if not is_held and len(processor.traits.family_of(volume_id)) == 1:
         await _forget(processor, volume_id)
         return
@@ -302,7 +304,41 @@ async def dismantle_volume(
         await rest()
     processor.tally.drop(volume_id)
     await processor.commit([], ShardBatch(dropped_portions=[volume_id]))
+    if portion is not None:
+        processor.let_go(portion)
+    if volume_id in processor.unsettled_ids:
+        await _settle_lost(processor, volume_id)
     processor.wake()
+
+
+async def _first_instant(processor: Processor, volume_id: VolumeId, last_instant: int) -> int:
+    """Before which instants nothing of a removed volume was here: a snapshot from then holds nothing of it."""
+    if volume_id in processor.traits.rows:
+        # What it inherits, or is written over, was there before.
+        return 0
+    stored = await processor.access.ask(processor.access.store.first_epoch, volume_id)
+    known = [log.epoch for log in processor.logs.known.values() if log.volume_id == volume_id]
+    return min([*known, last_instant + 1] if stored is None else [*known, stored])
+
+
+async def _settle_lost(processor: Processor, volume_id: VolumeId) -> None:
+    """Of a volume whose sync failed, once it is taken apart: forget what was written to its logs and never stored."""
+    with trio.CancelScope(shield=True):
+        async with processor.access.commit_lock:
+            rows = await processor.access.ask(processor.access.store.logs_of, volume_id)
+            stored = {row.log_id: row for row in rows}
+            known = [one for one in processor.logs.known.values() if one.volume_id == volume_id]
+            unstored = [log for log in known if log.log_id not in stored]
+            processor.logs.release_quota(log.row() for log in unstored)
+            await processor.remove_logs(unstored)
+            for log in known:
+                if log.log_id in stored:
+                    log.add_blocks(stored[log.log_id].block_count - log.block_count)
+            # In their files lies more than maps name.
+            suspect = [row._replace(sealed=2) for row in rows if row.block_count and row.kind == CHANGE_LOG]
+            await processor.commit_locked([], ShardBatch(logs=suspect))
+            await processor.remove_logs([log for log in known if log.log_id in stored and not log.block_count])
+    processor.unsettled_ids.discard(volume_id)
 
 
 async def _note_removal(processor: Processor, volume_id: VolumeId, last_instant: int) -> None:

@@ -109,6 +109,8 @@ class Sealer:
         for processor in self._processors:
             is_complete &= await seal_logs(processor, rest, self._note_failure)
         for start in range(0, len(waiting), _SEALED_AT_ONCE):
+            if any(one.is_short for one in self._processors):
+                return False
             self._is_behind = len(waiting) - start > _WAITING_MAX
             await self._seal_lot(waiting[start : start + _SEALED_AT_ONCE], rest)
         return is_complete and not self.waiting()

@@ -19,7 +19,7 @@ from .blockmasks import mask_runs, objects_with_data
 from .checksums import ObjectSums, SumsMaker
 from .contenthash import ContentHash, element_of
 from .cowportion import CowPortion
-from .errors import SnapfsError
+from .errors import NoSpaceError, SnapfsError
 from .formats import ContentRow, LogRow, ShardBatch, SumsRow
 from .geometry import BLOCK_SHIFT, BLOCKS_PER_OBJECT, OBJECT_SHIFT, LogId, VolumeId
 from .objectdigests import ObjectDigests
@@ -64,6 +64,7 @@ class _Lot:
         """Keep the checksums so far, when there are many."""
         if self.block_count < _STEP_BLOCKS and len(self.batch.sums) < _BATCH:
             return
+        _check_room(processor)
         taken, self.batch, self.block_count = self.batch, ShardBatch(), 0
         self.is_lost = True
         await processor.commit([], taken)
@@ -78,6 +79,8 @@ async def seal_logs(processor: Processor, pace: Pace = at_full_pace, on_failure:
     is_complete = True
     lot = _Lot()
     for row in await processor.access.ask(processor.access.store.unsummed_logs):
+        if processor.is_short:
+            return False
         with trio.CancelScope(shield=True):
             async with processor.access.commit_lock:
                 state = _is_closed(processor, row)
@@ -184,11 +187,18 @@ async def _note_summed(processor: Processor, lot: _Lot, on_failure: OnFailure) -
     """
     if lot.rows:
         try:
+            _check_room(processor)
             await _keep_sums(processor, lot)
         except (OSError, SnapfsError) as error:
             on_failure(f"change logs of processor {processor.index}", error)
             return False
     return True
+
+
+def _check_room(processor: Processor) -> None:
+    """Raises NoSpaceError while the reserve is given up: deleting needs it more than checksums do."""
+    if processor.is_short:
+        raise NoSpaceError("what room is left is kept for deleting", "Delete snapshots or free space")
 
 
 async def _keep_sums(processor: Processor, lot: _Lot) -> None:

@@ -40,13 +40,13 @@ class ShardAccess:
 
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Run a blocking call in a thread. It is not cancelled halfway."""
-        with self._pending.running(self.where, call):
-            return await in_thread(call, *args, limiter=self._limiter)
+        with self._pending.running(self.where, call) as one:
+            return await in_thread(one.run, call, *args, limiter=self._limiter)
 
     async def read_in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Like :meth:`in_thread`, for reads of which many run at once."""
-        with self._pending.running(self.where, call):
-            return await self._readers.run(call, *args)
+        with self._pending.running(self.where, call) as one:
+            return await self._readers.run(one.run, call, *args)
 
     @property
     def is_stuck(self) -> bool:

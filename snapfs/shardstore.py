@@ -327,9 +327,20 @@ class ShardStore:
         rows = self.database.rows("SELECT * FROM logs WHERE volume_id = ? ORDER BY epoch, log_id", (volume_id,))
         return [LogRow(*row) for row in rows]
 
-    def empty_logs(self) -> list[LogRow]:
-        """Logs in which nothing is named any more."""
-        return [LogRow(*row) for row in self.database.rows("SELECT * FROM logs WHERE block_count = 0 AND kind = 0")]
+    def empty_logs(self) -> list[tuple[LogRow, int]]:
+        """Logs in which nothing is named any more, each with the epoch of its volume's log before it, 0 for none."""
+        rows = self.database.rows(
+            "SELECT coalesce((SELECT epoch FROM logs AS earlier WHERE earlier.volume_id = logs.volume_id"
+            " AND (earlier.epoch, earlier.log_id) < (logs.epoch, logs.log_id) AND earlier.kind = 0"
+            " ORDER BY earlier.epoch DESC, earlier.log_id DESC LIMIT 1), 0), *"
+            " FROM logs WHERE block_count = 0 AND kind = 0"
+        )
+        return [(LogRow(*row[1:]), row[0]) for row in rows]
+
+    def first_epoch(self, volume_id: VolumeId) -> int | None:
+        """The epoch of a volume's first change log; None when it has none."""
+        row = self.database.row("SELECT min(epoch) FROM logs WHERE volume_id = ? AND kind = 0", (volume_id,))
+        return None if row is None else row[0]
 
     def all_logs(self) -> list[LogRow]:
         """Every change log."""

@@ -10,6 +10,7 @@ the pool is opened.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ from .volumes import VolumeTable
 BeforeCut = Callable[[Sequence[Volume]], Awaitable[None]]
 ForgetName = Callable[[bytes], Awaitable[None]]
 _MEMBERS_KEPT = 8
+# For how long what is cut off a volume may keep a snapshot waiting.
+_CLEARING_S_MAX = 0.25
 
 
 async def nothing_before_cut(volumes: Sequence[Volume]) -> None:
@@ -195,41 +198,54 @@ class SnapshotTable:
         wish = _Wish(name, note, frozenset(check_tag(tag) for tag in hold_tags), schedule, guid)
         async with self.lock:
             self._check_free(name)
-            chosen = await self._flushed(volume_names)
+            # Until then what is being cut off is waited for.
+            clear_by = trio.current_time() + _CLEARING_S_MAX
+            chosen = await self._flushed(volume_names, clear_by)
             shown = None if volume_names is None else [show_name(one) for one in volume_names]
             hooks = self.hooks.concerning(shown) if with_hooks else []
             max_stall_s = None if max_stall_ms is None else max_stall_ms / 1e3
             async with self.hooks.frozen(hooks, show_name(name or b""), max_stall_s) as freeze:
                 if freeze.is_active:
-                    # What they wrote to hold still. The first flush left little else to write.
-                    chosen = await self._flushed(volume_names)
+                    # What they wrote to hold still. The first flush left little else to write. They are not kept
+                    # waiting for anything else.
+                    clear_by = -math.inf
+                    chosen = await self._flushed(volume_names, clear_by)
                 cut = None
                 while cut is None:
                     # Cancelled in between, it would be neither there nor not there.
                     with trio.CancelScope(shield=True):
                         async with self._volumes.lock:
                             freeze.check_now()
-                            if self._chosen(volume_names) == chosen:
+                            is_clear = trio.current_time() >= clear_by or not self._cut_short(chosen)
+                            if is_clear and self._chosen(volume_names) == chosen:
                                 cut = self._cut(wish, chosen)
                         if cut is not None:
                             cut.freeze, cut.max_stall_ms = freeze, max_stall_ms
                             made = await self._see_through(cut)
                     if cut is None:
-                        # A name stands for another volume by now, of which the kernel may have pages.
-                        chosen = await self._flushed(volume_names)
+                        # A name stands for another volume by now, of which the kernel may have pages; or one was cut.
+                        chosen = await self._flushed(volume_names, clear_by)
+                        # What cannot be cleared is not tried for ever.
+                        clear_by = -math.inf
         return made
 
-    async def _flushed(self, volume_names: Iterable[bytes] | None) -> list[Volume] | None:
-        """The volumes of these names, or None for all, of which the kernel has handed over what was written before."""
+    async def _flushed(self, volume_names: Iterable[bytes] | None, clear_by: float) -> list[Volume] | None:
+        """The volumes of these names, or None for all, of which the kernel has handed over what was written before.
+
+        What lies behind their sizes counts for the root: it is cleared, if that is done by then.
+        """
         chosen = self._chosen(volume_names)
         self._volumes.check_whole(self._volumes.by_name.values() if chosen is None else chosen)
         await self.before_cut(self._volumes.unsaved() if chosen is None else chosen)
-        for volume in list(self._volumes.by_name.values()) if chosen is None else chosen:
-            if volume.is_cut_short:
-                # What lies behind its size would count for the root. Where it cannot be cleared, it does.
+        with trio.move_on_at(clear_by):
+            for volume in self._cut_short(chosen):
                 with suppress(SnapfsError, OSError, MemoryError):
                     await volume.trim()
         return chosen
+
+    def _cut_short(self, chosen: Iterable[Volume] | None) -> list[Volume]:
+        volumes = self._volumes.by_name.values() if chosen is None else chosen
+        return [volume for volume in volumes if volume.is_cut_short]
 
     async def create_before(
         self,

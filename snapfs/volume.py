@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 import trio
@@ -14,7 +14,7 @@ from .backends import Buffer
 from .blockmap import BlockMap
 from .catalogaccess import CatalogAccess
 from .closed import Closed
-from .errors import DamagedError, SnapfsError, SyncFailedError, TooLargeError
+from .errors import BusyVolumeError, DamagedError, SnapfsError, SyncFailedError, TooLargeError
 from .formats import COPY_ON_WRITE, Attributes, VersionRow, VolumeRow
 from .geometry import (
     BLOCK_SHIFT,
@@ -145,7 +145,8 @@ class VolumeView(ABC):
 class Volume(VolumeView):
     """A live volume.
 
-    ``opens`` counts who has it open; portions are in memory while it is above zero.
+    ``opens`` counts who has it open; portions are in memory while it is above zero. ``when_unused`` is told of each
+    last :meth:`close`, also that of trimming.
     ``failed_write_count`` counts the writes that whoever serves them had to refuse, ``request_count`` the requests
     under way that wait for something: the kernel may hold the file's lock for each.
     ``last_instant`` is NEVER until it is removed, then the last that can hold it.
@@ -166,8 +167,10 @@ class Volume(VolumeView):
         traits: TraitsTable,
         is_saved: bool,
         needs_trim: bool = False,
+        when_unused: Callable[[Volume], None] = lambda volume: None,
     ) -> None:
         super().__init__(processors)
+        self._when_unused = when_unused
         self.file_id = traits.get(row.volume_id).file_id
         self.last_instant = NEVER
         self.opens = 0
@@ -176,6 +179,7 @@ class Volume(VolumeView):
         # Who waits for it only to have it stop: what is cleared is not waited for to its end.
         self._waiting_count = 0
         self._shrink_count = 0
+        self._replaced_count = 0
         self.failed_write_count = 0
         self.request_count = 0
         self._between: Closed | None = None
@@ -291,10 +295,11 @@ class Volume(VolumeView):
             between, self._between = self._between, None
             if between is not None:
                 between.open()
-                return
-            for processor, portion in zip(self.processors, portions, strict=True):
+                portions = []
+            for processor, portion in zip(self.processors, portions, strict=False):
                 portion.users -= 1
                 processor.let_go(portion)
+            self._when_unused(self)
 
     @contextmanager
     def requested(self) -> Iterator[None]:
@@ -353,6 +358,7 @@ class Volume(VolumeView):
         self.versions.clear()
         # A sync under way is of the old contents, and says nothing of these.
         self._shrink_count += 1
+        self._replaced_count += 1
 
     def become(self, row: VolumeRow) -> None:
         """Be the volume of another row, which is saved."""
@@ -366,6 +372,7 @@ class Volume(VolumeView):
         self.before_change()
         self.size_bytes = self._synced_size_bytes = attributes.size_bytes
         self._shrink_count += 1
+        self._replaced_count += 1
         self._trim = _TRIM_DUE
         self.mode, self.uid, self.gid = attributes.mode, attributes.uid, attributes.gid
         self.atime_ns, self.mtime_ns = attributes.atime_ns, attributes.mtime_ns
@@ -682,30 +689,56 @@ class Volume(VolumeView):
                 self._shrink_count += 1
                 raise
 
-    async def discard(self, offset: int, length: int) -> int:
+    async def discard(self, offset: int, length: int) -> AsyncGenerator[int]:
         """Have a range read as zeros, up to the end at most: whole blocks become holes, the rest is written over.
 
-        Gives the bytes in blocks that became holes. Needs the caller to keep cuts and truncates out.
+        Lot by lot, each of which gives the bytes in blocks that became holes. Needs the caller to keep cuts and
+        truncates out of each lot. Raises BusyVolumeError when there was a rollback between two.
         """
         await self.wait_until_open()
-        end = min(offset + length, self.size_bytes)
-        before = self.block_count
+        replaced_count = self._replaced_count
         self.open()
         try:
-            first_whole, end_whole = -(-offset >> OBJECT_SHIFT), end >> OBJECT_SHIFT
-            if end_whole - first_whole <= _TRIM_BATCH:
-                await self._discard_all_of(offset, end)
-            else:
-                await self._discard_all_of(offset, first_whole << OBJECT_SHIFT)
-                for processor, portion in list(zip(self.processors, self.portions, strict=True)):
-                    await self._discard_objects(processor, portion, first_whole, end_whole)
-                await self._discard_all_of(end_whole << OBJECT_SHIFT, end)
+            async with aclosing(self._discard_lots(offset, offset + length)) as lots:
+                has_more = True
+                while has_more:
+                    if self._replaced_count != replaced_count:
+                        raise BusyVolumeError(
+                            f"volume {show_name(self.name)!r} was rolled back meanwhile",
+                            "A part of what it held before was discarded; discard again what is to be",
+                        )
+                    before = self.block_count
+                    try:
+                        has_more = await anext(lots)
+                    finally:
+                        # Also when it stopped halfway.
+                        self.before_change()
+                        self.mtime_ns = self.ctime_ns = time.time_ns()
+                    yield max(0, before - self.block_count) * BLOCK_SIZE
         finally:
             self.close()
-            # Also when it stopped halfway.
-            self.before_change()
-            self.mtime_ns = self.ctime_ns = time.time_ns()
-        return max(0, before - self.block_count) * BLOCK_SIZE
+
+    async def _discard_lots(self, offset: int, wanted_end: int) -> AsyncGenerator[bool]:
+        """Discards lot by lot; gives for each whether there are more. Between two the volume may be cut."""
+        end = min(wanted_end, self.size_bytes)
+        first_whole, end_whole = -(-offset >> OBJECT_SHIFT), end >> OBJECT_SHIFT
+        if end_whole - first_whole <= _TRIM_BATCH:
+            await self._discard_all_of(offset, end)
+            yield False
+            return
+        await self._discard_all_of(offset, first_whole << OBJECT_SHIFT)
+        for processor, portion in list(zip(self.processors, self.portions, strict=True)):
+            from_object: int | None = first_whole
+            while from_object is not None and from_object < end_whole:
+                # Of a sparse volume of terabytes there are few that have blocks.
+                objects, from_object = await self._some_objects(processor, portion, from_object)
+                for object_index in objects:
+                    if object_index < end_whole:
+                        start = object_index << OBJECT_SHIFT
+                        await self._discard_all_of(start, start + OBJECT_SIZE)
+                yield True
+        await self._discard_all_of(end_whole << OBJECT_SHIFT, min(end, self.size_bytes))
+        yield False
 
     async def _discard_all_of(self, offset: int, end: int) -> None:
         position = offset
@@ -721,15 +754,6 @@ class Volume(VolumeView):
             if last_inside > last * BLOCK_SIZE >= aligned:
                 await self.write(stop - (last_inside - last * BLOCK_SIZE), bytes(last_inside - last * BLOCK_SIZE))
             position = stop
-
-    async def _discard_objects(self, processor: Processor, portion: Portion, first: int, end: int) -> None:
-        """Whole objects of one processor, those that have blocks: of a sparse volume of terabytes there are few."""
-        from_object: int | None = first
-        while from_object is not None and from_object < end:
-            objects, from_object = await self._some_objects(processor, portion, from_object)
-            for object_index in objects:
-                if object_index < end:
-                    await self._discard_all_of(object_index << OBJECT_SHIFT, (object_index + 1) << OBJECT_SHIFT)
 
     async def trim(self) -> None:
         """Clear what lies behind the size: zero the rest of its last block, unmap all after it.

@@ -11,12 +11,12 @@ import contextlib
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
 from .catalogaccess import CatalogAccess
-from .errors import ExistsError, NotFoundError, SnapfsError, UnfinishedError
+from .errors import DatabaseFullError, ExistsError, NotFoundError, SnapfsError, UnfinishedError
 from .folder import Folder
 from .formats import AttributeChange, Attributes, CatalogBatch, VersionRow, VolumeRow, VolumeTraits
 from .geometry import Epoch, VolumeId
@@ -28,8 +28,6 @@ from .tasks import Wakeup
 from .traits import TraitsTable
 from .units import check_name, show_name, storable_ns
 from .volume import Volume
-
-_CLOSING_CHECK_S = 0.1
 
 
 class VolumeTable:
@@ -84,6 +82,7 @@ class VolumeTable:
             traits=self.traits,
             is_saved=is_saved,
             needs_trim=needs_trim,
+            when_unused=self._note_unused,
         )
 
     def _add(self, volume: Volume) -> None:
@@ -123,25 +122,26 @@ class VolumeTable:
     def close(self, volume: Volume) -> None:
         """Undo one :meth:`open`. What was written is made durable soon; a removed volume is freed."""
         volume.close()
-        if volume.opens == 0:
-            self._open.pop(volume, None)
-            self._closings.unpark_all()
-            if volume.is_removed:
-                self._drop(volume)
-                self._reclaim_wakeup.set()
-            else:
-                self._unsaved[volume] = None
+
+    def _note_unused(self, volume: Volume) -> None:
+        """Nobody has a volume open any more, nor is it being trimmed."""
+        self._open.pop(volume, None)
+        self._closings.unpark_all()
+        if volume.is_removed:
+            self._drop(volume)
+            self._reclaim_wakeup.set()
+        else:
+            self._unsaved[volume] = None
 
     async def wait_until_closed(self, volume: Volume) -> None:
         """Wait until nobody has a volume open."""
         while volume.opens:
-            # Trimming, which has it open, ends without a word; so do truncates, but for these it is looked again.
+            # Trimming, which has it open, stops halfway for that.
             async with volume.kept_from_trimming():
                 pass
             if not volume.opens:
                 return
-            with trio.move_on_after(_CLOSING_CHECK_S):
-                await self._closings.park()
+            await self._closings.park()
 
     def _drop(self, volume: Volume) -> None:
         self.by_id.pop(volume.volume_id, None)
@@ -162,7 +162,10 @@ class VolumeTable:
         return [volume for volume in self._open | self._unsaved if not volume.is_removed]
 
     async def sync_all(self) -> None:
-        """Make all volumes durable. Raises the first error, when all that can be is done."""
+        """Make all volumes durable. Raises the first error, when all that can be is done.
+
+        For want of room before any other: against that there may be a remedy, and then it is tried again.
+        """
 
         async def sync(volume: Volume) -> None:
             await volume.sync()
@@ -177,7 +180,7 @@ class VolumeTable:
             except (SnapfsError, OSError) as error:
                 errors.append(error)
         if errors:
-            raise errors[0]
+            raise next((one for one in errors if isinstance(one, DatabaseFullError)), errors[0])
 
     # -- names -------------------------------------------------------------------------------
 
@@ -369,8 +372,7 @@ class VolumeTable:
                 portion.last_instant = volume.last_instant
         if volume.opens == 0:
             self._drop(volume)
-        # Also while it is being trimmed, after which nobody tells that it is not open any more.
-        self._reclaim_wakeup.set()
+            self._reclaim_wakeup.set()
 
     @property
     def removed_unused_count(self) -> int:
@@ -465,14 +467,24 @@ class VolumeTable:
             await volume.fit()
 
     async def discard(self, volume: Volume, offset: int, length: int) -> int:
-        """Have a range of a volume read as zeros; bytes that take no space any more. Durable at the next sync."""
+        """Have a range of a volume read as zeros; bytes that take no space any more. Durable at the next sync.
+
+        A snapshot may be made, and others' changes may come, between any two lots of objects. Raises BusyVolumeError
+        when the volume is rolled back meanwhile.
+        """
         await self._until_answering(volume)
-        async with self.lock:
-            _check_used(volume)
-            freed_bytes = await volume.discard(offset, length)
-            if not volume.is_removed:
-                self._unsaved[volume] = None
-            return freed_bytes
+        freed_bytes = 0
+        async with aclosing(volume.discard(offset, length)) as lots:
+            while True:
+                # Of a large one not the whole: all other volumes need the lock.
+                async with self.lock:
+                    _check_used(volume)
+                    freed_in_lot = await anext(lots, None)
+                    if not volume.is_removed:
+                        self._unsaved[volume] = None
+                if freed_in_lot is None:
+                    return freed_bytes
+                freed_bytes += freed_in_lot
 
     async def truncate(self, volume: Volume, size_bytes: int) -> None:
         """Set a volume's size; see :meth:`Volume.truncate`. What is cut off is freed when this returns, or waits."""

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from snapfs.errors import (
     SyncFailedError,
 )
 from snapfs.formats import COPY_ON_WRITE, LEFTOVERS_FROM, REDIRECT, AttributeChange
+from snapfs.freeze import Freeze
 from snapfs.fuse.command import CommandContext
 from snapfs.fuse.control import run_line
 from snapfs.making import VolumeWish
@@ -39,7 +41,7 @@ from snapfs.portion import Portion
 from snapfs.processor import Processor
 from snapfs.schedule import make_schedule
 from snapfs.tasks import Wakeup, in_thread
-from snapfs.volume import Volume
+from snapfs.volume import _TRIM_DUE, Volume
 
 from .conftest import invoke
 from .harness import World, in_memory, open_until_power_is_lost, open_world, read_snapshot, read_volume, without_threads
@@ -144,7 +146,7 @@ async def test_what_waited_while_its_volume_was_removed_leaves_snapshots_alone(c
         if change_mode == COPY_ON_WRITE:
             # Even so: its source is its snapshots' alone.
             with pytest.raises(NotFoundError):
-                await volume.discard(0, 40 * BLOCK)
+                await anext(volume.discard(0, 40 * BLOCK))
         assert await read_snapshot(pool, snapshot, b"v") == data
     async with open_world(world) as pool:
         assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == data
@@ -766,3 +768,211 @@ async def test_what_was_stopped_for_nobody_is_cleared_all_the_same() -> None:
                 await trio.sleep(1)
         assert volume.block_count == 1
         pool.volumes.close(volume)
+
+
+@pytest.mark.parametrize("who", ["truncate", "snapshot"])
+async def test_a_volume_that_is_removed_while_it_is_cleared_is_taken_apart_then(
+    monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    world = World(1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, noise(1024))
+        await pool.snapshots.create(b"s")
+        if who == "snapshot":
+            # What a clone inherits behind its size is still to be cleared.
+            await pool.clones.clone(b"s", b"v", b"c")
+        name = b"c" if who == "snapshot" else b"v"
+        await pool.reclaimer.reclaim_all()
+        volume = pool.volumes.get(name)
+        if who == "snapshot":
+            volume._trim = _TRIM_DUE
+        held = hold_clearing_of(name, monkeypatch)
+        async with trio.open_nursery() as nursery:
+            if who == "snapshot":
+                nursery.start_soon(pool.snapshots.create, b"s1")
+            else:
+                nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+            await held.entered.wait()
+            await pool.volumes.remove(name)
+            await trio.testing.wait_all_tasks_blocked()
+            held.go_on.set()
+        with trio.fail_after(30):
+            while pool.volumes.removed:
+                await trio.sleep(0.01)
+        assert volume not in pool.volumes._open
+    world.check_clean()
+
+
+async def test_a_snapshot_waits_only_so_long_for_what_is_being_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, noise(1024))
+        volume = pool.volumes.get(b"v")
+        held = hold_clearing_of(b"v", monkeypatch)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+            await held.entered.wait()
+            began_s = trio.current_time()
+            await pool.snapshots.create(b"s")
+            assert trio.current_time() - began_s < 1
+            held.go_on.set()
+        assert len(await read_snapshot(pool, pool.snapshots.get(b"s"), b"v")) == BLOCK
+    world.check_clean()
+
+
+class Still(Freeze):
+    """Applications that hold still for as long as one likes."""
+
+    def check_now(self) -> None:
+        """They do."""
+
+    def thaw_now(self) -> None:
+        """They may go on."""
+
+    async def end(self) -> None:
+        """They have."""
+
+
+async def test_what_is_being_cut_off_keeps_no_application_frozen(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A hook holds it still; another program cuts a file meanwhile."""
+    world = World(2)
+    with without_threads(1):
+        async with open_world(world) as pool:
+            await pool.volumes.create(b"v")
+            await put(pool, b"v", 0, noise(1024))
+            volume = pool.volumes.get(b"v")
+            held = hold_clearing_of(b"v", monkeypatch)
+            async with trio.open_nursery() as nursery:
+
+                @asynccontextmanager
+                async def frozen(*args: object) -> AsyncIterator[Freeze]:
+                    nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+                    await held.entered.wait()
+                    still = Still([], {}, None, None, pool.events, set())
+                    still.is_active = True
+                    yield still
+
+                monkeypatch.setattr(pool.hooks, "frozen", frozen)
+                began_s = trio.current_time()
+                await pool.snapshots.create(b"s")
+                assert trio.current_time() == began_s
+                held.go_on.set()
+    world.check_clean()
+
+
+async def test_a_cut_just_before_a_snapshot_does_not_count_for_its_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the snapshot has looked for such, and has the lock before it."""
+    roots = []
+    for is_late in (False, True):
+        world = World(2)
+        async with open_world(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            for index in range(20):
+                await put(pool, b"v", index * OBJECT, noise(2, index))
+            async with trio.open_nursery() as nursery:
+                flushed = pool.snapshots._flushed
+
+                async def late(*args: object, pool: Pool = pool, volume: Volume = volume) -> object:
+                    chosen = await flushed(*args)  # type: ignore[arg-type]  # noqa: B023
+                    if not volume.is_cut_short and volume.size_bytes > BLOCK:
+                        nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
+                        while not pool.volumes.lock.locked():
+                            await trio.lowlevel.checkpoint()
+                    return chosen
+
+                if is_late:
+                    monkeypatch.setattr(pool.snapshots, "_flushed", late)
+                else:
+                    await pool.volumes.truncate(volume, BLOCK)
+                snapshot = await pool.snapshots.create(b"s")
+            assert await read_snapshot(pool, snapshot, b"v") == noise(1, 0)[:BLOCK] or is_late
+            assert await pool.sealer.seal_all()
+            roots.append(snapshot.root)
+        world.check_clean()
+    assert roots[0] == roots[1]
+
+
+async def test_others_have_their_turns_while_much_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapfs.volume._TRIM_BATCH", 4)
+    world = World(2)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        other = await pool.volumes.create(b"other")
+        for index in range(40):
+            await put(pool, b"v", index * OBJECT, noise(2, index))
+        await put(pool, b"v", 40 * OBJECT, noise(1))
+        held, discard_all_of = Held(), Volume._discard_all_of
+        count = 0
+
+        async def slowly(one: Volume, offset: int, end: int) -> None:
+            nonlocal count
+            count += 1
+            if count == 12:
+                await held.wait()
+            await discard_all_of(one, offset, end)
+
+        monkeypatch.setattr(Volume, "_discard_all_of", slowly)
+        freed: list[int] = []
+        came: list[str] = []
+        async with trio.open_nursery() as nursery:
+
+            async def discard() -> None:
+                freed.append(await pool.volumes.discard(volume, 100, 40 * OBJECT))
+                came.append("discard")
+
+            async def cut() -> None:
+                await pool.volumes.truncate(other, 7)
+                await pool.volumes.truncate(volume, 30 * OBJECT + 5)
+                came.append("cut")
+
+            nursery.start_soon(discard)
+            await held.entered.wait()
+            nursery.start_soon(cut)
+            await trio.testing.wait_all_tasks_blocked()
+            held.go_on.set()
+        assert came == ["cut", "discard"]
+        # The cut came between: nothing is written behind it.
+        assert volume.size_bytes == 30 * OBJECT + 5
+        assert bytes(await read_volume(pool, b"v")) == noise(1, 0)[:100] + bytes(30 * OBJECT + 5 - 100)
+    world.check_clean()
+
+
+async def test_a_rollback_amid_a_discard_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapfs.volume._TRIM_BATCH", 4)
+    world = World(2)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        for index in range(20):
+            await put(pool, b"v", index * OBJECT, noise(2, index))
+        await pool.snapshots.create(b"s")
+        held, discard_all_of = Held(), Volume._discard_all_of
+        count = 0
+
+        async def slowly(one: Volume, offset: int, end: int) -> None:
+            nonlocal count
+            count += 1
+            if count == 3:
+                await held.wait()
+            await discard_all_of(one, offset, end)
+
+        monkeypatch.setattr(Volume, "_discard_all_of", slowly)
+        async with trio.open_nursery() as nursery:
+
+            async def discard() -> None:
+                with pytest.raises(BusyVolumeError, match="rolled back"):
+                    await pool.volumes.discard(volume, 0, 20 * OBJECT)
+
+            nursery.start_soon(discard)
+            await held.entered.wait()
+            nursery.start_soon(partial(pool.clones.rollback, b"s", force=True))
+            await trio.testing.wait_all_tasks_blocked()
+            held.go_on.set()
+        found = await read_volume(pool, b"v")
+        assert b"".join(found[index * OBJECT : index * OBJECT + 2 * BLOCK] for index in range(20)) == b"".join(
+            noise(2, index) for index in range(20)
+        )
+    world.check_clean()

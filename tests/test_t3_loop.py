@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -9,7 +10,9 @@ import pytest
 import trio
 import trio.testing
 
+from snapfs.events import EventLog
 from snapfs.fuse.loop import REQUESTS_A_TURN, SessionLoop
+from snapfs.pending import PendingCalls
 
 
 @pytest.fixture
@@ -20,9 +23,9 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(end)
 
 
-@pytest.mark.parametrize("is_quiet", [True, False])
-async def test_a_request_that_comes_later_is_waited_for(pipe: tuple[int, int], is_quiet: bool) -> None:
-    loop = SessionLoop(lambda: is_quiet)
+@pytest.mark.parametrize("is_awaited", [True, False])
+async def test_a_request_that_comes_later_is_waited_for(pipe: tuple[int, int], is_awaited: bool) -> None:
+    loop = SessionLoop(lambda: is_awaited)
     has_come = trio.Event()
 
     async def wait() -> None:
@@ -36,27 +39,76 @@ async def test_a_request_that_comes_later_is_waited_for(pipe: tuple[int, int], i
         os.write(pipe[1], b"x")
 
 
-async def test_nobody_waits_awake_while_a_thread_is_at_work(pipe: tuple[int, int]) -> None:
-    polls = []
-    for is_quiet in (True, False):
-        loop = SessionLoop(lambda is_quiet=is_quiet: is_quiet)  # type: ignore[misc]
-        with trio.move_on_after(0):
-            await loop.lowlevel.wait_readable(pipe[0])
-        count = 0
+@pytest.mark.parametrize("answered_after", [0, 1, 3])
+async def test_nobody_waits_awake_any_longer_when_a_thread_has_an_answer(
+    pipe: tuple[int, int], answered_after: int
+) -> None:
+    count = 0
+    loop = SessionLoop(lambda: count >= answered_after)
+    with trio.move_on_after(0):
+        await loop.lowlevel.wait_readable(pipe[0])
+    count = 0
 
-        def poll(timeout_ms: int) -> list[tuple[int, int]]:
-            nonlocal count
-            count += 1
-            return []
+    def poll(timeout_ms: int) -> list[tuple[int, int]]:
+        nonlocal count
+        count += 1
+        assert count <= answered_after
+        return []
 
-        assert not loop.lowlevel._comes_soon(poll)
-        polls.append(count)
+    assert not loop.lowlevel._comes_soon(poll)
     has_processors = len(os.sched_getaffinity(0)) > 1
-    assert (polls[0] > 0) == has_processors and polls[1] == 0
+    assert count == (answered_after if has_processors else 0)
+
+
+async def test_requests_are_waited_for_awake_while_no_thread_has_an_answer(pipe: tuple[int, int]) -> None:
+    loop = SessionLoop(lambda: False)
+    polls = iter([[], [], [(0, 1)]])
+    assert loop.lowlevel._comes_soon(lambda _: next(polls)) == (len(os.sched_getaffinity(0)) > 1)
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+async def test_when_a_thread_has_an_answer_others_have_a_turn_at_each_request(
+    pipe: tuple[int, int], is_awaited: bool
+) -> None:
+    loop = SessionLoop(lambda: is_awaited)
+    os.write(pipe[1], b"x")
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(REQUESTS_A_TURN - 1):
+            await loop.lowlevel.wait_readable(pipe[0])
+        assert turns >= REQUESTS_A_TURN - 2 if is_awaited else not turns
+        nursery.cancel_scope.cancel()
+
+
+def test_an_answer_is_waited_for_from_when_the_thread_is_done_until_who_asked_goes_on() -> None:
+    calls = PendingCalls(EventLog())
+
+    def fail() -> None:
+        assert not calls.is_awaited()
+        raise OSError
+
+    for call in (lambda: 7, fail):
+        with calls.running("catalog", call) as one:
+            assert not calls.is_awaited()
+            with contextlib.suppress(OSError):
+                assert one.run(call) == 7
+            assert calls.is_awaited()
+        assert not calls.is_awaited()
+    # One that was left to itself says nothing when it comes to its end.
+    one.run(lambda: None)
+    assert not calls.is_awaited()
 
 
 async def test_others_get_their_turn_while_requests_come_without_end(pipe: tuple[int, int]) -> None:
-    loop = SessionLoop(lambda: True)
+    loop = SessionLoop(lambda: False)
     os.write(pipe[1], b"x")
     turns = 0
     done = False
@@ -76,7 +128,7 @@ async def test_others_get_their_turn_while_requests_come_without_end(pipe: tuple
 
 
 async def test_waiting_for_a_request_can_be_cancelled(pipe: tuple[int, int]) -> None:
-    loop = SessionLoop(lambda: True)
+    loop = SessionLoop(lambda: False)
     with trio.CancelScope() as scope:
         scope.cancel()
         await loop.lowlevel.wait_readable(pipe[0])

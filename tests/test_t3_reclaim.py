@@ -21,7 +21,7 @@ from snapfs.processor import Processor
 from snapfs.reclaim import Deleted, unheld_spans
 from snapfs.snapshotindex import NEVER, SnapshotIndex
 
-from .harness import Running, World, open_world, read_snapshot, read_volume
+from .harness import Running, World, everything_is_proven, open_world, read_snapshot, read_volume
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -380,3 +380,58 @@ async def test_a_copy_that_names_a_lost_log_is_not_dropped_unseen() -> None:
         await running.close()
     with pytest.raises(AssertionError, match="change log 1"):
         world.check()
+
+
+async def test_change_logs_of_files_that_come_and_go_do_not_stay_for_an_older_snapshot() -> None:
+    world = World(2)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await pool.snapshots.create(b"old")
+        for number in range(20):
+            await pool.volumes.create(b"short")
+            async with pool.volumes.opened(b"short") as volume:
+                await volume.write(0, b"x" * 5000)
+                await volume.write(OBJECT, b"y" * 5000)
+                await volume.sync()
+            if number == 10:
+                await pool.snapshots.create(b"meanwhile")
+            await pool.volumes.remove(b"short")
+        await pool.reclaimer.reclaim_all()
+        snapshot = pool.snapshots.get(b"meanwhile")
+        assert (await read_snapshot(pool, snapshot, b"short"))[OBJECT:] == b"y" * 5000
+        counts = [await one.access.ask(one.access.store.log_count) for one in pool.processors]
+        # Of the one that a snapshot holds: its data, and how much there was when it went.
+        assert max(counts) <= 2
+        members = await pool.snapshots.members(snapshot)
+        volume_id, _ = members.get(b"short")
+        assert members.block_counts[volume_id] == 4
+    world.check_clean()
+
+
+async def test_empty_change_logs_do_not_pile_up_under_an_old_snapshot() -> None:
+    """Snapshots come and go, and what each of them held alone is given back; the oldest stays."""
+    world = World(1)
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        async with pool.volumes.opened(b"v") as volume:
+            await volume.write(0, b"0" * 3 * BLOCK)
+            await pool.snapshots.create(b"old")
+            for number in range(30):
+                await volume.write(0, bytes([number + 1]) * BLOCK)
+                await pool.snapshots.create(b"s%d" % number)
+                if number == 20:
+                    await pool.volumes.truncate(pool.volumes.get(b"v"), 2 * BLOCK)
+                if number >= 3:
+                    await pool.snapshots.delete(b"s%d" % (number - 3))
+                    await pool.reclaimer.reclaim_all()
+            store = pool.processors[0].access.store
+            assert await pool.processors[0].access.ask(store.log_count) < 10
+            counts = {}
+            for name in (b"old", b"s27", b"s28", b"s29"):
+                snapshot = pool.snapshots.get(name)
+                members = await pool.snapshots.members(snapshot)
+                volume_id, _ = members.get(b"v")
+                counts[name] = members.block_counts[volume_id]
+            assert counts == {b"old": 3, b"s27": 2, b"s28": 2, b"s29": 2}
+            await everything_is_proven(pool)
+    world.check_clean()

@@ -207,3 +207,39 @@ async def test_a_full_change_log_volume_takes_nothing_of_the_reserve() -> None:
             await trio.sleep(60)
         assert not pool.reserve.is_spent and not pool.reserve.is_short
         await pool.volumes.create(b"w")
+
+
+async def test_checksums_do_not_take_the_room_that_deleting_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sealer has not come to what was written when the device is full and a deletion is given the reserve."""
+    monkeypatch.setattr(reserve, "_SHARE", 10)
+    world = World(1, make_device=lambda where, _: MemoryDevice(12 << 20 if where == "home" else None))
+    names = [b"s%d" % number for number in range(6)]
+    async with open_world(world) as pool:
+        async with pool.sealer._turn:
+            volume = await pool.volumes.create(b"v")
+            pool.volumes.open(volume)
+            blocks = noise(1024)
+            for index in range(56):
+                await volume.write(index * OBJECT, blocks)
+            for name in names:
+                await pool.snapshots.create(name)
+                await volume.write(int(name[1:]) * OBJECT, noise(1, 2))
+            await volume.sync()
+            fill(world)
+            await pool.snapshots.delete(names[0])
+            await pool.reclaimer.reclaim_all()
+            assert pool.reserve.is_short
+        free_bytes = world.home.space().free_bytes
+        assert not await pool.sealer.seal_all()
+        assert world.home.space().free_bytes == free_bytes
+        for name in names[1:]:
+            await pool.snapshots.delete(name)
+        await pool.reclaimer.reclaim_all()
+        in_memory(world.home).remove(FILLER)
+        await trio.sleep(2 * SYNC_PERIOD_S)
+        assert not pool.reserve.is_short
+        # From then on there is room for them.
+        await pool.snapshots.create(b"last")
+        assert await pool.sealer.seal_all()
+        pool.volumes.close(volume)
+    world.check_clean()

@@ -4,7 +4,7 @@ pyfuse3 takes one request per turn of trio's scheduler: a lock, an ``epoll_ctl``
 each of which costs as much as a small read. It looks up the event loop in its own module's ``trio``,
 which is how its asyncio support is switched on (``pyfuse3.asyncio.enable``). What stands there
 after :func:`enable` has trio's own names, polls the descriptor first without waiting, and yields
-to the scheduler only every 16th time in a row that a request was there already.
+to the scheduler only every 16th time in a row that a request was there already, or when a thread has an answer.
 
 A client that waits for each answer sends its next request a few microseconds after it, which is sooner than a process
 that sleeps is woken: so for as long as that goes well the next request is waited for awake, up to 30 µs. It doubled
@@ -66,13 +66,14 @@ class _Lock:
 
 
 class _LowLevel:
-    """Stands for ``trio.lowlevel``. ``may_spin``: nothing else has a use for the processor meanwhile."""
+    """Stands for ``trio.lowlevel``. ``is_awaited``: somebody else waits for a turn of the scheduler."""
 
     current_task = staticmethod(trio.lowlevel.current_task)
     current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
-    def __init__(self, may_spin: Callable[[], bool]) -> None:
+    def __init__(self, is_awaited: Callable[[], bool], *, may_spin: bool) -> None:
+        self._is_awaited = is_awaited
         self._may_spin = may_spin
         self._patience = Patience()
         self.session_fd: int | None = None
@@ -90,17 +91,20 @@ class _LowLevel:
             await trio.lowlevel.wait_readable(fd)
             return
         self._in_a_row += 1
-        if self._in_a_row >= REQUESTS_A_TURN:
+        if self._in_a_row >= REQUESTS_A_TURN or self._is_awaited():
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
 
     def _comes_soon(self, poll: Callable[[int], list[tuple[int, int]]]) -> bool:
-        if not self._may_spin() or not self._patience.is_worth_it():
+        if not self._may_spin or self._is_awaited() or not self._patience.is_worth_it():
             return False
         end_ns = time.perf_counter_ns() + SPIN_NS
         has_come = False
         while not has_come and time.perf_counter_ns() < end_ns:
             has_come = bool(poll(0))
+            if not has_come and self._is_awaited():
+                # That it was not waited for to the end says nothing of how it goes.
+                return False
         self._patience.note(has_come=has_come)
         return has_come
 
@@ -145,9 +149,8 @@ class SessionLoop:
     ClosedResourceError = trio.ClosedResourceError
     from_thread = trio.from_thread
 
-    def __init__(self, is_quiet: Callable[[], bool]) -> None:
-        has_processors = len(os.sched_getaffinity(0)) > 1
-        self.lowlevel = _LowLevel(is_quiet if has_processors else lambda: False)
+    def __init__(self, is_awaited: Callable[[], bool]) -> None:
+        self.lowlevel = _LowLevel(is_awaited, may_spin=len(os.sched_getaffinity(0)) > 1)
         self.failure: NoMemoryError | None = None
 
     @asynccontextmanager
@@ -182,11 +185,11 @@ class SessionLoop:
             os.close(null)
 
 
-def enable(is_quiet: Callable[[], bool] = lambda: True) -> SessionLoop:
+def enable(is_awaited: Callable[[], bool] = lambda: False) -> SessionLoop:
     """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``.
 
-    ``is_quiet``: no thread is at work, whose result would have to wait.
+    ``is_awaited``: a thread has an answer, for which somebody waits.
     """
-    loop = SessionLoop(is_quiet)
+    loop = SessionLoop(is_awaited)
     pyfuse3.trio = loop  # type: ignore[attr-defined]
     return loop
