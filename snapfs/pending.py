@@ -19,19 +19,22 @@ STUCK_S = 5.0
 
 @dataclass(slots=True)
 class PendingCall:
-    """A call under way. ``where`` is a processor or the catalog. ``is_answered``: its thread is done with it."""
+    """A call under way. ``where`` is a processor or the catalog. ``answered``: see :class:`PendingCalls`."""
 
     where: str
     call: Callable[..., object]
     started_s: float
-    is_answered: bool = False
+    number: int
+    answered: set[int]
+    is_over: bool = False
 
     def run(self, call: Callable[..., T], *args: object) -> T:
         """Run it in its thread."""
         try:
             return call(*args)
         finally:
-            self.is_answered = True
+            if not self.is_over:
+                self.answered.add(self.number)
 
     def told_at(self, now_s: float) -> dict[str, object]:
         """In words, with its age."""
@@ -40,13 +43,17 @@ class PendingCall:
 
 
 class PendingCalls:
-    """What is under way. ``now_s`` is a clock that never goes back."""
+    """What is under way. ``now_s`` is a clock that never goes back.
+
+    ``answered`` are the calls whose threads are done, but who waits for them has not had a turn since.
+    """
 
     def __init__(self, events: EventLog, now_s: Callable[[], float] = time.monotonic) -> None:
         self._events = events
         self.now_s = now_s
         self._calls: dict[int, PendingCall] = {}
         self._numbers = itertools.count()
+        self.answered: set[int] = set()
 
     @contextmanager
     def running(self, where: str, call: Callable[..., object]) -> Iterator[PendingCall]:
@@ -55,18 +62,16 @@ class PendingCalls:
         What the thread is given is the :meth:`PendingCall.run` of what this gives, with the call.
         """
         number = next(self._numbers)
-        one = self._calls[number] = PendingCall(where, call, self.now_s())
+        one = self._calls[number] = PendingCall(where, call, self.now_s(), number, self.answered)
         try:
             yield one
         finally:
+            one.is_over = True
+            self.answered.discard(number)
             del self._calls[number]
             now_s = self.now_s()
             if now_s - one.started_s >= STUCK_S:
                 self._events.note("was-stuck", logging.WARNING, **one.told_at(now_s))
-
-    def is_awaited(self) -> bool:
-        """Whether the answer of one is there, and who waits for it has not had a turn since."""
-        return bool(self._calls) and any(one.is_answered for one in self._calls.values())
 
     def stuck(self) -> list[dict[str, object]]:
         """Those that have been under way for STUCK_S or longer, the oldest first."""

@@ -19,7 +19,7 @@ import os
 import select
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -66,14 +66,14 @@ class _Lock:
 
 
 class _LowLevel:
-    """Stands for ``trio.lowlevel``. ``is_awaited``: somebody else waits for a turn of the scheduler."""
+    """Stands for ``trio.lowlevel``. ``answered`` is not empty while somebody else waits for a turn of the scheduler."""
 
     current_task = staticmethod(trio.lowlevel.current_task)
     current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
-    def __init__(self, is_awaited: Callable[[], bool], *, may_spin: bool) -> None:
-        self._is_awaited = is_awaited
+    def __init__(self, answered: Collection[object], *, may_spin: bool) -> None:
+        self._answered = answered
         self._may_spin = may_spin
         self._patience = Patience()
         self.session_fd: int | None = None
@@ -91,18 +91,18 @@ class _LowLevel:
             await trio.lowlevel.wait_readable(fd)
             return
         self._in_a_row += 1
-        if self._in_a_row >= REQUESTS_A_TURN or self._is_awaited():
+        if self._in_a_row >= REQUESTS_A_TURN or self._answered:
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
 
     def _comes_soon(self, poll: Callable[[int], list[tuple[int, int]]]) -> bool:
-        if not self._may_spin or self._is_awaited() or not self._patience.is_worth_it():
+        if not self._may_spin or self._answered or not self._patience.is_worth_it():
             return False
         end_ns = time.perf_counter_ns() + SPIN_NS
         has_come = False
         while not has_come and time.perf_counter_ns() < end_ns:
             has_come = bool(poll(0))
-            if not has_come and self._is_awaited():
+            if self._answered and not has_come:
                 # That it was not waited for to the end says nothing of how it goes.
                 return False
         self._patience.note(has_come=has_come)
@@ -149,8 +149,8 @@ class SessionLoop:
     ClosedResourceError = trio.ClosedResourceError
     from_thread = trio.from_thread
 
-    def __init__(self, is_awaited: Callable[[], bool]) -> None:
-        self.lowlevel = _LowLevel(is_awaited, may_spin=len(os.sched_getaffinity(0)) > 1)
+    def __init__(self, answered: Collection[object]) -> None:
+        self.lowlevel = _LowLevel(answered, may_spin=len(os.sched_getaffinity(0)) > 1)
         self.failure: NoMemoryError | None = None
 
     @asynccontextmanager
@@ -185,11 +185,11 @@ class SessionLoop:
             os.close(null)
 
 
-def enable(is_awaited: Callable[[], bool] = lambda: False) -> SessionLoop:
+def enable(answered: Collection[object] = ()) -> SessionLoop:
     """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``.
 
-    ``is_awaited``: a thread has an answer, for which somebody waits.
+    ``answered`` is what has an answer from a thread, for which somebody waits; looked at again and again.
     """
-    loop = SessionLoop(is_awaited)
+    loop = SessionLoop(answered)
     pyfuse3.trio = loop  # type: ignore[attr-defined]
     return loop
