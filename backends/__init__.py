@@ -4,7 +4,7 @@ A device is a flat store of named sparse files (:mod:`.base`). It knows nothing 
 objects or snapshots, and imports nothing of snapfs. Errors are plain :class:`OSError`.
 """
 
-from .base import Buffer, Device, DeviceFile, LockHolder, Space
+from .base import ANYBODY, Buffer, Device, DeviceFile, LockHolder, Space
 from .directory import DirectoryDevice, LocalImage, open_local_image
 from .faulty import FailNth, FaultyDevice
 from .memory import CrashPlan, MemoryDevice
@@ -12,6 +12,7 @@ from .readonly import AbsentDevice, ReadOnlyDevice
 from .recording import CrashImages, Journal, PowerCut, RecordingDevice, distinct_cuts, power_cuts
 
 __all__ = [
+    "ANYBODY",
     "AbsentDevice",
     "Buffer",
     "CrashImages",

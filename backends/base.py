@@ -7,12 +7,16 @@ contents are durable after :meth:`DeviceFile.sync`, names after :meth:`Device.sy
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Buffer = bytes | bytearray | memoryview
+# In place of a user: more than one of them.
+ANYBODY = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,24 @@ class Device(ABC):
     def local_path(self, name: str) -> str | None:
         """Path of the file in the host's filesystem, where there is such a thing."""
 
+    def foreign_uid(self, names: Iterable[str]) -> int | None:
+        """A user, other than root and whoever runs this, whose the device or one of these files is; None for none.
+
+        ANYBODY when others than its user may write to it.
+        """
+        return None
+
+    def make_private(self) -> None:
+        """Let nobody in but its user. Raises PermissionError when that is neither root nor whoever runs this."""
+        return
+
+    def has_open(self, name: str) -> bool:
+        """Whether this process has that very file open; True also where that cannot be told.
+
+        What opens a file by its path may have been led to another one.
+        """
+        return True
+
     @abstractmethod
     def close(self) -> None:
         """Release the device and its lock. Files opened from it stay open."""
@@ -183,9 +205,14 @@ class Device(ABC):
         aside = name + ".new"
         file = self.create(aside)
         try:
-            file.write(contents, 0)
-            file.sync()
-        finally:
-            file.close()
-        self.rename(aside, name)
+            try:
+                file.write(contents, 0)
+                file.sync()
+            finally:
+                file.close()
+            self.rename(aside, name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.remove(aside)
+            raise
         self.sync_names(name.rpartition("/")[0])

@@ -10,8 +10,9 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Iterable
 
-from .base import Buffer, Device, DeviceFile, LockHolder, Space
+from .base import ANYBODY, Buffer, Device, DeviceFile, LockHolder, Space
 
 # ext4 takes page cache folios as large as the write, and a later write of 4 KiB walks every block
 # of its folio: after 1 MiB writes 22,000 of them a second, after 128 KiB writes 47,000 (Linux 6.18).
@@ -192,16 +193,27 @@ def open_local_image(path: str, writable: bool, *, owner_uid: int | None = None)
     Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened;
     EPERM when it is not that user's, if one is given.
     """
-    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    # Only looked at: to open a tape drive or a watchdog does something.
+    found_fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        with contextlib.suppress(FileNotFoundError):
-            # Without proc mounted only a link in the last place is noticed.
-            if os.readlink(f"/proc/self/fd/{fd}") != path:
-                raise OSError(errno.ELOOP, "there is a symbolic link in its path")
-        if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
+        found = os.fstat(found_fd)
+        if stat.S_ISLNK(found.st_mode):
+            raise OSError(errno.ELOOP, "it is a symbolic link")
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
             raise OSError(errno.EINVAL, "it is neither a file nor a block device")
-        if owner_uid not in (None, os.fstat(fd).st_uid):
+        if owner_uid not in (None, found.st_uid):
             raise OSError(errno.EPERM, "it is not its pool's owner's")
+        try:
+            if os.readlink(f"/proc/self/fd/{found_fd}") != path:
+                raise OSError(errno.ELOOP, "there is a symbolic link in its path")
+            fd = os.open(f"/proc/self/fd/{found_fd}", flags)
+        except FileNotFoundError:
+            # Without proc mounted only a link in the last place is noticed.
+            fd = os.open(path, flags | os.O_NOFOLLOW)
+    finally:
+        os.close(found_fd)
+    try:
         image = LocalImage(fd)
         if stat.S_ISBLK(os.fstat(fd).st_mode) and not image.size():
             # A loop device that was detached is there, without a size; its zeros are nobody's.
@@ -292,18 +304,26 @@ def _opened(name: str, flags: int, folder_fd: int) -> int:
         return os.open(name, flags, dir_fd=folder_fd)
 
 
+def _owner_for_root(folder_fd: int) -> tuple[int, int] | None:
+    """User and group of a directory that is not root's, when root uses it; None else."""
+    found = os.fstat(folder_fd)
+    return (found.st_uid, found.st_gid) if os.geteuid() == 0 and found.st_uid != 0 else None
+
+
 class DirectoryDevice(Device):
     """Files below one directory.
 
     The directory must exist. It is held open, and everything is reached through descriptors
-    without following symbolic links, so nothing planted inside can lead out of it. One that is not
-    ``writable`` may lie on a filesystem that is not; its files are open for reading alone.
+    without following symbolic links, so nothing planted inside can lead out of it. ``uid`` is whose it is. One that is
+    not ``writable`` may lie on a filesystem that is not; its files are open for reading alone.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = True) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self._writable = writable
         self._folders: dict[str, int] = {"": os.open(self.path, _O_FOLDER & ~os.O_NOFOLLOW)}
+        self._owner = _owner_for_root(self._folders[""])
+        self.uid = os.fstat(self._folders[""]).st_uid
         self._lock_fd = -1
         # What is only read is not written to in order to see whether it answers.
         self.may_hang = writable
@@ -321,10 +341,14 @@ class DirectoryDevice(Device):
             raise OSError(errno.EBADF, "the device is closed", self.path)
         outer, _, last = folder.rpartition("/")
         outer_fd = self._folder(outer, create=create)
+        is_new = False
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(last, 0o700, dir_fd=outer_fd)
+                is_new = True
         fd = os.open(last, _O_FOLDER, dir_fd=outer_fd)
+        if is_new:
+            self._give_to_owner(fd)
         self._folders[folder] = fd
         return fd
 
@@ -340,10 +364,22 @@ class DirectoryDevice(Device):
         return DirectoryFile(fd)
 
     def create(self, name: str) -> DirectoryFile:
-        """See :meth:`Device.create`."""
+        """See :meth:`Device.create`. What is there goes: others may have put it there, and have it open."""
         folder, _, last = name.rpartition("/")
         folder_fd = self._folder(folder, create=True)
-        return DirectoryFile(os.open(last, _O_FILE | os.O_NOATIME | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder_fd))
+        flags = _O_FILE | os.O_NOATIME | os.O_CREAT | os.O_EXCL
+        try:
+            fd = os.open(last, flags, 0o600, dir_fd=folder_fd)
+        except FileExistsError:
+            os.unlink(last, dir_fd=folder_fd)
+            fd = os.open(last, flags, 0o600, dir_fd=folder_fd)
+        self._give_to_owner(fd)
+        return DirectoryFile(fd)
+
+    def _give_to_owner(self, fd: int) -> None:
+        """What root makes in another user's directory is that user's, as SQLite does it: they could not go on else."""
+        if self._owner is not None:
+            os.fchown(fd, *self._owner)
 
     def remove(self, name: str) -> None:
         """See :meth:`Device.remove`."""
@@ -403,6 +439,8 @@ class DirectoryDevice(Device):
             with contextlib.nullcontext() if self._writable else contextlib.suppress(FileNotFoundError):
                 fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
                 on_failure.callback(os.close, fd)
+                if self._writable:
+                    self._give_to_owner(fd)
             try:
                 self._lock_folder()
                 if fd >= 0:
@@ -433,6 +471,39 @@ class DirectoryDevice(Device):
             raise
         except OSError:
             return
+
+    def foreign_uid(self, names: Iterable[str]) -> int | None:
+        """See :meth:`Device.foreign_uid`; of what is open, whatever its path leads to by now."""
+        found = [os.fstat(self._folders[""])]
+        for name in names:
+            folder, _, last = name.rpartition("/")
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.stat(last, dir_fd=self._folder(folder), follow_symlinks=False))
+        for one in found:
+            if one.st_uid not in (0, os.geteuid()):
+                return one.st_uid
+        is_open = any(one.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for one in found)
+        return ANYBODY if is_open else None
+
+    def make_private(self) -> None:
+        """See :meth:`Device.make_private`."""
+        if self.uid not in (0, os.geteuid()):
+            raise PermissionError(errno.EPERM, f"it belongs to another user, {self.uid}", self.path)
+        os.fchmod(self._folders[""], 0o700)
+
+    def has_open(self, name: str) -> bool:
+        """See :meth:`Device.has_open`; by /proc/self/fd."""
+        folder, _, last = name.rpartition("/")
+        wanted = os.stat(last, dir_fd=self._folder(folder), follow_symlinks=False)
+        try:
+            numbers = os.listdir("/proc/self/fd")
+        except FileNotFoundError:
+            return True
+        for number in numbers:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(int(number)), wanted):
+                    return True
+        return False
 
     def local_path(self, name: str) -> str:
         """See :meth:`Device.local_path`."""

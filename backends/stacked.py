@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .base import Device, DeviceFile, Space
 
 
@@ -34,6 +36,10 @@ class StackedDevice(Device):
     def claim(self) -> None:
         """See :meth:`Device.claim`."""
         self.inner.claim()
+
+    def foreign_uid(self, names: Iterable[str]) -> int | None:
+        """See :meth:`Device.foreign_uid`."""
+        return self.inner.foreign_uid(names)
 
     def local_path(self, name: str) -> str | None:
         """See :meth:`Device.local_path`; none, so that nothing goes round this device."""

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -21,14 +21,17 @@ from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, Un
 from .events import EventLog
 from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor, told_key
 from .geometry import BLOCK_SHIFT
+from .ownership import OpenDevice
 from .placement import Placement, Quota
 from .processor import Processor
 from .tasks import Wakeup, in_thread
 from .traits import TraitsTable
 from .units import check_name, show_name
 
-OpenDevice = Callable[[str], Device]
 FULL_PERCENT = 95
+
+
+_LEFTOVERS = {DEVICE_FILE, f"{DEVICE_FILE}.new"}
 
 
 class ChangeLogVolumes:
@@ -153,7 +156,7 @@ class ChangeLogVolumes:
 
     def _prepare_device(self, path: str, device_id: int) -> Device:
         try:
-            if path and os.path.isdir(path) and os.listdir(path):
+            if path and os.path.isdir(path) and not set(os.listdir(path)) <= _LEFTOVERS:
                 raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
             device = self._open_device(path)
         except FileNotFoundError:
@@ -164,13 +167,22 @@ class ChangeLogVolumes:
             raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give an empty directory") from error
         try:
             claim_device(device, path)
-            if DEVICE_FILE in device.names(""):
+            if DEVICE_FILE in device.names("") and not self._is_left_over(device, path):
                 raise ExistsError(f"{path} is a device of a pool already", "Give an empty directory")
+            _make_private(device, path)
             device.write_file(DEVICE_FILE, DeviceDescriptor(self._pool_id, device_id).to_json())
         except BaseException:
             device.close()
             raise
         return device
+
+    def _is_left_over(self, device: Device, path: str) -> bool:
+        """Whether a directory was being made a device of this pool when that was cut off: the catalog has none such."""
+        try:
+            found = DeviceDescriptor.from_json(device.read_file(DEVICE_FILE), path)
+        except SnapfsError:
+            return False
+        return found.pool_id == self._pool_id and found.device_id not in self._devices
 
     def _note_generation(self, devices: Mapping[int, Device]) -> None:
         """Have new devices tell how new the pool's directory must be that knows them. Blocks."""
@@ -206,6 +218,15 @@ class ChangeLogVolumes:
             for device_id in device_ids:
                 _give_back(self._devices.pop(device_id))
         self._events.note("change-log-volume-removed", name=show_name(name))
+
+
+def _make_private(device: Device, path: str) -> None:
+    try:
+        device.make_private()
+    except OSError as error:
+        raise UnreadableError(
+            f"{path} cannot be used: {error.strerror}", "Give an empty directory of your own"
+        ) from error
 
 
 def _give_back(device: Device) -> None:

@@ -37,7 +37,8 @@ from .formats import (
     shard_file,
 )
 from .geometry import BLOCK_SHIFT, BLOCK_SIZE, OBJECT_SHIFT, VolumeId, log_offset, volume_size_bytes_max
-from .pool import OpenDevice, check_generations, open_devices, running_pool
+from .ownership import OpenDevice
+from .pool import check_generations, open_devices, running_pool
 from .repair import repair_running
 from .rowchecks import impossible_kinds, impossible_snapshots, impossible_versions, unreadable_rules
 from .shardstore import ShardStore

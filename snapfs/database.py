@@ -101,7 +101,10 @@ class Database:
             else:
                 self._connection = apsw.Connection(path, flags=flags)
             try:
+                # First of all: what it is led to is not to be changed. Then also what it reads beside it.
+                self._check_place(device, name, path)
                 self._prepare(create_schemas, tables)
+                self._check_place(device, f"{name}-wal", path)
             except BaseException:
                 self._connection.close(True)
                 raise
@@ -126,6 +129,19 @@ class Database:
         else:
             for wanted in ("1",) if tables is None else self._there(tables):
                 self._look_through(wanted)
+
+    def _check_place(self, device: Device, name: str, path: str | None) -> None:
+        """SQLite opens by path, which may lead to another one since the device was opened. Raises UnreadableError."""
+        if path is None:
+            return
+        try:
+            is_there = device.has_open(name)
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise UnreadableError(
+                f"{self.what} was exchanged for another while it was opened", "See who may rename the pool's directory"
+            )
 
     def _there(self, tables: Sequence[str]) -> list[str]:
         """Those that there are: the database may be of an earlier version."""

@@ -78,6 +78,12 @@ class ExistsError(SnapfsError):
     errno = errno.EEXIST
 
 
+class NotAllowedError(SnapfsError):
+    """Somebody asked a daemon who may not. Nothing was done."""
+
+    errno = errno.EACCES
+
+
 class ReadOnlyError(SnapfsError):
     """Something that would change a snapshot, or a pool opened for reading. Nothing was changed."""
 

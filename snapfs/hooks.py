@@ -15,6 +15,7 @@ from .events import EventLog
 from .formats import CatalogBatch
 from .freeze import PATH, Freeze
 from .hook import Hook
+from .ownership import words_for
 
 _ANCESTORS_MAX = 64
 
@@ -82,9 +83,9 @@ class HookTable:
         """
         if self._owner_uid is not None and (self._hooks or self._damaged):
             raise HookFailedError(
-                f"hooks are not run: the pool belongs to another user, {self._owner_uid}",
-                "No snapshot was made. Have that user mount it, give the pool's directory to root if you know what its"
-                " hooks run, or go without: --no-hooks (hooks=no)",
+                f"hooks are not run: {words_for(self._owner_uid)}",
+                "No snapshot was made. Have its owner mount it, give all of it to root alone if you know what its"
+                " hooks run (chown -R root, chmod 0700), or go without: --no-hooks (hooks=no)",
             )
         if self._damaged:
             raise HookFailedError(

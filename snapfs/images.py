@@ -219,7 +219,14 @@ def _pieces(file: IO[bytes], extents: Extents) -> Iterator[tuple[int, bytes]]:
     for offset, length in extents:
         done = 0
         while done < length:
-            data = os.pread(file.fileno(), min(_PIECE_BYTES, length - done), offset + done)
+            try:
+                data = os.pread(file.fileno(), min(_PIECE_BYTES, length - done), offset + done)
+            except OSError as error:
+                # Not the file that it is copied to, which would be named.
+                raise UnreadableError(
+                    f"what is to be copied cannot be read at byte {offset + done}: {error.strerror}",
+                    "Nothing was kept of the copy. See snapfs status, and snapfs check, for what is lost",
+                ) from error
             if not data:
                 raise UnreadableError("the file is shorter than it should be", "Check it, then try again")
             yield offset + done, data

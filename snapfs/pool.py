@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import cast
@@ -16,7 +17,7 @@ from typing import cast
 import trio
 
 from .affected import DamageTeller
-from .backends import Device, DirectoryDevice, Space, open_local_image
+from .backends import Device, Space, open_local_image
 from .catalog import Catalog
 from .catalogaccess import CatalogAccess
 from .changelogvolumes import ChangeLogVolumes
@@ -32,6 +33,7 @@ from .errors import (
     NoMemoryError,
     NoSpaceError,
     SnapfsError,
+    UnreadableError,
 )
 from .events import EventLog
 from .folder import Folder
@@ -55,13 +57,13 @@ from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .liveness import DeviceWatch, Room
 from .making import VolumeMaker
-from .ownership import image_opener, other_owner
+from .ownership import OpenDevice, device_opener, image_opener, other_owner
 from .pace import Demand
 from .pending import PendingCalls
 from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
-from .reserve import Reserve
+from .reserve import Reserve, make_room
 from .rowchecks import impossible_kinds
 from .scheduler import Scheduler
 from .sealer import Sealer
@@ -77,8 +79,6 @@ PROCESSOR_COUNT_DEFAULT = 4
 SYNC_PERIOD_S = 5.0
 _NOTE_S = 5.0
 _STARTED = "init.started"
-
-OpenDevice = Callable[[str], Device]
 
 
 def create_pool(
@@ -144,6 +144,18 @@ def _check_devices(home: Device, descriptor: PoolDescriptor, open_device: OpenDe
         return
     for device_id, path in cast("list[tuple[int, str]]", rows):
         open_device_of(descriptor, device_id, path, open_device).close()
+
+
+def _upgrade_descriptor(home: Device, where: str, descriptor: PoolDescriptor) -> None:
+    """Have a pool of an earlier version be one of this. Raises NoSpaceError, UnreadableError; then nothing changed."""
+    try:
+        make_room(home)
+        home.write_file(POOL_FILE, descriptor.to_json())
+    except OSError as error:
+        reason = f"the pool cannot be upgraded, for {where}/{POOL_FILE} cannot be written: {error.strerror}"
+        if error.errno == errno.ENOSPC:
+            raise NoSpaceError(reason, "Make room there; nothing was changed") from error
+        raise UnreadableError(reason, "Nothing was changed. Make it writable, or mount it with -o rescue") from error
 
 
 def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_device: OpenDevice) -> Device:
@@ -383,7 +395,7 @@ class Pool:
             _check_devices(home, descriptor, open_device)
             # First of all, so that no older snapfs opens databases of this version.
             descriptor = dataclasses.replace(descriptor, format_version=FORMAT_VERSION)
-            home.write_file(POOL_FILE, descriptor.to_json())
+            _upgrade_descriptor(home, where, descriptor)
         catalog = Catalog.open(home, descriptor.pool_id)
         stores: list[ShardStore] = []
         devices: dict[int, Device] = {}
@@ -605,15 +617,6 @@ async def running_pool(home: Device, where: str, open_device: OpenDevice, purpos
         home.close()
 
 
-def embedded_device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice:
-    """Opens devices by path; the empty path is the one inside the pool."""
-
-    def open_device(path: str) -> Device:
-        return DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER), writable=writable)
-
-    return open_device
-
-
 @asynccontextmanager
 async def open_pool(path: str | os.PathLike[str], purpose: str = "script") -> AsyncIterator[Pool]:
     """The pool in a directory, open and with its tasks running, until the block ends.
@@ -625,5 +628,5 @@ async def open_pool(path: str | os.PathLike[str], purpose: str = "script") -> As
     """
     where = os.fspath(path)
     home = open_home(where)
-    async with running_pool(home, where, embedded_device_opener(home), purpose) as pool:
+    async with running_pool(home, where, device_opener(home), purpose) as pool:
         yield pool

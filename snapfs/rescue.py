@@ -36,14 +36,12 @@ from .formats import (
     shard_file,
 )
 from .geometry import LogId, VolumeId
-from .ownership import image_opener
+from .ownership import OpenDevice, device_opener, image_opener
 from .placement import OpenImage
 from .pool import (
-    OpenDevice,
     Pool,
     check_catalog_generation,
     check_store_generation,
-    embedded_device_opener,
     open_device_of,
     wrong_generations,
 )
@@ -258,7 +256,7 @@ async def open_damaged_pool(path: str) -> AsyncIterator[Pool]:
     home = open_home(path, writable=False)
     open_image = image_opener(home)
     async with rescued_pool(
-        home, path, embedded_device_opener(home, writable=False), lambda path, writable: open_image(path, False)
+        home, path, device_opener(home, writable=False), lambda path, writable: open_image(path, False)
     ) as pool:
         yield pool
 

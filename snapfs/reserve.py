@@ -15,6 +15,8 @@ from .tasks import in_thread
 
 RESERVE_BYTES_MAX = 16 << 20
 _SHARE = 64
+# Schemas of a later version take a few pages of each database.
+_UPGRADE_BYTES = 4 << 20
 
 
 class Reserve:
@@ -70,16 +72,7 @@ class Reserve:
             file.close()
 
     def _spend(self) -> None:
-        try:
-            file = self._home.open(RESERVE_FILE)
-        except FileNotFoundError:
-            # Whoever removed it has given it up.
-            return
-        try:
-            file.truncate(0)
-            file.sync()
-        finally:
-            file.close()
+        _spend(self._home)
 
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that must go through; if it finds no room, run it once more with the reserve given up."""
@@ -126,6 +119,25 @@ class Reserve:
         # It may have been done by then; whoever asks again must not keep it from being known.
         await trio.lowlevel.checkpoint()
         await self.refill()
+
+
+def make_room(home: Device) -> None:
+    """Give the reserve of a pool up that is to be upgraded, if there is hardly any other room. Blocks."""
+    if home.space().free_bytes < _UPGRADE_BYTES:
+        _spend(home)
+
+
+def _spend(home: Device) -> None:
+    try:
+        file = home.open(RESERVE_FILE)
+    except FileNotFoundError:
+        # Whoever removed it has given it up.
+        return
+    try:
+        file.truncate(0)
+        file.sync()
+    finally:
+        file.close()
 
 
 def _full() -> NoSpaceError:

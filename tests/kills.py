@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from snapfs.check import check_pool
 from snapfs.descriptor import open_home
-from snapfs.pool import embedded_device_opener
+from snapfs.ownership import device_opener
 
 from .conftest import MEMORY, Mounted, clear_away, run, snapfs, wait_for_end
 
@@ -228,7 +228,7 @@ class Kills:
         if failures:
             raise failures[0]
         home = open_home(str(self.mounted.pool))
-        report = check_pool(home, str(self.mounted.pool), embedded_device_opener(home))
+        report = check_pool(home, str(self.mounted.pool), device_opener(home))
         home.close()
         assert report.is_clean, json.dumps(report.to_json())
         self.mounted.mount()

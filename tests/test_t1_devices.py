@@ -5,15 +5,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sqlite3
 import stat
 from pathlib import Path
+from typing import Any
 
+import apsw
 import pytest
 
-from snapfs.backends import CrashPlan, DirectoryDevice, FailNth, FaultyDevice, LockHolder, MemoryDevice
+from snapfs.backends import (
+    CrashPlan,
+    DirectoryDevice,
+    FailNth,
+    FaultyDevice,
+    LockHolder,
+    MemoryDevice,
+    open_local_image,
+)
 from snapfs.backends.conformance import check_device, check_lock
 from snapfs.database import Database
-from snapfs.errors import DamagedError, NoSpaceError
+from snapfs.errors import DamagedError, NoSpaceError, UnreadableError
 
 
 def fresh(folder: Path) -> DirectoryDevice:
@@ -213,3 +224,86 @@ def test_what_is_written_while_a_device_in_memory_syncs_is_for_the_next_sync() -
     assert 0 in node.durable_pages and 8 not in node.durable_pages and 8 in node.unsynced
     file.sync()
     assert 8 in node.durable_pages and not node.unsynced
+
+
+def test_a_file_that_others_put_there_is_not_written_to(tmp_path: Path) -> None:
+    """They may have it open, and would read what is written to the new one of that name."""
+    device = DirectoryDevice(tmp_path)
+    planted = tmp_path / "f"
+    planted.write_bytes(b"")
+    with open(planted, "rb") as reader:
+        file = device.create("f")
+        file.write(b"secret", 0)
+        assert reader.read() == b"" and planted.read_bytes() == b"secret"
+        file.close()
+    device.close()
+
+
+def test_a_database_that_is_exchanged_after_its_device_was_opened_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may rename the pool's directory has its path lead to another database when SQLite opens it."""
+    for name in ("pool", "other"):
+        (tmp_path / name).mkdir()
+        device = DirectoryDevice(tmp_path / name)
+        Database(device, "db", "the catalog", create_schemas=["CREATE TABLE t (a)"]).close()
+        device.close()
+    journals = sqlite3.connect(tmp_path / "other" / "db")
+    journals.execute("PRAGMA journal_mode=DELETE").fetchall()
+    journals.close()
+    before = (tmp_path / "other" / "db").read_bytes()
+    device = DirectoryDevice(tmp_path / "pool")
+    monkeypatch.setattr(device, "local_path", lambda name: str(tmp_path / "other" / name))
+    with pytest.raises(UnreadableError, match="exchanged"):
+        Database(device, "db", "the catalog")
+    assert (tmp_path / "other" / "db").read_bytes() == before
+    assert os.listdir(tmp_path / "other") == ["db"]
+    monkeypatch.undo()
+    # What SQLite reads beside it counts as well.
+    connect = apsw.Connection
+
+    def connect_and_exchange(path: str, **options: Any) -> apsw.Connection:
+        connection = connect(path, **options)
+        (tmp_path / "pool").rename(tmp_path / "away")
+        (tmp_path / "other").rename(tmp_path / "pool")
+        return connection
+
+    monkeypatch.setattr(apsw, "Connection", connect_and_exchange)
+    with pytest.raises(UnreadableError, match="exchanged"):
+        Database(device, "db", "the catalog")
+    device.close()
+
+
+def test_what_an_image_is_is_seen_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a tape drive or a watchdog does something."""
+    opened: list[int] = []
+    open_file = os.open
+
+    def noting(path: str, flags: int, *args: Any, **options: Any) -> int:
+        opened.append(flags)
+        return open_file(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", noting)
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/null", str(tmp_path / "pipe")):
+        with pytest.raises(OSError, match="neither a file nor a block device"):
+            open_local_image(path, True)
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * 512)
+    with pytest.raises(PermissionError):
+        open_local_image(str(image), True, owner_uid=image.stat().st_uid + 1)
+    assert opened and all(flags & os.O_PATH for flags in opened)
+    file = open_local_image(str(image), True)
+    assert file.size() == 512
+    file.close()
+    (tmp_path / "link").symlink_to(image)
+    for link in (tmp_path / "link", Path("/proc/self/cwd") / "x"):
+        with pytest.raises(OSError):
+            open_local_image(str(link), False)
+
+
+def test_what_could_not_be_replaced_leaves_nothing_aside() -> None:
+    device = FaultyDevice(MemoryDevice(), FailNth("write", 1, errno.ENOSPC))
+    with pytest.raises(OSError):
+        device.write_file("f", b"x")
+    assert device.names("") == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import io
 import json
 import os
@@ -20,23 +22,30 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import Progress
 
-from snapfs import jsontext, manifest, units
+from snapfs import jsontext, manifest, reserve, units
+from snapfs.backends import FailNth, FaultyDevice, MemoryDevice
 from snapfs.check import NOTE
 from snapfs.cli import control as cli_control
+from snapfs.cli.control import _translated
 from snapfs.cli.output import description_column, print_any_name, print_table
+from snapfs.descriptor import read_descriptor
 from snapfs.errors import (
     AnswerTooLongError,
     BadCommandError,
     BadNameError,
     DamagedError,
+    NotAllowedError,
     NotFoundError,
     ReservedNameError,
+    UnreadableError,
 )
+from snapfs.formats import FORMAT_VERSION, POOL_FILE
 from snapfs.fuse import control, names
 from snapfs.fuse.command import Answer, Command, CommandContext
 from snapfs.fuse.control import ControlSession
 from snapfs.fuse.namespace import Caller, Namespace
 from snapfs.hook import make_hook
+from snapfs.images import export_image
 from snapfs.pool import Pool, open_pool
 from snapfs.schedule import Schedule, make_schedule
 from snapfs.status import pool_status
@@ -44,7 +53,7 @@ from snapfs.transfer import send
 from snapfs.units import MANIFEST_NAME
 
 from .conftest import SNAPFS, main_here, run
-from .harness import World, open_world, read_volume
+from .harness import WHERE, World, in_memory, open_world, read_volume
 from .test_t3_clones import BLOCK, OBJECT, put
 
 # -- answers ------------------------------------------------------------------------------------
@@ -453,3 +462,61 @@ def test_a_table_tells_a_terminal_nothing(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "\\x1b]0;title\\x07 \\x9b31m red\\x0anext\\x09one \\x7f é 日" in shown
     assert not [one for one in shown.rstrip("\n") if one < " " and one != "\n"]
+
+
+def test_who_may_not_ask_a_daemon_is_told_so() -> None:
+    with pytest.raises(NotAllowedError, match="the user whose daemon it is") as caught, _translated("/mnt"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/.snapfs/control")
+    assert caught.value.errno == errno.EACCES
+
+
+def test_what_cannot_be_read_is_not_said_of_what_it_is_copied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads that an image cannot be read may look for another disk to put it on."""
+    volume, image = tmp_path / "volume", tmp_path / "image"
+    volume.write_bytes(b"x" * 5000)
+    read = os.pread
+
+    def lost(fd: int, length: int, offset: int) -> bytes:
+        if os.path.samestat(os.fstat(fd), volume.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", lost)
+    with (
+        pytest.raises(UnreadableError, match="what is to be copied cannot be read at byte 0") as caught,
+        open(volume, "rb", buffering=0) as source,
+    ):
+        export_image(source, [(0, 5000)], str(image), "raw", lambda done, total: None)
+    assert str(image) not in str(caught.value) and not image.exists()
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+async def test_a_pool_of_before_is_upgraded_on_a_full_device_or_left_as_it_was(
+    is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reserve, "_SHARE", 6)
+    world = World(1, make_device=lambda where, _: MemoryDevice(12 << 20 if where == "home" else None))
+    async with open_world(world) as pool:
+        await pool.volumes.create(b"v")
+        await put(pool, b"v", 0, b"x" * BLOCK)
+    home = in_memory(world.home)
+    descriptor = dataclasses.replace(read_descriptor(home, WHERE), format_version=FORMAT_VERSION - 1)
+    home.write_file(POOL_FILE, descriptor.to_json())
+    if not is_full:
+        failing = FaultyDevice(home, FailNth("write", 1, errno.EIO, only=POOL_FILE))
+        with pytest.raises(UnreadableError, match="the pool cannot be upgraded"):
+            Pool.open(failing, WHERE, world.open_device)
+        home.close()
+        assert read_descriptor(home, WHERE) == descriptor and f"{POOL_FILE}.new" not in home.names("")
+        return
+    filler = home.create("filler")
+    filler.write(bytes(home.space().free_bytes), 0)
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"v") == b"x" * BLOCK
+        assert pool.reserve.is_spent
+        home.remove("filler")
+        await pool.reserve.refill()
+        assert not pool.reserve.is_spent
+    world.check_clean()

@@ -12,7 +12,7 @@ import snapfs
 from snapfs.check import Report, check_pool, repair
 from snapfs.descriptor import open_home
 from snapfs.errors import DamagedError, DeviceMissingError
-from snapfs.pool import embedded_device_opener
+from snapfs.ownership import device_opener
 from snapfs.rescue import open_damaged_pool
 from snapfs.scrub import verify
 
@@ -32,7 +32,7 @@ def checked(path: Path) -> Report:
     """What the verifier says of a pool."""
     home = open_home(str(path))
     try:
-        return check_pool(home, str(path), embedded_device_opener(home))
+        return check_pool(home, str(path), device_opener(home))
     finally:
         home.close()
 
@@ -47,7 +47,7 @@ async def test_a_pool_of_an_earlier_version_opens(version: str, tmp_path: Path) 
         assert not report.is_damaged and report.snapshot_count == 2, report.findings
         if not is_repaired:
             home = open_home(str(path))
-            await repair(home, str(path), embedded_device_opener(home))
+            await repair(home, str(path), device_opener(home))
     assert report.is_clean, report.findings
     async with snapfs.open_pool(path) as pool:
         changed = bytearray(b"one " * 3000)

@@ -12,7 +12,7 @@ import trio
 from ..backends import DirectoryDevice
 from ..check import Report, check_pool, repair
 from ..descriptor import open_home
-from ..pool import embedded_device_opener
+from ..ownership import device_opener
 from .output import print_json, say
 
 _EXIT_DAMAGE = 4
@@ -51,11 +51,11 @@ def check(pool: str, with_repair: bool, as_json: bool) -> None:
 
 
 def _check(home: DirectoryDevice, where: str) -> Report:
-    return check_pool(home, where, embedded_device_opener(home, writable=False))
+    return check_pool(home, where, device_opener(home, writable=False))
 
 
 def _repair(home: DirectoryDevice, where: str) -> list[str]:
-    return trio.run(repair, home, where, embedded_device_opener(home))
+    return trio.run(repair, home, where, device_opener(home))
 
 
 def _with_home(pool: str, call: Callable[[DirectoryDevice, str], T], *, writable: bool) -> T:

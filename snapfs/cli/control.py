@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, cast
 
-from ..errors import BadCommandError, DaemonEndedError, NotFoundError, ReadOnlyError, SnapfsError
+from ..errors import BadCommandError, DaemonEndedError, NotAllowedError, NotFoundError, ReadOnlyError, SnapfsError
 from .output import description_column
 
 Answer = dict[str, Any]
@@ -81,6 +81,11 @@ def _translated(mount_point: str) -> Iterator[None]:
             raise ReadOnlyError(
                 f"{mount_point} is mounted read-only, and takes no commands",
                 "Mount it without -o ro, or rescue; status works",
+            ) from error
+        if error.errno == errno.EACCES:
+            raise NotAllowedError(
+                f"{mount_point} takes commands from the user whose daemon it is and from root alone",
+                "Ask one of them; or have it mounted with -o control_group, for a group that you are in",
             ) from error
         raise
 

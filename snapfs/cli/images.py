@@ -10,7 +10,7 @@ from typing import IO
 
 import click
 
-from ..errors import NotFoundError, ReadOnlyError
+from ..errors import NotAllowedError, NotFoundError, ReadOnlyError
 from ..images import FORMATS, RAW, Extents, export_image, import_image
 from ..transfer import open_in_snapshot, snapshot_folder
 from .control import ask, control_path
@@ -70,7 +70,7 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], Extents]]:
     # What it answers tells which one a moment names: by the next look that may be another.
     try:
         plan = ask(mount_point, "extents", snapshot)
-    except ReadOnlyError:
+    except (ReadOnlyError, NotAllowedError):
         # It is read all the same, only not so fast.
         with _opened_whole(path) as opened_whole:
             yield opened_whole

@@ -7,7 +7,7 @@ import os
 import click
 
 from ..backends import Device, DirectoryDevice, LockHolder
-from ..errors import ExistsError, InUseError, NotFoundError
+from ..errors import ExistsError, InUseError, NotFoundError, UnreadableError
 from ..formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE, RESERVE_FILE
 from ..geometry import PROCESSOR_COUNT_MAX
 from ..pool import PROCESSOR_COUNT_DEFAULT, create_pool
@@ -61,6 +61,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
             opened[path] = DirectoryDevice(path)
             _claim(opened[path], path)
             _check_empty(path)
+            _make_private(opened[path], path)
             claimed.append(path)
         lying = {path: opened[path] for path in paths} or {"": opened[os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]}
         descriptor = create_pool(home, lying, processors)
@@ -97,6 +98,14 @@ def _claim(device: Device, path: str) -> None:
         device.claim()
     except LockHolder:
         raise InUseError(f"somebody else is using {path}", "Choose another directory") from None
+
+
+def _make_private(device: Device, path: str) -> None:
+    """Nobody else is to read or change what lies there. Raises UnreadableError."""
+    try:
+        device.make_private()
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give a directory of your own") from error
 
 
 def _take_home(pool: str) -> None:
