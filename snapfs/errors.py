@@ -128,6 +128,12 @@ class SyncFailedError(SnapfsError):
     errno = errno.EIO
 
 
+class NoRoomForSyncError(SyncFailedError):
+    """As :class:`SyncFailedError`, for a device that had taken what it has no room for: a thin one, or by quota."""
+
+    errno = errno.ENOSPC
+
+
 class DamagedError(SnapfsError):
     """Something on disk is not what was written there. Nothing is guessed; other volumes go on."""
 

@@ -494,6 +494,7 @@ class Pool:
         async with trio.open_nursery() as nursery:
             own = (
                 self._sync_periodically,
+                self.volumes.sync_emptied,
                 self.reclaimer.run,
                 self.freer.run,
                 self.sealer.run,

@@ -9,6 +9,7 @@ anything; the caller fetches that and calls again.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from . import blockmap
 from .backends import Buffer, DeviceFile
 from .blockmap import HOLE, BlockMap
 from .changelog import ChangeLog, ChangeLogs, in_use
-from .errors import DamagedError, SnapfsError, SyncFailedError
+from .errors import DamagedError, NoRoomForSyncError, SnapfsError, SyncFailedError
 from .formats import CHANGE_LOG, COPY_ON_WRITE, CandidateRow, CopyRow, FreedRow, LogRow, MapRow
 from .geometry import (
     BLOCK_SHIFT,
@@ -406,7 +407,7 @@ class Portion:
 
     def _check_refusal(self) -> None:
         if self.refusal is not None:
-            raise SyncFailedError(self.refusal.reason, self.refusal.fix)
+            raise type(self.refusal)(self.refusal.reason, self.refusal.fix)
 
     def _give_back(self, log: ChangeLog, state: ObjectState, base: int, first: int, last: int) -> None:
         """After a failed write: free what it left in the log where no map points."""
@@ -1000,7 +1001,8 @@ class Portion:
         try:
             self._take_back(changes)
             if sync_failed:
-                self.failure = self.refusal = SyncFailedError(
+                kind = NoRoomForSyncError if error.errno in (errno.ENOSPC, errno.EDQUOT) else SyncFailedError
+                self.failure = self.refusal = kind(
                     f"a sync of volume {self.volume_id} failed ({error})",
                     "It takes no more writes. Save what its writer still has, then unmount and mount the pool",
                 )

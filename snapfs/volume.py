@@ -147,6 +147,7 @@ class Volume(VolumeView):
 
     ``opens`` counts who has it open; portions are in memory while it is above zero. ``when_unused`` is told of each
     last :meth:`close`, also that of trimming.
+    ``is_emptied``: it was cut to nothing, durably, and not synced since.
     ``failed_write_count`` counts the writes that whoever serves them had to refuse, ``request_count`` the requests
     under way that wait for something: the kernel may hold the file's lock for each.
     ``last_instant`` is NEVER until it is removed, then the last that can hold it.
@@ -180,6 +181,7 @@ class Volume(VolumeView):
         self._waiting_count = 0
         self._shrink_count = 0
         self._replaced_count = 0
+        self.is_emptied = False
         self.failed_write_count = 0
         self.request_count = 0
         self._between: Closed | None = None
@@ -557,6 +559,7 @@ class Volume(VolumeView):
                 await self._catalog.save([self])
             # A cut that was to be saved before this, and failed, has put the size back.
             is_saved = shrink_count == self._shrink_count
+        self.is_emptied = False
         # Or a power cut may bring forth a removal that had failed.
         await self._catalog.settle()
 
@@ -688,6 +691,7 @@ class Volume(VolumeView):
                 self.size_bytes, self._synced_size_bytes, self._trim = before
                 self._shrink_count += 1
                 raise
+            self.is_emptied |= not size_bytes
 
     async def discard(self, offset: int, length: int) -> AsyncGenerator[int]:
         """Have a range read as zeros, up to the end at most: whole blocks become holes, the rest is written over.

@@ -263,3 +263,29 @@ async def held_bytes(pool: Pool, device: Device) -> int:
         with contextlib.closing(device.open(f"logs/0/{name}")) as file:
             total += file.allocated()
     return total
+
+
+async def test_a_device_that_has_no_room_for_what_it_had_taken_is_told_as_full() -> None:
+    """A thin one, or a quota: the allocation comes with the sync."""
+    devices: dict[str, FaultyDevice] = {}
+    world = faulty_world(devices)
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        await volume.write(0, noise(1))
+        devices["0"].hook = FailNth("sync", 1, errno.ENOSPC, only="logs/")
+        for _ in range(2):
+            with pytest.raises(SyncFailedError) as caught:
+                await volume.sync()
+            assert caught.value.errno == errno.ENOSPC
+        with pytest.raises(SyncFailedError) as caught:
+            await volume.write(0, noise(1, 2))
+        assert caught.value.errno == errno.ENOSPC
+        pool.volumes.close(volume)
+        with pytest.raises(SyncFailedError):
+            await running.stop()
+    world.home.close()
+    world.check()

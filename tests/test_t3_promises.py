@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from snapfs import changelog, cowportion, reclaim
-from snapfs.backends import CrashPlan, Device, DeviceFile, FaultyDevice, LockHolder, MemoryDevice
+from snapfs.backends import CrashPlan, Device, DeviceFile, FailNth, FaultyDevice, LockHolder, MemoryDevice
 from snapfs.backends.memory import MemoryFile
 from snapfs.errors import DamagedError, InUseError, NoMemoryError, NoSpaceError, NotFoundError, SyncFailedError
 from snapfs.formats import COPY_ON_WRITE, DEVICE_FILE, REDIRECT, DeviceDescriptor
@@ -27,7 +27,16 @@ from snapfs.snapshot import Snapshot
 from snapfs.streamhead import parse_volume
 from snapfs.volume import Volume
 
-from .harness import WHERE, Running, World, open_until_power_is_lost, open_world, read_snapshot, read_volume
+from .harness import (
+    WHERE,
+    Running,
+    World,
+    open_until_power_is_lost,
+    open_world,
+    read_snapshot,
+    read_volume,
+    without_threads,
+)
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -636,3 +645,67 @@ async def test_a_discard_of_gibibytes_looks_at_what_is_there(kind: str, monkeypa
         for offset, letter in written.items():
             assert await shown.read(offset, 100) == letter * 100
         pool.snapshots.close_volume(shown)
+
+
+async def test_a_file_that_takes_anothers_place_is_durable_before_that_goes() -> None:
+    """Written, renamed, and never synced, as many programs do it: power is lost right after."""
+    world = World(2)
+    async with open_until_power_is_lost(world) as pool:
+        for name, data in ((b"conf", b"old" * 5000), (b"conf.new", b"new" * 5000)):
+            await pool.volumes.create(name)
+            async with pool.volumes.opened(name) as volume:
+                await volume.write(0, data)
+                if name == b"conf":
+                    await volume.sync()
+        await pool.volumes.rename(b"conf.new", b"conf")
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"conf") == b"new" * 5000
+        assert set(pool.volumes.by_name) == {b"conf"}
+    world.check_clean()
+
+
+async def test_a_file_that_cannot_be_made_durable_takes_no_others_place() -> None:
+    device = FaultyDevice(MemoryDevice())
+    world = World(1, make_device=lambda where, _: device if where == "0" else MemoryDevice())
+    running = Running(world)
+    async with trio.open_nursery() as nursery:
+        await running.start(nursery)
+        pool = running.pool
+        for name in (b"old", b"new"):
+            await pool.volumes.create(name)
+            async with pool.volumes.opened(name) as volume:
+                await volume.write(0, name)
+                if name == b"old":
+                    await volume.sync()
+        device.hook = FailNth("sync", 1, errno.EIO, only="logs/")
+        with pytest.raises(SyncFailedError):
+            await pool.volumes.rename(b"new", b"old")
+        assert await read_volume(pool, b"old") == b"old"
+        assert set(pool.volumes.by_name) == {b"old", b"new"}
+        with pytest.raises(SyncFailedError):
+            await running.stop()
+    world.home.close()
+    world.check()
+
+
+async def test_a_file_that_is_written_anew_is_durable_soon_after_it_was_closed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Cut to nothing, which is durable at once, and closed without a sync."""
+    world = World(2)
+    with without_threads(1):
+        async with open_until_power_is_lost(world) as pool:
+            await pool.volumes.create(b"v")
+            volume = pool.volumes.get(b"v")
+            async with pool.volumes.opened(b"v"):
+                await volume.write(0, b"old" * 5000)
+                await volume.sync()
+                await pool.volumes.truncate(volume, 0)
+                await volume.write(0, b"new" * 5000)
+            began_s = trio.current_time()
+            while not volume.is_clean:
+                await trio.sleep(0.01)
+            assert trio.current_time() - began_s < 0.5
+    async with open_world(world) as pool:
+        assert await read_volume(pool, b"v") == b"new" * 5000
+    world.check_clean()

@@ -727,3 +727,23 @@ def test_damage_is_refused_and_found(mounted: Mounted) -> None:
         assert (mounted.pool / name).read_bytes() == b"", "what is damaged was left as it is"
         (mounted.pool / name).write_bytes(whole_file)
     assert "clean" in snapfs("check", mounted.pool, "--repair").stdout
+
+
+def test_a_file_that_takes_anothers_place_is_there_after_a_kill(mounted: Mounted) -> None:
+    """As programs save what they had open: written, closed, renamed, and not synced."""
+    for name in ("conf", "copy-on-write"):
+        if name != "conf":
+            snapfs("create", mounted.path / name, "--size", "1M", "--mode", "cow")
+        (mounted.path / name).write_bytes(b"old" * 5000)
+        run("sync", mounted.path / name)
+        (mounted.path / "new").write_bytes(b"new" * 5000)
+        os.rename(mounted.path / "new", mounted.path / name)
+    mounted.kill()
+    mounted.mount()
+    assert (mounted.path / "conf").read_bytes() == (mounted.path / "copy-on-write").read_bytes() == b"new" * 5000
+    # Cut and written anew: durable as soon as nothing is told to be dirty any more.
+    (mounted.path / "conf").write_bytes(b"anew" * 5000)
+    wait_until(lambda: not mounted.status()["dirty_object_count"], "it is durable")
+    mounted.kill()
+    mounted.mount()
+    assert (mounted.path / "conf").read_bytes() == b"anew" * 5000
