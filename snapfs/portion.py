@@ -937,6 +937,10 @@ class Portion:
         """What counts the blocks that writes put into the current change log."""
         return None if self._log is None else self._log.quota
 
+    def dirty_logs(self) -> list[ChangeLog]:
+        """Logs with data that is still to be synced."""
+        return list(self._dirty_logs)
+
     @property
     def dirty_object_count(self) -> int:
         """Objects whose maps are not committed."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -44,6 +44,8 @@ from .writeback import EarlyWriteback
 DIRTY_OBJECTS_MAX = 2048
 COMMIT_CHECK_S = 1.0
 _PUNCH_BATCH = 512
+# Of so many on, what was written to them is sent to the devices before the lock is taken that all commits need.
+_EARLY_OBJECTS = 64
 
 
 class _Punched(NamedTuple):
@@ -62,6 +64,13 @@ class _DataSyncError(Exception):
         super().__init__(volume_id)
         self.volume_id = volume_id
         self.cause = cause
+
+
+def _begin_writeback(logs: Iterable[ChangeLog]) -> None:
+    for log in logs:
+        with suppress(OSError):
+            if log.file is not None:
+                log.file.begin_writeback()
 
 
 @dataclass(slots=True)
@@ -194,6 +203,13 @@ class Processor:
     def sound_portions(self) -> list[Portion]:
         """Those whose data could be synced; the others commit nothing more."""
         return [one for one in self.portions.values() if one.failure is None]
+
+    async def begin_writeback(self, portion: Portion) -> None:
+        """Have much that was written begin to go to its devices, while others may commit; it promises nothing."""
+        logs = portion.dirty_logs()
+        if portion.dirty_object_count >= _EARLY_OBJECTS and logs:
+            with in_use(logs):
+                await self.access.in_thread(_begin_writeback, logs)
 
     async def _commit_one(self, portion: Portion) -> None:
         await self.commit([portion])

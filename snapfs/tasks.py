@@ -112,6 +112,18 @@ async def side_by_side(calls: Iterable[Callable[[], Awaitable[object]]]) -> None
         raise errors[0]
 
 
+async def one_by_one(calls: Iterable[Callable[[], Awaitable[object]]]) -> None:
+    """Run all calls in turn, and raise the first error that one of them met."""
+    errors: list[Exception] = []
+    for call in calls:
+        try:
+            await call()
+        except Exception as error:  # noqa: BLE001 - it is raised below, when all have ended
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T | None:
     """What a call gives, or None when it takes longer: it goes on alone, for what waits in a thread cannot stop."""
     found: list[outcome.Outcome[T]] = []

@@ -35,12 +35,14 @@ from .processor import Processor
 from .sealedfile import DamagedBlockError
 from .shardstate import EpochClock
 from .snapshotindex import NEVER, SnapshotIndex
-from .tasks import side_by_side
+from .tasks import one_by_one, side_by_side
 from .traits import TraitsTable
 from .units import format_size, show_name
 
 # What the kernel asks for at most. A read of more goes piece by piece.
 READ_BYTES_MAX = 1 << 20
+# So many changed objects on a processor take a commit long.
+_MUCH_OBJECTS = 256
 _TRIM_BATCH = 256
 _TRIM_COMMIT_OBJECTS = 1024
 _TRIM_NONE, _TRIM_DONE, _TRIM_RUNNING, _TRIM_DUE = 0, 1, 2, 3
@@ -568,16 +570,16 @@ class Volume(VolumeView):
 
         Raises SyncFailedError, NoSpaceError.
         """
+        await side_by_side([partial(processor.begin_writeback, one) for processor, one in self._loaded_portions()])
         is_known = False
         while not is_known:
             mark = self.size_mark()
-            await side_by_side(
-                [
-                    partial(processor.commit, [portion])
-                    for processor, portion in self._loaded_portions()
-                    if portion.is_dirty or portion.failure is not None
-                ]
-            )
+            dirty = [one for one in self._loaded_portions() if one[1].is_dirty or one[1].failure is not None]
+            # Each holds up the others' commits on its processor. Many maps are encoded by one processor of the machine
+            # at a time anyway, for the interpreter has one lock.
+            is_much = max((portion.dirty_object_count for _, portion in dirty), default=0) >= _MUCH_OBJECTS
+            in_order = one_by_one if is_much else side_by_side
+            await in_order([partial(processor.commit, [portion]) for processor, portion in dirty])
             # Cut meanwhile, or put back, it has another size up to which all is to be durable.
             is_known = self.data_synced(mark)
 

@@ -12,6 +12,7 @@ import trio.testing
 
 from snapfs.backends import DirectoryDevice, FaultyDevice, MemoryDevice
 from snapfs.pool import Pool
+from snapfs.processor import Processor
 
 from .harness import World, open_world, read_volume, without_threads
 
@@ -111,3 +112,41 @@ def test_a_closed_file_cannot_begin(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         file.begin_writeback()
     assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("code", [0, errno.EIO])
+async def test_much_goes_to_the_devices_before_others_are_kept_from_committing(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one processor after the other commits it, so that each is kept from others for a part of the time only."""
+    monkeypatch.setattr("snapfs.processor._EARLY_OBJECTS", 4)
+    monkeypatch.setattr("snapfs.volume._MUCH_OBJECTS", 4)
+    begun = Begun()
+    begun.code = code
+    world = World(2, make_device=lambda _, capacity_bytes: FaultyDevice(MemoryDevice(capacity_bytes), begun))
+    at_work: list[int] = []
+    commit = Processor.commit
+
+    async def noting(processor: Processor, *args: object) -> int:
+        at_work.append(processor.index)
+        most.append(len(at_work))
+        try:
+            return await commit(processor, *args)  # type: ignore[arg-type]
+        finally:
+            at_work.remove(processor.index)
+
+    with without_threads(1):
+        async with open_world(world) as pool:
+            volume = await pool.volumes.create(b"v")
+            async with pool.volumes.opened(b"v"):
+                monkeypatch.setattr(Processor, "commit", noting)
+                for object_count, is_much in ((6, False), (8, True)):
+                    most: list[int] = []
+                    before = begun.of_begins()
+                    for index in range(object_count):
+                        await volume.write(index * 4 * MIB + object_count * BLOCK, b"x" * BLOCK)
+                    await volume.sync()
+                    assert volume.is_clean
+                    assert (begun.of_begins() - before, max(most)) == ((2, 1) if is_much else (0, 2))
+                monkeypatch.setattr(Processor, "commit", commit)
+    assert world.check().is_clean
