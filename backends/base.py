@@ -171,12 +171,12 @@ class Device(ABC):
     def foreign_uid(self, names: Iterable[str]) -> int | None:
         """A user, other than root and whoever runs this, whose the device or one of these files is; None for none.
 
-        ANYBODY when others than its user may write to it.
+        ANYBODY when others than its user may write to it. Whoever runs this is root or that user.
         """
         return None
 
     def make_private(self) -> None:
-        """Let nobody in but its user. Raises PermissionError when that is neither root nor whoever runs this."""
+        """Let nobody in but its user. Raises PermissionError when that is not whoever runs this."""
         return
 
     def has_open(self, name: str) -> bool:

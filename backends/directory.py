@@ -187,11 +187,10 @@ class LocalImage(DirectoryFile):
         return [(0, self.size())] if self._is_block_device else super().data_extents()
 
 
-def open_local_image(path: str, writable: bool, *, owner_uid: int | None = None) -> LocalImage:
+def open_local_image(path: str, writable: bool) -> LocalImage:
     """Open a raw image or a block device that lies anywhere on the host, by a path without symbolic links.
 
-    Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened;
-    EPERM when it is not that user's, if one is given.
+    Raises OSError, ELOOP when there is a link in it: somebody may have put it there since, to have another file opened.
     """
     # Only looked at: to open a tape drive or a watchdog does something.
     found_fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -202,8 +201,6 @@ def open_local_image(path: str, writable: bool, *, owner_uid: int | None = None)
             raise OSError(errno.ELOOP, "it is a symbolic link")
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
             raise OSError(errno.EINVAL, "it is neither a file nor a block device")
-        if owner_uid not in (None, found.st_uid):
-            raise OSError(errno.EPERM, "it is not its pool's owner's")
         try:
             if os.readlink(f"/proc/self/fd/{found_fd}") != path:
                 raise OSError(errno.ELOOP, "there is a symbolic link in its path")
@@ -214,6 +211,8 @@ def open_local_image(path: str, writable: bool, *, owner_uid: int | None = None)
     finally:
         os.close(found_fd)
     try:
+        if not os.path.samestat(os.fstat(fd), found):
+            raise OSError(errno.ELOOP, "it was exchanged for another while it was opened")
         image = LocalImage(fd)
         if stat.S_ISBLK(os.fstat(fd).st_mode) and not image.size():
             # A loop device that was detached is there, without a size; its zeros are nobody's.
@@ -304,26 +303,18 @@ def _opened(name: str, flags: int, folder_fd: int) -> int:
         return os.open(name, flags, dir_fd=folder_fd)
 
 
-def _owner_for_root(folder_fd: int) -> tuple[int, int] | None:
-    """User and group of a directory that is not root's, when root uses it; None else."""
-    found = os.fstat(folder_fd)
-    return (found.st_uid, found.st_gid) if os.geteuid() == 0 and found.st_uid != 0 else None
-
-
 class DirectoryDevice(Device):
     """Files below one directory.
 
     The directory must exist. It is held open, and everything is reached through descriptors
-    without following symbolic links, so nothing planted inside can lead out of it. ``uid`` is whose it is. One that is
-    not ``writable`` may lie on a filesystem that is not; its files are open for reading alone.
+    without following symbolic links, so nothing planted inside can lead out of it. One that is not
+    ``writable`` may lie on a filesystem that is not; its files are open for reading alone.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = True) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self._writable = writable
         self._folders: dict[str, int] = {"": os.open(self.path, _O_FOLDER & ~os.O_NOFOLLOW)}
-        self._owner = _owner_for_root(self._folders[""])
-        self.uid = os.fstat(self._folders[""]).st_uid
         self._lock_fd = -1
         # What is only read is not written to in order to see whether it answers.
         self.may_hang = writable
@@ -341,14 +332,10 @@ class DirectoryDevice(Device):
             raise OSError(errno.EBADF, "the device is closed", self.path)
         outer, _, last = folder.rpartition("/")
         outer_fd = self._folder(outer, create=create)
-        is_new = False
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(last, 0o700, dir_fd=outer_fd)
-                is_new = True
         fd = os.open(last, _O_FOLDER, dir_fd=outer_fd)
-        if is_new:
-            self._give_to_owner(fd)
         self._folders[folder] = fd
         return fd
 
@@ -373,13 +360,7 @@ class DirectoryDevice(Device):
         except FileExistsError:
             os.unlink(last, dir_fd=folder_fd)
             fd = os.open(last, flags, 0o600, dir_fd=folder_fd)
-        self._give_to_owner(fd)
         return DirectoryFile(fd)
-
-    def _give_to_owner(self, fd: int) -> None:
-        """What root makes in another user's directory is that user's, as SQLite does it: they could not go on else."""
-        if self._owner is not None:
-            os.fchown(fd, *self._owner)
 
     def remove(self, name: str) -> None:
         """See :meth:`Device.remove`."""
@@ -439,8 +420,6 @@ class DirectoryDevice(Device):
             with contextlib.nullcontext() if self._writable else contextlib.suppress(FileNotFoundError):
                 fd = os.open(name, flags, 0o600, dir_fd=self._folders[""])
                 on_failure.callback(os.close, fd)
-                if self._writable:
-                    self._give_to_owner(fd)
             try:
                 self._lock_folder()
                 if fd >= 0:
@@ -480,16 +459,29 @@ class DirectoryDevice(Device):
             with contextlib.suppress(FileNotFoundError):
                 found.append(os.stat(last, dir_fd=self._folder(folder), follow_symlinks=False))
         for one in found:
-            if one.st_uid not in (0, os.geteuid()):
+            if one.st_uid not in (0, os.geteuid()) and one.st_uid != self._uid_of_new():
                 return one.st_uid
         is_open = any(one.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for one in found)
         return ANYBODY if is_open else None
 
+    def _uid_of_new(self) -> int | None:
+        """Whose a new file would be: of root on another host (NFS, root_squash) some other user's. None: not known."""
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._folders[""])
+        except OSError:
+            return None
+        try:
+            return os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+
     def make_private(self) -> None:
         """See :meth:`Device.make_private`."""
-        if self.uid not in (0, os.geteuid()):
-            raise PermissionError(errno.EPERM, f"it belongs to another user, {self.uid}", self.path)
-        os.fchmod(self._folders[""], 0o700)
+        found = os.fstat(self._folders[""])
+        if found.st_uid != os.geteuid() and found.st_uid != self._uid_of_new():
+            raise PermissionError(errno.EPERM, f"it belongs to another user, {found.st_uid}", self.path)
+        if found.st_mode & 0o077:
+            os.fchmod(self._folders[""], 0o700)
 
     def has_open(self, name: str) -> bool:
         """See :meth:`Device.has_open`; by /proc/self/fd."""
@@ -497,7 +489,7 @@ class DirectoryDevice(Device):
         wanted = os.stat(last, dir_fd=self._folder(folder), follow_symlinks=False)
         try:
             numbers = os.listdir("/proc/self/fd")
-        except FileNotFoundError:
+        except OSError:
             return True
         for number in numbers:
             with contextlib.suppress(OSError):

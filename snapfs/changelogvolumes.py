@@ -164,12 +164,17 @@ class ChangeLogVolumes:
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise NotFoundError(f"the device directory {path} is not there", "Make it with mkdir") from None
-            raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give an empty directory") from error
+            raise UnreadableError(
+                f"{path} cannot be used: {error.strerror}", "Give an empty one of your own"
+            ) from error
         try:
             claim_device(device, path)
             if DEVICE_FILE in device.names("") and not self._is_left_over(device, path):
                 raise ExistsError(f"{path} is a device of a pool already", "Give an empty directory")
+            # Nobody puts anything there from here on.
             _make_private(device, path)
+            if path and os.path.isdir(path) and not set(os.listdir(path)) <= _LEFTOVERS:
+                raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
             device.write_file(DEVICE_FILE, DeviceDescriptor(self._pool_id, device_id).to_json())
         except BaseException:
             device.close()

@@ -14,17 +14,24 @@ import time
 from .backends import Device, DirectoryDevice, LockHolder
 from .errors import InUseError, NotAPoolError, UnreadableError
 from .formats import LOCK_FILE, POOL_FILE, PoolDescriptor
+from .ownership import check_own
 from .units import check_path, iso_time
 
 
 def open_home(where: str, *, writable: bool = True) -> DirectoryDevice:
     """The pool's directory. Raises NotAPoolError when it is not there, UnreadableError when it cannot be read.
 
-    BadNameError for a path that is not text in UTF-8, which SQLite does not open.
+    BadNameError for a path that is not text in UTF-8, which SQLite does not open; ForeignPoolError.
     """
     check_path(where)
     try:
-        return DirectoryDevice(where, writable=writable)
+        home = DirectoryDevice(where, writable=writable)
+        try:
+            check_own(home, where)
+        except BaseException:
+            home.close()
+            raise
+        return home
     except (FileNotFoundError, NotADirectoryError):
         raise NotAPoolError(f"there is no directory {where}", "Make a pool with snapfs init") from None
     except OSError as error:

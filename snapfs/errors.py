@@ -78,6 +78,12 @@ class ExistsError(SnapfsError):
     errno = errno.EEXIST
 
 
+class ForeignPoolError(SnapfsError):
+    """A pool is another user's, or others may write to it. It was not opened."""
+
+    errno = errno.EACCES
+
+
 class NotAllowedError(SnapfsError):
     """Somebody asked a daemon who may not. Nothing was done."""
 

@@ -15,7 +15,6 @@ from .events import EventLog
 from .formats import CatalogBatch
 from .freeze import PATH, Freeze
 from .hook import Hook
-from .ownership import words_for
 
 _ANCESTORS_MAX = 64
 
@@ -33,13 +32,11 @@ class HookTable:
         events: EventLog,
         lock_path: str | None,
         rows: Sequence[tuple[bytes, bytes]],
-        owner_uid: int | None = None,
     ) -> None:
         self.mount_point = ""
         self._catalog = catalog
         self._events = events
         self._lock_path = lock_path
-        self._owner_uid = owner_uid
         self._hooks: dict[str, Hook] = {}
         self._damaged: dict[str, bytes] = {}
         self._guard_pids: set[int] = set()
@@ -78,15 +75,8 @@ class HookTable:
     def concerning(self, volume_names: Iterable[str] | None) -> list[Hook]:
         """The hooks for a snapshot of these volumes, or of all (None), in the order of their names.
 
-        Raises HookFailedError when there is one that cannot be read: it may concern them. Also where the pool is
-        another user's, with whose programs whoever runs this has nothing to do.
+        Raises HookFailedError when there is one that cannot be read: it may concern them.
         """
-        if self._owner_uid is not None and (self._hooks or self._damaged):
-            raise HookFailedError(
-                f"hooks are not run: {words_for(self._owner_uid)}",
-                "No snapshot was made. Have its owner mount it, give all of it to root alone if you know what its"
-                " hooks run (chown -R root, chmod 0700), or go without: --no-hooks (hooks=no)",
-            )
         if self._damaged:
             raise HookFailedError(
                 f"hook {min(self._damaged)!r} is damaged, and so cannot be run",

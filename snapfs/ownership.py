@@ -1,55 +1,53 @@
-"""Whose pool it is: root does for another user's pool nothing that this user could not do.
+"""Whose a pool is: nobody opens a pool that another user could have made what it is.
 
-What a pool's databases say of programs to run, and of images and devices anywhere on the host, its owner can have them
-say; and so can whoever may write to the pool's directory.
+Whoever may write to a pool's directory can have its databases name programs to run, and images and devices anywhere on
+the host, which root would run and open. As ssh(1) does with its files, and git(1) with repositories (safe.directory).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
-from functools import partial
 
-from .backends import ANYBODY, Device, DirectoryDevice, open_local_image
+from .backends import ANYBODY, Device, DirectoryDevice
+from .errors import ForeignPoolError
 from .formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE
-from .placement import OpenImage
 
 OpenDevice = Callable[[str], Device]
 
 
-def other_owner(home: Device) -> int | None:
-    """The user whose pool it is; None if that is whoever runs this, or root, or cannot be told.
-
-    ANYBODY when others than its user may write to its directory.
-    """
-    return home.foreign_uid([POOL_FILE, CATALOG_FILE])
-
-
-def words_for(owner_uid: int) -> str:
-    """That of :func:`other_owner`, in words."""
-    if owner_uid == ANYBODY:
-        return "others than its owner may write to the pool's directory"
-    return f"the pool belongs to another user, {owner_uid}"
-
-
-def image_opener(home: Device) -> OpenImage:
-    """What opens the images of a pool: of another user's pool only those that are that user's own."""
-    return partial(open_local_image, owner_uid=other_owner(home))
+def check_own(home: Device, where: str) -> None:
+    """Raises ForeignPoolError for a pool that is neither root's nor that of whoever runs this, or not theirs alone."""
+    uid = home.foreign_uid([POOL_FILE, CATALOG_FILE])
+    if uid == ANYBODY:
+        raise ForeignPoolError(
+            f"others than its owner may write to {where}, and could have the pool do anything",
+            f"See that nobody has put anything there, then: chmod -R go-w {where}",
+        )
+    if uid is not None:
+        raise ForeignPoolError(
+            f"the pool in {where} is another user's, {uid}, who could have it do anything",
+            f"Run this as that user; or give the pool to root, with its devices: chown -R root {where}",
+        )
 
 
 def device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice:
-    """Opens devices by path; the empty path is the one inside the pool.
-
-    For another user's pool only those that are that user's own: others' pools lie on the others.
-    """
-    owner_uid = other_owner(home)
-    allowed_uid = home.uid if owner_uid == ANYBODY else owner_uid
+    """Opens devices by path; the empty path is the one inside the pool. They are one's own, and private."""
 
     def open_device(path: str) -> Device:
         device = DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER), writable=writable)
-        if allowed_uid not in (None, device.uid):
+        try:
+            uid = device.foreign_uid([])
+            if uid not in (None, ANYBODY):
+                raise PermissionError(errno.EPERM, f"it is another user's, {uid}", path)
+            if writable:
+                # Those that were given before 0.8.9 are as they were made. Root's are root's to change.
+                with contextlib.suppress(OSError):
+                    device.make_private()
+        except BaseException:
             device.close()
-            raise PermissionError(errno.EPERM, "it is not its pool's owner's", path)
+            raise
         return device
 
     return open_device

@@ -33,8 +33,10 @@ class PendingCall:
         try:
             return call(*args)
         finally:
-            if not self.is_over:
-                self.answered.add(self.number)
+            self.answered.add(self.number)
+            if self.is_over:
+                # It was left to itself, and perhaps just now: nobody waits for it.
+                self.answered.discard(self.number)
 
     def told_at(self, now_s: float) -> dict[str, object]:
         """In words, with its age."""

@@ -57,13 +57,13 @@ from .imagewatch import ImageWatch
 from .jobs import Jobs
 from .liveness import DeviceWatch, Room
 from .making import VolumeMaker
-from .ownership import OpenDevice, device_opener, image_opener, other_owner
+from .ownership import OpenDevice, device_opener
 from .pace import Demand
 from .pending import PendingCalls
 from .placement import OpenImage, Placement
 from .processor import Processor
 from .reclaimer import Reclaimer
-from .reserve import Reserve, make_room
+from .reserve import Reserve, give_up, make_room
 from .rowchecks import impossible_kinds
 from .scheduler import Scheduler
 from .sealer import Sealer
@@ -150,12 +150,19 @@ def _upgrade_descriptor(home: Device, where: str, descriptor: PoolDescriptor) ->
     """Have a pool of an earlier version be one of this. Raises NoSpaceError, UnreadableError; then nothing changed."""
     try:
         make_room(home)
-        home.write_file(POOL_FILE, descriptor.to_json())
+        try:
+            home.write_file(POOL_FILE, descriptor.to_json())
+        except OSError as error:
+            # By a quota it may be full though there is room.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            give_up(home)
+            home.write_file(POOL_FILE, descriptor.to_json())
     except OSError as error:
         reason = f"the pool cannot be upgraded, for {where}/{POOL_FILE} cannot be written: {error.strerror}"
-        if error.errno == errno.ENOSPC:
-            raise NoSpaceError(reason, "Make room there; nothing was changed") from error
-        raise UnreadableError(reason, "Nothing was changed. Make it writable, or mount it with -o rescue") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(reason, "Make room there; it is as it was, but without its reserve") from error
+        raise UnreadableError(reason, "It is as it was. Make it writable, or mount it with -o rescue") from error
 
 
 def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_device: OpenDevice) -> Device:
@@ -163,6 +170,11 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
     shown = path or EMBEDDED_DEVICE_FOLDER
     try:
         device = open_device(path)
+    except PermissionError as error:
+        raise DeviceMissingError(
+            f"device {device_id} of the pool, {shown}, cannot be used: {error.strerror}",
+            "It has to be whoever's the pool is: chown it, with all that is in it",
+        ) from error
     except OSError as error:
         raise _device_missing(device_id, shown, error) from error
     try:
@@ -321,9 +333,7 @@ class Pool:
             for store in stores
         ]
         self.volumes.processors = self.processors
-        self.hooks = HookTable(
-            self.catalog, self.events, home.local_path(POOL_FILE), catalog.hooks(), owner_uid=other_owner(home)
-        )
+        self.hooks = HookTable(self.catalog, self.events, home.local_path(POOL_FILE), catalog.hooks())
         self.snapshots = SnapshotTable(
             self.catalog,
             self.volumes,
@@ -599,7 +609,7 @@ def _as_tuple(space: Space) -> tuple[int, int, int, int]:
 async def running_pool(home: Device, where: str, open_device: OpenDevice, purpose: str = "open") -> AsyncIterator[Pool]:
     """A pool over any devices, open and with its tasks running. ``home`` is closed with it."""
     try:
-        pool = await in_thread(Pool.open, home, where, open_device, purpose, image_opener(home))
+        pool = await in_thread(Pool.open, home, where, open_device, purpose)
         try:
             await pool.recover()
             failure: Exception | None = None

@@ -306,8 +306,6 @@ async def dismantle_volume(
     await processor.commit([], ShardBatch(dropped_portions=[volume_id]))
     if portion is not None:
         processor.let_go(portion)
-    if volume_id in processor.unsettled_ids:
-        await _settle_lost(processor, volume_id)
     processor.wake()
 
 
@@ -321,13 +319,21 @@ async def _first_instant(processor: Processor, volume_id: VolumeId, last_instant
     return min([*known, last_instant + 1] if stored is None else [*known, stored])
 
 
+async def settle_lost(processor: Processor) -> None:
+    """Give back what was never stored of volumes whose sync failed and that are gone, and of which nobody reads."""
+    for volume_id in [one for one in processor.unsettled_ids if one not in processor.portions]:
+        await _settle_lost(processor, volume_id)
+
+
 async def _settle_lost(processor: Processor, volume_id: VolumeId) -> None:
     """Of a volume whose sync failed, once it is taken apart: forget what was written to its logs and never stored."""
     with trio.CancelScope(shield=True):
         async with processor.access.commit_lock:
             rows = await processor.access.ask(processor.access.store.logs_of, volume_id)
             stored = {row.log_id: row for row in rows}
-            known = [one for one in processor.logs.known.values() if one.volume_id == volume_id]
+            known = [
+                one for one in processor.logs.known.values() if one.volume_id == volume_id and one.kind == CHANGE_LOG
+            ]
             unstored = [log for log in known if log.log_id not in stored]
             processor.logs.release_quota(log.row() for log in unstored)
             await processor.remove_logs(unstored)
@@ -337,7 +343,11 @@ async def _settle_lost(processor: Processor, volume_id: VolumeId) -> None:
             # In their files lies more than maps name.
             suspect = [row._replace(sealed=2) for row in rows if row.block_count and row.kind == CHANGE_LOG]
             await processor.commit_locked([], ShardBatch(logs=suspect))
-            await processor.remove_logs([log for log in known if log.log_id in stored and not log.block_count])
+            changed = [log for log in known if log.log_id in stored]
+            for log in changed:
+                log.sealed = 2
+            # What a volume was written over is its snapshots', and counts no blocks.
+            await processor.remove_logs([log for log in changed if not log.block_count])
     processor.unsettled_ids.discard(volume_id)
 
 
@@ -550,6 +560,7 @@ async def _forget(processor: Processor, volume_id: VolumeId) -> None:
             if portion is not None:
                 portion.release()
             processor.tally.drop(volume_id)
+            processor.unsettled_ids.discard(volume_id)
             stored = {log.log_id for log in known}
             await processor.remove_logs(
                 [log for log in known if log.kind != IMAGE_LOG]

@@ -181,6 +181,7 @@ class Reclaimer:
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:
+            await self._reserve.helped(partial(reclaim.settle_lost, processor))
             await free_suspect_logs(processor)
             try:
                 await processor.punch_freed()

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import cast
 
-from .backends import AbsentDevice, Device, ReadOnlyDevice
+from .backends import AbsentDevice, Device, ReadOnlyDevice, open_local_image
 from .catalog import Catalog
 from .database import Database, read_copy
 from .descriptor import lock_pool, open_home, read_descriptor
@@ -36,7 +36,7 @@ from .formats import (
     shard_file,
 )
 from .geometry import LogId, VolumeId
-from .ownership import OpenDevice, device_opener, image_opener
+from .ownership import OpenDevice, device_opener
 from .placement import OpenImage
 from .pool import (
     Pool,
@@ -254,9 +254,8 @@ class _Opening:
 async def open_damaged_pool(path: str) -> AsyncIterator[Pool]:
     """The pool in a directory, see :func:`rescued_pool`. Raises NotAPoolError also when it is not there."""
     home = open_home(path, writable=False)
-    open_image = image_opener(home)
     async with rescued_pool(
-        home, path, device_opener(home, writable=False), lambda path, writable: open_image(path, False)
+        home, path, device_opener(home, writable=False), lambda path, writable: open_local_image(path, False)
     ) as pool:
         yield pool
 

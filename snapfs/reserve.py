@@ -72,7 +72,7 @@ class Reserve:
             file.close()
 
     def _spend(self) -> None:
-        _spend(self._home)
+        give_up(self._home)
 
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that must go through; if it finds no room, run it once more with the reserve given up."""
@@ -124,10 +124,11 @@ class Reserve:
 def make_room(home: Device) -> None:
     """Give the reserve of a pool up that is to be upgraded, if there is hardly any other room. Blocks."""
     if home.space().free_bytes < _UPGRADE_BYTES:
-        _spend(home)
+        give_up(home)
 
 
-def _spend(home: Device) -> None:
+def give_up(home: Device) -> None:
+    """Give the room back that a pool's reserve holds. Blocks."""
     try:
         file = home.open(RESERVE_FILE)
     except FileNotFoundError:

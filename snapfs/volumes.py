@@ -31,6 +31,7 @@ from .volume import Volume
 
 # How long it rests after files that were written anew have been made durable.
 EMPTIED_REST_S = 0.1
+_CLOSING_CHECK_S = 0.1
 
 
 class VolumeTable:
@@ -158,12 +159,13 @@ class VolumeTable:
     async def wait_until_closed(self, volume: Volume) -> None:
         """Wait until nobody has a volume open."""
         while volume.opens:
-            # Trimming, which has it open, stops halfway for that.
+            # Trimming, which has it open, stops halfway for that; but it may begin anew, so it is looked again.
             async with volume.kept_from_trimming():
                 pass
             if not volume.opens:
                 return
-            await self._closings.park()
+            with trio.move_on_after(_CLOSING_CHECK_S):
+                await self._closings.park()
 
     def _drop(self, volume: Volume) -> None:
         self.by_id.pop(volume.volume_id, None)

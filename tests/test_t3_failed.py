@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import trio
@@ -16,11 +16,13 @@ from snapfs import processor as processor_module
 from snapfs import reserve
 from snapfs.backends import Device, FailNth, FaultyDevice, MemoryDevice
 from snapfs.errors import SyncFailedError
+from snapfs.formats import COPY_ON_WRITE
 from snapfs.making import VolumeWish
 from snapfs.pool import Pool
+from snapfs.portion import Portion
 from snapfs.volume import Volume
 
-from .harness import Running, World, open_world, read_volume
+from .harness import Running, World, open_world, read_snapshot, read_volume
 from .test_t3_between import noise
 from .test_t3_reserve import fill, scatter
 
@@ -28,8 +30,8 @@ OBJECT = 4 << 20
 BLOCK = 4096
 
 
-def faulty_world(devices: dict[str, FaultyDevice], home_bytes: int | None = None) -> World:
-    """A pool of one processor whose devices, but for its home, can be made to fail."""
+def faulty_world(devices: dict[str, FaultyDevice], home_bytes: int | None = None, processor_count: int = 1) -> World:
+    """A pool whose devices, but for its home, can be made to fail."""
 
     def make(where: str, capacity_bytes: int | None) -> Device:
         if where == "home":
@@ -37,7 +39,7 @@ def faulty_world(devices: dict[str, FaultyDevice], home_bytes: int | None = None
         device = devices[where] = FaultyDevice(MemoryDevice(capacity_bytes))
         return device
 
-    return World(1, make_device=make)
+    return World(processor_count, make_device=make)
 
 
 async def fail_sync(volume: Volume, device: FaultyDevice) -> None:
@@ -103,16 +105,16 @@ async def test_a_snapshot_that_lost_what_a_removed_volume_had_is_none(how: str, 
             else:
                 await pool.volumes.rename(b"other", b"v")
             if is_dismantled_first:
-                # Whoever had it open lets go of it while the snapshot still waits for its turn.
-                check_synced = processor._check_synced
+                # Whoever had it open lets go of it before the snapshot has its turn.
+                begin_commit = processor._begin_commit
 
-                def check(*args: object) -> None:
+                def begin(portions: Iterable[Portion] | None, *args: object) -> object:
                     if volume.opens:
                         pool.volumes.close(volume)
                         assert volume.volume_id not in processor.portions
-                    check_synced(*args)  # type: ignore[arg-type]
+                    return begin_commit([] if portions is None else list(processor.portions.values()), *args)  # type: ignore[arg-type]
 
-                processor._check_synced = check  # type: ignore[assignment, method-assign]
+                processor._begin_commit = begin  # type: ignore[assignment, method-assign]
             disk.go_on.set()
         assert sorted(errors) == ["snapshot", "sync"]
         assert b"after" not in pool.snapshots.by_name
@@ -159,29 +161,39 @@ async def test_what_others_wrote_is_durable_beside_one_that_failed_on_a_full_dev
 
 
 async def test_an_orderly_end_goes_on_with_what_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with what belongs to no volume that has a name, and is committed by its processor last of all."""
+    """With each processor, also behind one that fails; and with what no volume has that is there."""
     devices: dict[str, FaultyDevice] = {}
-    world = faulty_world(devices)
+    world = faulty_world(devices, processor_count=3)
     running = Running(world)
     async with trio.open_nursery() as nursery:
         await running.start(nursery)
         pool = running.pool
-        failed = await pool.volumes.create(b"a")
-        pool.volumes.open(failed)
-        await failed.write(0, noise(1))
+        failed, sound, removed = [await pool.volumes.create(name) for name in (b"a", b"b", b"c")]
+        for volume in (failed, sound, removed):
+            pool.volumes.open(volume)
+        await failed.write(OBJECT, noise(1))
         await fail_sync(failed, devices["0"])
-        committed: list[object] = []
-        processor = pool.processors[0]
-        commit = processor.commit
+        for index in range(3):
+            await sound.write(index * OBJECT, noise(1, 2))
+            await removed.write(index * OBJECT, noise(1, 3))
+        await pool.volumes.remove(b"c")
 
-        async def noting(portions: object = None, *args: object) -> int:
-            committed.append(portions)
-            return await commit(portions, *args)  # type: ignore[arg-type]
+        async def no_sync() -> None:
+            raise SyncFailedError("a sync failed")
 
-        monkeypatch.setattr(processor, "commit", noting)
-        with pytest.raises(SyncFailedError):
+        # Nothing but what the processors themselves commit is left to make it durable.
+        monkeypatch.setattr(pool, "sync", no_sync)
+        commits = [processor.commit for processor in pool.processors]
+
+        async def failing(portions: object = None, *args: object) -> int:
+            await commits[0](portions, *args)  # type: ignore[arg-type]
+            raise SyncFailedError("of the first processor")
+
+        monkeypatch.setattr(pool.processors[0], "commit", failing)
+        with pytest.raises(SyncFailedError, match="a sync failed"):
             await running.stop()
-        assert committed[-1] == []
+        for volume in (sound, removed):
+            assert not any(portion.is_dirty for portion in volume.portions)
     world.home.close()
     world.check()
 
@@ -289,3 +301,56 @@ async def test_a_device_that_has_no_room_for_what_it_had_taken_is_told_as_full()
             await running.stop()
     world.home.close()
     world.check()
+
+
+@pytest.mark.parametrize("has_clone", [False, True])
+async def test_what_a_failed_volume_was_written_over_stays_for_its_snapshots(has_clone: bool) -> None:
+    """Its file counts no blocks: it is not one of its change logs, of which the empty ones go."""
+    devices: dict[str, FaultyDevice] = {}
+    world = faulty_world(devices)
+    data = noise(8)
+    async with open_world(world) as pool:
+        volume = await pool.maker.create(VolumeWish(b"v", 8 * BLOCK, COPY_ON_WRITE))
+        pool.volumes.open(volume)
+        await volume.write(0, data)
+        await volume.sync()
+        snapshot = await pool.snapshots.create(b"s")
+        if has_clone:
+            await pool.clones.clone(b"s", b"v", b"c")
+        await volume.write(0, noise(2, 2))
+        await fail_sync(volume, devices["0"])
+        pool.volumes.close(volume)
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        assert await read_snapshot(pool, snapshot, b"v") == data
+        if has_clone:
+            assert await read_volume(pool, b"c") == data
+    async with open_world(world) as pool:
+        assert await read_snapshot(pool, pool.snapshots.get(b"s"), b"v") == data
+    world.check()
+
+
+async def test_what_a_failed_volume_wrote_is_given_back_when_who_reads_it_in_a_snapshot_is_done() -> None:
+    devices: dict[str, FaultyDevice] = {}
+    world = faulty_world(devices)
+    async with open_world(world) as pool:
+        volume = await pool.volumes.create(b"v")
+        pool.volumes.open(volume)
+        data = noise(4)
+        await volume.write(0, data)
+        await volume.sync()
+        snapshot = await pool.snapshots.create(b"s")
+        members = await pool.snapshots.members(snapshot)
+        view = await pool.snapshots.open_volume(snapshot, members.get(b"v")[0])
+        await volume.write(16 * BLOCK, noise(100, 3))
+        await fail_sync(volume, devices["0"])
+        pool.volumes.close(volume)
+        await pool.volumes.remove(b"v")
+        await pool.reclaimer.reclaim_all()
+        assert bytes(await view.read(0, len(data))) == data
+        pool.snapshots.close_volume(view)
+        # By then it is taken apart; what comes next finds it.
+        await pool.reclaimer.reclaim_all()
+        assert await held_bytes(pool, devices["0"]) == len(data)
+        assert not pool.processors[0].unsettled_ids
+    world.check_clean()

@@ -344,6 +344,7 @@ async def test_a_reader_that_waited_gets_the_size_and_the_contents_of_one_state(
 
 
 async def test_a_rollback_goes_on_when_a_trim_that_has_the_volume_open_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapfs.volumes._CLOSING_CHECK_S", float("inf"))
     world = World()
     async with open_world(world) as pool:
         await pool.maker.create(VolumeWish(b"v", None))

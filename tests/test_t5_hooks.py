@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Mounted, clear_away, loop_device, mounted_filesystem, run, snapfs, wait_for_end, wait_until
+from .conftest import Mounted, loop_device, mounted_filesystem, run, snapfs, wait_for_end, wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -406,29 +406,3 @@ def test_a_command_says_so_when_the_daemon_is_killed_under_it(mounted: Mounted) 
     _, words = asking.communicate(timeout=60)
     assert asking.returncode == 1 and b"ended before it had answered. Mount the pool again" in words, words
     mounted.mount()
-
-
-def test_root_runs_no_programs_of_another_users_pool_and_opens_no_files_of_others_for_it(tmp_path: Path) -> None:
-    mounted = Mounted(tmp_path)
-    try:
-        notes = add_hook(mounted, tmp_path, "true", "true")
-        image = tmp_path / "secret.raw"
-        image.write_bytes(b"root's own" * 1000)
-        snapfs("create", mounted.path / "disk", "--source", image)
-        mounted.unmount()
-        for path in (mounted.pool, *mounted.pool.rglob("*")):
-            os.chown(path, 4001, 4001)
-        mounted.mount()
-        refused = snapfs("snapshot", mounted.path, "s", expect=1)
-        assert "hooks are not run: the pool belongs to another user, 4001" in refused.stderr
-        snapfs("snapshot", mounted.path, "s", "--no-hooks")
-        assert told(notes) == []
-        with pytest.raises(OSError):
-            (mounted.path / "disk").read_bytes()
-        # What is that user's own is theirs to use.
-        os.chown(image, 4001, 4001)
-        mounted.remount()
-        assert (mounted.path / "disk").read_bytes() == image.read_bytes()
-        mounted.unmount()
-    finally:
-        clear_away(mounted)

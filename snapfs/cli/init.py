@@ -53,6 +53,8 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         home = DirectoryDevice(pool)
         opened[pool] = home
         _claim(home, pool)
+        _check_no_pool(pool)
+        _make_private(home, pool)
         _take_home(pool)
         claimed.append(pool)
         if not paths:
@@ -60,8 +62,9 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         for path in paths or [os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]:
             opened[path] = DirectoryDevice(path)
             _claim(opened[path], path)
-            _check_empty(path)
+            # Before it is seen to be empty: nobody puts anything there from here on.
             _make_private(opened[path], path)
+            _check_empty(path)
             claimed.append(path)
         lying = {path: opened[path] for path in paths} or {"": opened[os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]}
         descriptor = create_pool(home, lying, processors)
@@ -117,7 +120,6 @@ def _take_home(pool: str) -> None:
         _clear(pool)
     elif found:
         raise ExistsError(f"{pool} is not empty", "Choose an empty directory, or one that is not there")
-    os.chmod(pool, 0o700)
 
 
 def _check_empty(path: str) -> None:
