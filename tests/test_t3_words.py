@@ -464,10 +464,18 @@ def test_a_table_tells_a_terminal_nothing(capsys: pytest.CaptureFixture[str]) ->
     assert not [one for one in shown.rstrip("\n") if one < " " and one != "\n"]
 
 
-def test_who_may_not_ask_a_daemon_is_told_so() -> None:
+def test_who_may_not_ask_a_daemon_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotAllowedError, match="the user whose daemon it is") as caught, _translated("/mnt"):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/.snapfs/control")
     assert caught.value.errno == errno.EACCES
+
+    def refuse(path: str) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    # Where others, root among them, are not even let in to see whether there is one.
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(NotAllowedError, match="is somebody else's mount"):
+        cli_control.control_path("/mnt")
 
 
 def test_what_cannot_be_read_is_not_said_of_what_it_is_copied_to(

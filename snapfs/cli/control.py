@@ -28,7 +28,7 @@ class RefusedError(SnapfsError):
 
 
 def control_path(mount_point: str) -> str:
-    """The control file of a mount. Raises NotFoundError when nothing is mounted there.
+    """The control file of a mount. Raises NotFoundError when nothing is mounted there, NotAllowedError.
 
     The one in the owner's folder, where one may come to that: nobody else can keep it from being looked up.
     """
@@ -40,6 +40,11 @@ def control_path(mount_point: str) -> str:
     path = os.path.join(folder, "control")
     try:
         os.stat(path)
+    except PermissionError as error:
+        raise NotAllowedError(
+            f"{mount_point} is somebody else's mount, who lets nobody else in",
+            "Ask them, or have it mounted with -o allow_other, or allow_root for root",
+        ) from error
     except OSError as error:
         raise NotFoundError(
             f"no snapfs is mounted on {mount_point} ({error.strerror})", "Mount one with snapfs mount"
