@@ -52,7 +52,7 @@ def test_an_import_that_is_told_to_end_leaves_no_volume(
     image = tmp_path / "image"
     # Many pieces of data between holes take long.
     with open(image, "wb") as file:
-        for place in range(0, 256 * MIB, MIB):
+        for place in range(0, 4096 * MIB, MIB):
             os.pwrite(file.fileno(), os.urandom(4096), place)
     importing = subprocess.Popen(
         [*SNAPFS, "import", "--format", "raw", str(image), str(mounted.path / "v")], stderr=subprocess.PIPE
