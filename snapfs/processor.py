@@ -44,8 +44,6 @@ from .writeback import EarlyWriteback
 DIRTY_OBJECTS_MAX = 2048
 COMMIT_CHECK_S = 1.0
 _PUNCH_BATCH = 512
-# Of so many on, what was written to them is sent to the devices before the lock is taken that all commits need.
-_EARLY_OBJECTS = 64
 
 
 class _Punched(NamedTuple):
@@ -207,9 +205,8 @@ class Processor:
     async def begin_writeback(self, portion: Portion) -> None:
         """Have much that was written begin to go to its devices, while others may commit; it promises nothing."""
         logs = portion.dirty_logs()
-        if portion.dirty_object_count >= _EARLY_OBJECTS and logs:
-            with in_use(logs):
-                await self.access.in_thread(_begin_writeback, logs)
+        with in_use(logs), suppress(NoMemoryError):
+            await self.access.in_thread(_begin_writeback, logs)
 
     async def _commit_one(self, portion: Portion) -> None:
         await self.commit([portion])

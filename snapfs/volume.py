@@ -41,7 +41,9 @@ from .units import format_size, show_name
 
 # What the kernel asks for at most. A read of more goes piece by piece.
 READ_BYTES_MAX = 1 << 20
-# So many changed objects on a processor take a commit long.
+# Of so many changed objects on a processor on, their data is sent to the devices before others are kept from commits.
+_EARLY_OBJECTS = 64
+# So many take a commit long.
 _MUCH_OBJECTS = 256
 _TRIM_BATCH = 256
 _TRIM_COMMIT_OBJECTS = 1024
@@ -570,7 +572,9 @@ class Volume(VolumeView):
 
         Raises SyncFailedError, NoSpaceError.
         """
-        await side_by_side([partial(processor.begin_writeback, one) for processor, one in self._loaded_portions()])
+        early = [one for one in self._loaded_portions() if one[1].dirty_object_count >= _EARLY_OBJECTS]
+        if early:
+            await side_by_side([partial(processor.begin_writeback, portion) for processor, portion in early])
         is_known = False
         while not is_known:
             mark = self.size_mark()

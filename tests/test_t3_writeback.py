@@ -119,7 +119,7 @@ async def test_much_goes_to_the_devices_before_others_are_kept_from_committing(
     code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one processor after the other commits it, so that each is kept from others for a part of the time only."""
-    monkeypatch.setattr("snapfs.processor._EARLY_OBJECTS", 4)
+    monkeypatch.setattr("snapfs.volume._EARLY_OBJECTS", 4)
     monkeypatch.setattr("snapfs.volume._MUCH_OBJECTS", 4)
     begun = Begun()
     begun.code = code
