@@ -100,7 +100,7 @@ class _Mount:
         self._device = 0
         self._has_ended = False
         self._failure: MountError | None = None
-        self._session = loop.enable(pool.pending.answered)
+        self._session = loop.enable(pool.pending.calls, pool.pending.answered)
         pool.demand.count = lambda: self._operations.block_request_count
         pool.hooks.mount_point = os.path.abspath(request.mount_point)
 

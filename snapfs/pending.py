@@ -47,13 +47,14 @@ class PendingCall:
 class PendingCalls:
     """What is under way. ``now_s`` is a clock that never goes back.
 
-    ``answered`` are the calls whose threads are done, but who waits for them has not had a turn since.
+    ``calls`` are those under way, ``answered`` those of them whose threads are done, but who waits for them has not had
+    a turn since.
     """
 
     def __init__(self, events: EventLog, now_s: Callable[[], float] = time.monotonic) -> None:
         self._events = events
         self.now_s = now_s
-        self._calls: dict[int, PendingCall] = {}
+        self.calls: dict[int, PendingCall] = {}
         self._numbers = itertools.count()
         self.answered: set[int] = set()
 
@@ -64,13 +65,13 @@ class PendingCalls:
         What the thread is given is the :meth:`PendingCall.run` of what this gives, with the call.
         """
         number = next(self._numbers)
-        one = self._calls[number] = PendingCall(where, call, self.now_s(), number, self.answered)
+        one = self.calls[number] = PendingCall(where, call, self.now_s(), number, self.answered)
         try:
             yield one
         finally:
             one.is_over = True
             self.answered.discard(number)
-            del self._calls[number]
+            del self.calls[number]
             now_s = self.now_s()
             if now_s - one.started_s >= STUCK_S:
                 self._events.note("was-stuck", logging.WARNING, **one.told_at(now_s))
@@ -78,7 +79,7 @@ class PendingCalls:
     def stuck(self) -> list[dict[str, object]]:
         """Those that have been under way for STUCK_S or longer, the oldest first."""
         now_s = self.now_s()
-        return [one.told_at(now_s) for one in self._calls.values() if now_s - one.started_s >= STUCK_S]
+        return [one.told_at(now_s) for one in self.calls.values() if now_s - one.started_s >= STUCK_S]
 
     def is_stuck(self, where: str) -> bool:
         """Whether a call there is."""

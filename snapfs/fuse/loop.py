@@ -66,16 +66,23 @@ class _Lock:
 
 
 class _LowLevel:
-    """Stands for ``trio.lowlevel``. ``answered`` is not empty while somebody else waits for a turn of the scheduler."""
+    """Stands for ``trio.lowlevel``.
+
+    ``pending`` is not empty while threads are at work, ``answered`` while somebody else waits for a turn of the
+    scheduler.
+    """
 
     current_task = staticmethod(trio.lowlevel.current_task)
     current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
     notify_closing = staticmethod(trio.lowlevel.notify_closing)
 
-    def __init__(self, answered: Collection[object], *, may_spin: bool) -> None:
+    def __init__(self, pending: Collection[object], answered: Collection[object], *, may_spin: bool) -> None:
+        self._pending = pending
         self._answered = answered
         self._may_spin = may_spin
         self._patience = Patience()
+        # Who waits for a thread sends nothing meanwhile, though others may: how that goes is another matter.
+        self._patience_with_threads = Patience()
         self.session_fd: int | None = None
         self._poll: select.poll | None = None
         self._in_a_row = 0
@@ -96,7 +103,8 @@ class _LowLevel:
             await trio.lowlevel.checkpoint()
 
     def _comes_soon(self, poll: Callable[[int], list[tuple[int, int]]]) -> bool:
-        if not self._may_spin or self._answered or not self._patience.is_worth_it():
+        patience = self._patience_with_threads if self._pending else self._patience
+        if not self._may_spin or self._answered or not patience.is_worth_it():
             return False
         end_ns = time.perf_counter_ns() + SPIN_NS
         has_come = False
@@ -105,7 +113,7 @@ class _LowLevel:
             if self._answered and not has_come:
                 # That it was not waited for to the end says nothing of how it goes.
                 return False
-        self._patience.note(has_come=has_come)
+        patience.note(has_come=has_come)
         return has_come
 
 
@@ -149,8 +157,8 @@ class SessionLoop:
     ClosedResourceError = trio.ClosedResourceError
     from_thread = trio.from_thread
 
-    def __init__(self, answered: Collection[object]) -> None:
-        self.lowlevel = _LowLevel(answered, may_spin=len(os.sched_getaffinity(0)) > 1)
+    def __init__(self, pending: Collection[object], answered: Collection[object]) -> None:
+        self.lowlevel = _LowLevel(pending, answered, may_spin=len(os.sched_getaffinity(0)) > 1)
         self.failure: NoMemoryError | None = None
 
     @asynccontextmanager
@@ -185,11 +193,12 @@ class SessionLoop:
             os.close(null)
 
 
-def enable(answered: Collection[object] = ()) -> SessionLoop:
+def enable(pending: Collection[object] = (), answered: Collection[object] = ()) -> SessionLoop:
     """Have pyfuse3 use this loop. To be called before ``pyfuse3.init``.
 
-    ``answered`` is what has an answer from a thread, for which somebody waits; looked at again and again.
+    ``pending`` is what threads are at work for, ``answered`` that of it which has an answer, for which somebody waits;
+    they are looked at again and again.
     """
-    loop = SessionLoop(answered)
+    loop = SessionLoop(pending, answered)
     pyfuse3.trio = loop  # type: ignore[attr-defined]
     return loop
