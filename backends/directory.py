@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Iterable
@@ -466,17 +467,29 @@ class DirectoryDevice(Device):
 
     def _uid_of_new(self) -> int | None:
         """Whose a new file would be: of root on another host (NFS, root_squash) some other user's. None: not known."""
+        name = ""
         try:
-            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._folders[""])
+            try:
+                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._folders[""])
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                    raise
+                # NFS has no nameless files.
+                name = f".snapfs-{secrets.token_hex(8)}"
+                fd = os.open(name, _O_FILE | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folders[""])
         except OSError:
             return None
         try:
             return os.fstat(fd).st_uid
         finally:
             os.close(fd)
+            if name:
+                os.unlink(name, dir_fd=self._folders[""])
 
     def make_private(self) -> None:
-        """See :meth:`Device.make_private`."""
+        """See :meth:`Device.make_private`. One that is only read stays as it is."""
+        if not self._writable:
+            return
         found = os.fstat(self._folders[""])
         if found.st_uid != os.geteuid() and found.st_uid != self._uid_of_new():
             raise PermissionError(errno.EPERM, f"it belongs to another user, {found.st_uid}", self.path)

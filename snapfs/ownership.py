@@ -6,7 +6,6 @@ the host, which root would run and open. As ssh(1) does with its files, and git(
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from collections.abc import Callable
 
@@ -33,7 +32,7 @@ def check_own(home: Device, where: str) -> None:
 
 
 def device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice:
-    """Opens devices by path; the empty path is the one inside the pool. They are one's own, and private."""
+    """Opens devices by path; the empty path is the one inside the pool. Others' are refused."""
 
     def open_device(path: str) -> Device:
         device = DirectoryDevice(path or home.local_path(EMBEDDED_DEVICE_FOLDER), writable=writable)
@@ -41,10 +40,6 @@ def device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice
             uid = device.foreign_uid([])
             if uid not in (None, ANYBODY):
                 raise PermissionError(errno.EPERM, f"it is another user's, {uid}", path)
-            if writable:
-                # Those that were given before 0.8.9 are as they were made. Root's are root's to change.
-                with contextlib.suppress(OSError):
-                    device.make_private()
         except BaseException:
             device.close()
             raise

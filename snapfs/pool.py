@@ -188,10 +188,24 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
                 f"{shown} is device {found.device_id} of pool {found.pool_id}, not device {device_id} of this one",
                 "Put the right one there",
             )
+        _make_private(device, device_id, shown)
     except BaseException:
         device.close()
         raise
     return device
+
+
+def _make_private(device: Device, device_id: int, shown: str) -> None:
+    """Those given before 0.8.9 are as they were made. Raises DeviceMissingError when others can write there."""
+    try:
+        device.make_private()
+    except OSError:
+        # Root's are root's to change; that others can read their names does no harm.
+        if device.foreign_uid([]) is not None:
+            raise DeviceMissingError(
+                f"others may write to device {device_id} of the pool, {shown}",
+                "See that nobody has put anything there, then: chmod go-w",
+            ) from None
 
 
 def wrong_generations(catalog: Catalog, device: Device, device_id: int, path: str) -> list[str]:

@@ -181,11 +181,11 @@ class Reclaimer:
         await self._prune_traits()
         await self._free_candidates(gently=gently)
         for processor in self._processors:
-            await self._reserve.helped(partial(reclaim.settle_lost, processor))
-            await free_suspect_logs(processor)
             try:
+                await self._reserve.helped(partial(reclaim.settle_lost, processor))
+                await free_suspect_logs(processor)
                 await processor.punch_freed()
-            except OSError as error:
+            except (SnapfsError, OSError) as error:
                 # A log of this one must not keep the others' room.
                 failed = error
         await self._reserve.refill()

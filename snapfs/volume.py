@@ -552,6 +552,7 @@ class Volume(VolumeView):
 
         ``data_only`` leaves times unsaved, as fdatasync may. Raises SyncFailedError, NoSpaceError.
         """
+        was_open = bool(self.opens)
         is_saved = False
         while not is_saved:
             trimmed = self._trim == _TRIM_DONE
@@ -563,7 +564,8 @@ class Volume(VolumeView):
                 await self._catalog.save([self])
             # A cut that was to be saved before this, and failed, has put the size back.
             is_saved = shrink_count == self._shrink_count
-        self.is_emptied = False
+        # Who has it open may not have written all of it anew.
+        self.is_emptied &= was_open or bool(self.opens)
         # Or a power cut may bring forth a removal that had failed.
         await self._catalog.settle()
 

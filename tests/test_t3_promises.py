@@ -688,8 +688,9 @@ async def test_a_file_that_cannot_be_made_durable_takes_no_others_place() -> Non
     world.check()
 
 
+@pytest.mark.parametrize("is_synced_amid", [False, True])
 async def test_a_file_that_is_written_anew_is_durable_soon_after_it_was_closed(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, is_synced_amid: bool
 ) -> None:
     """Cut to nothing, which is durable at once, and closed without a sync."""
     world = World(2)
@@ -701,6 +702,8 @@ async def test_a_file_that_is_written_anew_is_durable_soon_after_it_was_closed(
                 await volume.write(0, b"old" * 5000)
                 await volume.sync()
                 await pool.volumes.truncate(volume, 0)
+                if is_synced_amid:
+                    await pool.sync()
                 await volume.write(0, b"new" * 5000)
             began_s = trio.current_time()
             while not volume.is_clean:

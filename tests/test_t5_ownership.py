@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from snapfs.backends import DirectoryDevice
+from snapfs.descriptor import open_home, read_descriptor
+from snapfs.errors import DeviceMissingError
+from snapfs.ownership import device_opener
+from snapfs.pool import open_device_of
 
 from .conftest import Mounted, clear_away, main_here, snapfs
 from .test_t5_access import STRANGER, open_folders
@@ -179,3 +187,70 @@ def code_as_stranger(*words: object) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_directory_that_is_not_taken_is_left_as_it_is(tmp_path: Path) -> None:
+    """It may be /srv, or somebody's home; or another disk's, at a device's path."""
+    somebodys = tmp_path / "srv"
+    somebodys.mkdir()
+    (somebodys / "file").touch()
+    somebodys.chmod(0o1777)
+    for options in ((somebodys,), (tmp_path / "p", "--device", somebodys)):
+        assert "is not empty" in snapfs("init", *options, expect=1).stderr
+    device = tmp_path / "device"
+    device.mkdir()
+    snapfs("init", tmp_path / "p", "--device", device)
+    create = ("changelog", "create", tmp_path / "p", "logs", "--capacity", "1G", "--device")
+    assert "is not empty" in snapfs(*create, somebodys, expect=1).stderr
+    device.rename(tmp_path / "away")
+    somebodys.rename(device)
+    (tmp_path / "mount").mkdir()
+    assert "is not at" in snapfs("mount", tmp_path / "p", tmp_path / "mount", expect=1).stderr
+    assert stat.S_IMODE(device.stat().st_mode) == 0o1777
+
+
+def test_a_device_of_roots_that_others_may_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an ordinary user, who cannot change that; one that others may only read is."""
+    snapfs("init", tmp_path / "p")
+    home = open_home(str(tmp_path / "p"))
+    descriptor = read_descriptor(home, "p")
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    monkeypatch.setattr(DirectoryDevice, "_uid_of_new", lambda device: OTHER)
+    device = tmp_path / "p" / "device"
+    device.chmod(0o755)
+    open_device_of(descriptor, 0, str(device), device_opener(home)).close()
+    device.chmod(0o777)
+    with pytest.raises(DeviceMissingError, match="others may write to device 0"):
+        open_device_of(descriptor, 0, str(device), device_opener(home))
+    # What is only looked at is not changed, and does nothing.
+    open_device_of(descriptor, 0, str(device), device_opener(home, writable=False)).close()
+    home.close()
+
+
+@pytest.mark.parametrize("has_nameless", [True, False])
+def test_root_of_another_host_is_whose_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_nameless: bool
+) -> None:
+    """NFS with root_squash: what root makes is nobody's, and NFS has no nameless files."""
+    open_file, stat_file = os.open, os.fstat
+
+    def opened(path: str, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE and not has_nameless:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return open_file(path, flags, *args, **options)
+
+    def squashed(fd: int) -> os.stat_result:
+        found = list(stat_file(fd))
+        found[stat.ST_UID] = 65534
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "open", opened)
+    device = DirectoryDevice(tmp_path)
+    monkeypatch.setattr(os, "fstat", squashed)
+    assert device.foreign_uid([]) is None
+    device.make_private()
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+    device.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Callable
 
 import click
 
@@ -54,7 +56,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         opened[pool] = home
         _claim(home, pool)
         _check_no_pool(pool)
-        _make_private(home, pool)
+        _make_private(home, pool, _leftovers)
         _take_home(pool)
         claimed.append(pool)
         if not paths:
@@ -62,9 +64,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         for path in paths or [os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]:
             opened[path] = DirectoryDevice(path)
             _claim(opened[path], path)
-            # Before it is seen to be empty: nobody puts anything there from here on.
-            _make_private(opened[path], path)
-            _check_empty(path)
+            _make_private(opened[path], path, _check_empty)
             claimed.append(path)
         lying = {path: opened[path] for path in paths} or {"": opened[os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]}
         descriptor = create_pool(home, lying, processors)
@@ -103,23 +103,38 @@ def _claim(device: Device, path: str) -> None:
         raise InUseError(f"somebody else is using {path}", "Choose another directory") from None
 
 
-def _make_private(device: Device, path: str) -> None:
-    """Nobody else is to read or change what lies there. Raises UnreadableError."""
+def _make_private(device: Device, path: str, look: Callable[[str], object]) -> None:
+    """Nobody else is to read or change what lies there, which ``look`` sees to be nothing. Raises UnreadableError.
+
+    Before, for it is not to be shut that is somebody's; and then, when nobody puts anything there any more.
+    """
+    look(path)
+    mode = stat.S_IMODE(os.stat(path).st_mode)
     try:
         device.make_private()
     except OSError as error:
         raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give a directory of your own") from error
+    try:
+        look(path)
+    except BaseException:
+        os.chmod(path, mode)
+        raise
 
 
 def _take_home(pool: str) -> None:
     """See that the pool's directory is empty, or clear it of what an init left that was killed. Raises ExistsError."""
     _check_no_pool(pool)
-    found = set(os.listdir(pool))
-    if "init.started" in found and found <= _OWN_LEFTOVERS:
+    if _leftovers(pool):
         # There never was a pool.
         _clear(pool)
-    elif found:
+
+
+def _leftovers(pool: str) -> set[str]:
+    """What an init that was killed has left in a directory; raises ExistsError when there is anything else."""
+    found = set(os.listdir(pool))
+    if found and not ("init.started" in found and found <= _OWN_LEFTOVERS):
         raise ExistsError(f"{pool} is not empty", "Choose an empty directory, or one that is not there")
+    return found
 
 
 def _check_empty(path: str) -> None:
