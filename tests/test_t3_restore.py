@@ -361,7 +361,7 @@ async def test_a_rollback_goes_on_when_a_trim_that_has_the_volume_open_ends(monk
         monkeypatch.setattr(Volume, "_trim_portion", slow)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(volume.truncate, BLOCK)
+                nursery.start_soon(pool.volumes.truncate, volume, BLOCK)
                 await halfway.wait()
                 nursery.start_soon(pool.volumes.wait_until_closed, volume)
                 await trio.testing.wait_all_tasks_blocked()
