@@ -21,7 +21,7 @@ from .errors import BusyVolumeError, ExistsError, NotFoundError, SnapfsError, Un
 from .events import EventLog
 from .formats import DEVICE_FILE, CatalogBatch, ChangeLogVolumeRow, DeviceDescriptor, told_key
 from .geometry import BLOCK_SHIFT
-from .ownership import OpenDevice
+from .ownership import OpenDevice, make_private
 from .placement import Placement, Quota
 from .processor import Processor
 from .tasks import Wakeup, in_thread
@@ -172,7 +172,7 @@ class ChangeLogVolumes:
             if DEVICE_FILE in device.names("") and not self._is_left_over(device, path):
                 raise ExistsError(f"{path} is a device of a pool already", "Give an empty directory")
             # Nobody puts anything there from here on.
-            _make_private(device, path)
+            make_private(device, path)
             if path and os.path.isdir(path) and not set(os.listdir(path)) <= _LEFTOVERS:
                 raise ExistsError(f"the device directory {path} is not empty", "Give an empty one")
             device.write_file(DEVICE_FILE, DeviceDescriptor(self._pool_id, device_id).to_json())
@@ -223,15 +223,6 @@ class ChangeLogVolumes:
             for device_id in device_ids:
                 _give_back(self._devices.pop(device_id))
         self._events.note("change-log-volume-removed", name=show_name(name))
-
-
-def _make_private(device: Device, path: str) -> None:
-    try:
-        device.make_private()
-    except OSError as error:
-        raise UnreadableError(
-            f"{path} cannot be used: {error.strerror}", "Give an empty directory of your own"
-        ) from error
 
 
 def _give_back(device: Device) -> None:

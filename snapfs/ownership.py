@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable
 
 from .backends import ANYBODY, Device, DirectoryDevice
-from .errors import ForeignPoolError
+from .errors import ForeignPoolError, UnreadableError
 from .formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE
 
 OpenDevice = Callable[[str], Device]
@@ -29,6 +29,14 @@ def check_own(home: Device, where: str) -> None:
             f"the pool in {where} is another user's, {uid}, who could have it do anything",
             f"Run this as that user; or give the pool to root, with its devices: chown -R root {where}",
         )
+
+
+def make_private(device: Device, path: str) -> None:
+    """Let nobody else into a directory that is to be a pool's. Raises UnreadableError when it is not one's own."""
+    try:
+        device.make_private()
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give a directory of your own") from error
 
 
 def device_opener(home: DirectoryDevice, *, writable: bool = True) -> OpenDevice:

@@ -188,14 +188,14 @@ def open_device_of(descriptor: PoolDescriptor, device_id: int, path: str, open_d
                 f"{shown} is device {found.device_id} of pool {found.pool_id}, not device {device_id} of this one",
                 "Put the right one there",
             )
-        _make_private(device, device_id, shown)
+        _keep_others_out(device, device_id, shown)
     except BaseException:
         device.close()
         raise
     return device
 
 
-def _make_private(device: Device, device_id: int, shown: str) -> None:
+def _keep_others_out(device: Device, device_id: int, shown: str) -> None:
     """Those given before 0.8.9 are as they were made. Raises DeviceMissingError when others can write there."""
     try:
         device.make_private()

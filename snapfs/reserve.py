@@ -71,9 +71,6 @@ class Reserve:
         finally:
             file.close()
 
-    def _spend(self) -> None:
-        give_up(self._home)
-
     async def helped(self, call: Callable[[], Awaitable[object]]) -> None:
         """Run something that must go through; if it finds no room, run it once more with the reserve given up."""
         was_spent = self.is_spent
@@ -94,7 +91,7 @@ class Reserve:
         try:
             # Cancelled halfway it would not be known whether it is there.
             with trio.CancelScope(shield=True):
-                await in_thread(self._spend)
+                await in_thread(give_up, self._home)
         except BaseException:
             self.is_short = False
             raise

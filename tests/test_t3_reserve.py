@@ -158,7 +158,7 @@ async def test_a_reserve_that_cannot_be_given_up_shuts_nobody_out(
 ) -> None:
     world = small_world(monkeypatch)
 
-    def fail() -> None:
+    def fail(home: object) -> None:
         raise failure
 
     async with open_and_full(world) as (pool, volume):
@@ -167,7 +167,7 @@ async def test_a_reserve_that_cannot_be_given_up_shuts_nobody_out(
                 # By somebody who looked for room, which is what it is for.
                 in_memory(world.home).remove("reserve")
             else:
-                patch.setattr(pool.reserve, "_spend", fail)
+                patch.setattr(reserve, "give_up", fail)
             is_gone = isinstance(failure, FileNotFoundError)
             with contextlib.nullcontext() if is_gone else pytest.raises(type(failure)):
                 await pool.sync()

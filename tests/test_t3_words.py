@@ -474,7 +474,7 @@ def test_who_may_not_ask_a_daemon_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
 
     # Where others, root among them, are not even let in to see whether there is one.
     monkeypatch.setattr(os, "stat", refuse)
-    with pytest.raises(NotAllowedError, match="is somebody else's mount"):
+    with pytest.raises(NotAllowedError, match="you may not look into /mnt"):
         cli_control.control_path("/mnt")
 
 

@@ -42,8 +42,8 @@ def control_path(mount_point: str) -> str:
         os.stat(path)
     except PermissionError as error:
         raise NotAllowedError(
-            f"{mount_point} is somebody else's mount, who lets nobody else in",
-            "Ask them, or have it mounted with -o allow_other, or allow_root for root",
+            f"you may not look into {mount_point}",
+            "If it is a mount of somebody else's, have it mounted with -o allow_other, or allow_root for root",
         ) from error
     except OSError as error:
         raise NotFoundError(

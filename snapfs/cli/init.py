@@ -9,9 +9,10 @@ from collections.abc import Callable
 import click
 
 from ..backends import Device, DirectoryDevice, LockHolder
-from ..errors import ExistsError, InUseError, NotFoundError, UnreadableError
+from ..errors import ExistsError, InUseError, NotFoundError
 from ..formats import CATALOG_FILE, EMBEDDED_DEVICE_FOLDER, POOL_FILE, RESERVE_FILE
 from ..geometry import PROCESSOR_COUNT_MAX
+from ..ownership import make_private
 from ..pool import PROCESSOR_COUNT_DEFAULT, create_pool
 from ..units import check_path
 
@@ -56,7 +57,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         opened[pool] = home
         _claim(home, pool)
         _check_no_pool(pool)
-        _make_private(home, pool, _leftovers)
+        _shut(home, pool, _leftovers)
         _take_home(pool)
         claimed.append(pool)
         if not paths:
@@ -64,7 +65,7 @@ def init(pool: str, devices: tuple[str, ...], processors: int) -> None:
         for path in paths or [os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]:
             opened[path] = DirectoryDevice(path)
             _claim(opened[path], path)
-            _make_private(opened[path], path, _check_empty)
+            _shut(opened[path], path, _check_empty)
             claimed.append(path)
         lying = {path: opened[path] for path in paths} or {"": opened[os.path.join(pool, EMBEDDED_DEVICE_FOLDER)]}
         descriptor = create_pool(home, lying, processors)
@@ -103,17 +104,14 @@ def _claim(device: Device, path: str) -> None:
         raise InUseError(f"somebody else is using {path}", "Choose another directory") from None
 
 
-def _make_private(device: Device, path: str, look: Callable[[str], object]) -> None:
+def _shut(device: Device, path: str, look: Callable[[str], object]) -> None:
     """Nobody else is to read or change what lies there, which ``look`` sees to be nothing. Raises UnreadableError.
 
     Before, for it is not to be shut that is somebody's; and then, when nobody puts anything there any more.
     """
     look(path)
     mode = stat.S_IMODE(os.stat(path).st_mode)
-    try:
-        device.make_private()
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be used: {error.strerror}", "Give a directory of your own") from error
+    make_private(device, path)
     try:
         look(path)
     except BaseException:
